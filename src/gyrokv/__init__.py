@@ -1,0 +1,21 @@
+"""Attention over rotated, quantised KV caches: any K format with any V format, from one memory format."""
+
+from .cache import KVCache, LayerShape
+from .config import CacheConfig, LayerPolicy
+from .dispatch import BACKENDS, append, attend, attention, explain
+from .errors import CacheFileError, CapacityError, FallbackError, FormatError, GyroKVError, Unsupported
+from .formats import FORMATS, KVFormat
+from .layer import LayerCache
+from .masks import BlockMap
+from .quant import Codec, Packed, dequantize, quantize
+from .reference import merge
+from .spec import AttentionSpec
+from .view import KVView
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BACKENDS", "FORMATS", "AttentionSpec", "BlockMap", "CacheConfig", "CacheFileError", "CapacityError", "Codec",
+    "FallbackError", "FormatError", "GyroKVError", "KVCache", "KVFormat", "KVView", "LayerCache", "LayerPolicy",
+    "LayerShape", "Packed", "Unsupported", "append", "attend", "attention", "dequantize", "explain", "merge", "quantize",
+]  # fmt: skip

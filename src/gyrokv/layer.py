@@ -1,0 +1,364 @@
+"""``LayerCache``: the K and V of one attention layer. Storage only; it knows no kernel.
+
+Every token is encoded once, when it arrives, so appending in any chunking gives the same bytes. A sliding layer
+keeps a ring buffer. The first ``sinks`` tokens and the ``recent`` last ones may be kept dense as well; their
+quantised rows exist too, so nothing is encoded later and cropping loses nothing but precision.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .errors import CapacityError
+from .formats import dense_format
+from .quant import Codec, Packed, cat, check_finite
+from .spec import check_head_dims, check_positive
+from .view import KVView, Segment, rows_of
+
+_GROWTH = 256  # rows: the least that a growing layer allocates
+
+
+class _Rows:
+    """A store of packed K and V rows ``[B, Hkv, capacity, *]``; position p lies in slot ``p % capacity``."""
+
+    def __init__(self, k_format, v_format) -> None:
+        self.k_format, self.v_format = k_format, v_format
+        self.k: Packed | None = None
+        self.v: Packed | None = None
+        self.first = self.stop = 0
+
+    @property
+    def capacity(self) -> int:
+        return 0 if self.k is None else self.k.words.shape[-2]
+
+    def reserve(self, capacity: int, like_k: Packed, like_v: Packed) -> None:
+        """Move the live rows, bytes untouched, to a store of ``capacity`` slots."""
+        if capacity == self.capacity:
+            return
+        old = self.segment() if self.k is not None else None
+        self.k, self.v = (like.map(lambda t: t.new_empty(*t.shape[:-2], capacity, t.shape[-1])) for like in (like_k, like_v))
+        if old is not None and old.first < old.stop:
+            first, stop = max(old.first, old.stop - capacity), old.stop
+            self.first = self.stop = first
+            self.write(first, *(chronological(p, old, first, stop) for p in (old.k, old.v)))
+
+    def write(self, position: int, k: Packed, v: Packed) -> None:
+        """Store rows (no more than the capacity) for the positions from ``position`` on; older ones may be lost."""
+        done, count = 0, k.words.shape[-2]
+        while done < count:
+            slot = (position + done) % self.capacity
+            n = min(count - done, self.capacity - slot)
+            for store, rows in ((self.k, k), (self.v, v)):
+                for into, part in zip(rows_of(store, slot, n), rows_of(rows, done, n)):
+                    into.copy_(part)
+            done += n
+        self.stop = position + count
+        self.first = max(self.first, self.stop - self.capacity)
+
+    def truncate(self, length: int) -> None:
+        self.stop = min(self.stop, length)
+        self.first = min(self.first, self.stop)
+
+    def segment(self, first: int | None = None, stop: int | None = None) -> Segment:
+        first, stop = self.first if first is None else first, self.stop if stop is None else stop
+        return Segment(self.k, self.v, self.k_format, self.v_format, base=0, first=first, stop=stop)
+
+    def map(self, f) -> None:
+        if self.k is not None:
+            self.k, self.v = self.k.map(f), self.v.map(f)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return () if self.k is None else (*self.k, *self.v)
+
+
+def chronological(packed: Packed, segment: Segment, first: int, stop: int) -> Packed:
+    """Rows of positions ``first <= p < stop``, oldest first."""
+    parts = [rows_of(packed, slot, count) for slot, count in segment.runs(first, stop)]
+    return cat(parts or [rows_of(packed, 0, 0)], dim=-2)
+
+
+def ring_capacity(window: int) -> int:
+    """Slots of the ring buffer of a sliding layer: the window, and at least 32 tokens of slack."""
+    return -(-(window + 32) // 64) * 64
+
+
+class LayerCache:
+    """K and V of one layer: ``append``, ``view``, ``truncate``, ``select``; ``length`` tokens have been seen.
+
+    ``batch``, ``kv_heads``: sizes. ``dtype``: of the dense rows of ``sinks`` and ``recent`` (the model's). ``window``:
+    sliding window in tokens; older ones are dropped. ``sinks``, ``recent``: how many of the first and of the last
+    tokens are also kept dense (sinks only without a window). ``capacity``: slots allocated at once; ``grow=False``
+    makes it a limit. ``check=False`` skips the test for NaN and inf. Raises ValueError for sizes that make no sense.
+    """
+
+    def __init__(
+        self,
+        k_codec: Codec,
+        v_codec: Codec,
+        *,
+        batch: int,
+        kv_heads: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        window: int | None = None,
+        sinks: int = 0,
+        recent: int = 0,
+        capacity: int = 0,
+        grow: bool = True,
+        check: bool = True,
+    ) -> None:
+        check_positive(batch=batch, kv_heads=kv_heads)
+        check_head_dims(k_codec.head_dim, v_codec.head_dim)
+        for name, value in (("sinks", sinks), ("recent", recent), ("capacity", capacity)):
+            if value < 0:
+                raise ValueError(f"{name}={value} must be at least 0")
+        if window is not None:
+            check_positive(window=window)
+        self.k_codec, self.v_codec = k_codec, v_codec
+        self.batch, self.kv_heads, self.dtype, self.device = batch, kv_heads, dtype, torch.device(device)
+        self.window, self.grow, self.check = window, grow, check
+        self.sinks = 0 if window is not None else sinks
+        self.recent = recent
+        self.length = 0
+        self.version = 0
+        self.keep_past = False
+        self.starts: Tensor | None = None
+        self._limit = None if grow or window is not None else capacity
+        self._kept_from = 0
+        dense = dense_format(dtype)
+        self._main = _Rows(k_codec.format, v_codec.format)
+        self._sinks, self._recent = _Rows(dense, dense), _Rows(dense, dense)
+        if window is None and capacity:
+            self._reserve(capacity, *self._encode_nothing())
+
+    def _encode_nothing(self) -> tuple[Packed, Packed]:
+        shape = (self.batch, self.kv_heads, 0)
+        return tuple(c.encode(torch.empty(*shape, c.head_dim, device=self.device)) for c in (self.k_codec, self.v_codec))
+
+    # -- writing
+
+    def append(self, k: Tensor, v: Tensor) -> KVView:
+        """Encode and store k ``[B, Hkv, T, Dk]`` and v ``[B, Hkv, T, Dv]``; returns the view for queries of these tokens.
+
+        Raises ValueError, TypeError (shapes, dtypes, devices, NaN, inf) or CapacityError before anything is written.
+        """
+        self._check_input(k, v)
+        return self.write(self.k_codec.encode(k), self.v_codec.encode(v), k, v)
+
+    def _check_input(self, k: Tensor, v: Tensor) -> None:
+        tokens = k.shape[2] if k.ndim == 4 else 0
+        for name, x, codec in (("k", k, self.k_codec), ("v", v, self.v_codec)):
+            wanted = (self.batch, self.kv_heads, tokens, codec.head_dim)
+            if tuple(x.shape) != wanted or tokens < 1:
+                raise ValueError(
+                    f"{name} has shape {tuple(x.shape)}; this layer takes [B={self.batch}, Hkv={self.kv_heads}, T>=1, "
+                    f"D={codec.head_dim}], and the same T for k and v"
+                )
+            if x.device != self.device:
+                raise ValueError(f"{name} is on {x.device} but the cache is on {self.device}")
+            if not x.is_floating_point():
+                raise TypeError(f"{name} has dtype {x.dtype}; it must be floating point")
+            if self.check:
+                check_finite(x, name)
+        if self._limit is not None and self.length + tokens > self._limit:
+            raise CapacityError(f"{self.length} tokens held and {tokens} more exceed capacity={self._limit}")
+
+    def write(self, k_rows: Packed, v_rows: Packed, k: Tensor, v: Tensor) -> KVView:
+        """:meth:`append` for rows that a backend encoded; ``k``, ``v`` are the same tokens, for the dense segments."""
+        tokens, start = k.shape[2], self.length
+        main = self._main
+        past = None  # a ring that cannot hold the chunk and what its queries look back on hands out a longer copy
+        if self.window is None or self.keep_past:
+            kept = main.first if self.window is None else max(main.first, self._kept_from - self.window + 1)
+            self._reserve(start + tokens - kept, k_rows, v_rows)
+            stored = tokens
+        else:
+            self._reserve(ring_capacity(self.window), k_rows, v_rows)
+            first = max(main.first, start - self.window + 1)
+            if start + tokens - first > main.capacity:
+                old = main.segment()
+                rows = (
+                    cat([chronological(p, old, first, start), new], dim=-2) for p, new in ((old.k, k_rows), (old.v, v_rows))
+                )
+                past = Segment(*rows, main.k_format, main.v_format, base=first, first=first, stop=start + tokens)
+            stored = min(tokens, main.capacity)
+        skip = tokens - stored
+        main.write(start + skip, rows_of(k_rows, skip, stored), rows_of(v_rows, skip, stored))
+        self._write_dense(self._sinks, self.sinks, start, min(tokens, max(0, self.sinks - start)), 0, k, v)
+        stored = min(tokens, self.recent)
+        self._write_dense(self._recent, self.recent, start + tokens - stored, stored, tokens - stored, k, v)
+        self.length += tokens
+        self.version += 1
+        return self.view(past)
+
+    def _reserve(self, rows: int, like_k: Packed, like_v: Packed) -> None:
+        """Make room for ``rows`` live rows: exactly for a ring, by doubling (or up to the limit) otherwise."""
+        capacity = self._main.capacity
+        if self.window is not None and not self.keep_past:
+            self._main.reserve(rows, like_k, like_v)
+        elif rows > capacity:
+            self._main.reserve(max(rows, 2 * capacity, _GROWTH) if self._limit is None else self._limit, like_k, like_v)
+
+    def _write_dense(self, rows: _Rows, capacity: int, position: int, count: int, skip: int, k: Tensor, v: Tensor) -> None:
+        if not count:
+            return
+        packed = []
+        for x, codec in ((k, self.k_codec), (v, self.v_codec)):
+            words = codec.store_dense(x.narrow(2, skip, count), self.dtype)
+            packed.append(Packed(words, words.new_empty(*words.shape[:-1], 0)))
+        rows.reserve(capacity, *packed)
+        if position > rows.stop:
+            rows.first = position
+        rows.write(position, *packed)
+
+    # -- reading
+
+    def view(self, past: Segment | None = None) -> KVView:
+        """The layer as it stands. (``past``: a longer copy of the main rows, from :meth:`write`.)"""
+        main = self._main.segment() if past is None else past
+        sinks_stop = self._sinks.stop
+        recent_first = max(self._recent.first, sinks_stop) if self._recent.stop > self._recent.first else self.length
+        parts = []
+        if sinks_stop:
+            parts.append(self._sinks.segment(0, sinks_stop))
+        first = max(main.first, sinks_stop)
+        if first < recent_first:
+            parts.append(Segment(main.k, main.v, main.k_format, main.v_format, main.base, first, recent_first))
+        if recent_first < self.length:
+            parts.append(self._recent.segment(recent_first, self.length))
+        return KVView(
+            tuple(parts), self.k_codec, self.v_codec, self.batch, self.kv_heads, first=min(main.first, self.length),
+            length=self.length, window=self.window, starts=self.starts, owner=self, version=self.version,
+        )  # fmt: skip
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, unused slots included: the sum over the tensors."""
+        return sum(t.numel() * t.element_size() for t in self.tensors)
+
+    @property
+    def live_nbytes(self) -> int:
+        """Bytes of the rows in use, dense copies included."""
+        total = 0
+        for rows in (self._main, self._sinks, self._recent):
+            live = rows.stop - rows.first
+            total += sum(t.narrow(-2, 0, live).numel() * t.element_size() for t in rows.tensors)
+        return total
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Every tensor that holds rows."""
+        return (*self._main.tensors, *self._sinks.tensors, *self._recent.tensors)
+
+    # -- changing what is held
+
+    def set_starts(self, starts: Tensor | None) -> None:
+        """Sequence b begins at position ``starts[b]`` (left padding before it is never attended); None for all 0."""
+        if starts is not None:
+            if tuple(starts.shape) != (self.batch,) or starts.is_floating_point():
+                raise ValueError(
+                    f"starts has shape {tuple(starts.shape)}, {starts.dtype}; it must be integer [{self.batch}]"
+                )
+            starts = starts.to(device=self.device, dtype=torch.int64)
+        self.starts = starts
+        self.version += 1
+
+    def check_truncate(self, length: int) -> None:
+        """Raise what :meth:`truncate` would raise."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"length={length} must be between 0 and the {self.length} tokens held")
+        if self.window is not None:
+            needed = max(0, length - self.window + 1)
+            if self._main.first > needed:
+                raise CapacityError(
+                    f"length={length}: the ring holds positions {self._main.first} to {self.length - 1}, but the window "
+                    f"of {self.window} before it reaches back to {needed}; record the past before appending what may be cut"
+                )
+
+    def truncate(self, length: int) -> None:
+        """Forget all but the first ``length`` tokens. Raises ValueError, or CapacityError if a ring has lost what
+        the window before ``length`` needs (see :meth:`record_past`)."""
+        self.check_truncate(length)
+        for rows in (self._main, self._sinks, self._recent):
+            rows.truncate(length)
+        self.length = self._kept_from = length
+        self.version += 1
+
+    def record_past(self, keep: bool = True) -> None:
+        """Keep in a sliding layer all tokens from the window before now on, until :meth:`truncate` moves that point."""
+        self.keep_past, self._kept_from = keep, self.length
+
+    def select(self, index: Tensor) -> None:
+        """Replace the batch by its rows ``index [B']`` (reorder, repeat or drop sequences)."""
+        if index.ndim != 1 or index.is_floating_point() or index.numel() < 1:
+            raise ValueError(f"index has shape {tuple(index.shape)}, {index.dtype}; it must be a non-empty [B'] of integers")
+        low, high = int(index.min()), int(index.max())
+        if low < 0 or high >= self.batch:
+            raise ValueError(f"index runs from {low} to {high}; sequences are 0 to {self.batch - 1}")
+        self._map(lambda t: t.index_select(0, index.to(device=t.device, dtype=torch.int64)))
+        self.batch = index.numel()
+
+    def to(self, device: torch.device | str) -> None:
+        """Move all rows to ``device``."""
+        self._map(lambda t: t.to(device))
+        self.device = torch.device(device)
+
+    def reset(self) -> None:
+        """Forget all tokens; allocated slots stay."""
+        for rows in (self._main, self._sinks, self._recent):
+            rows.first = rows.stop = 0
+        self.length = self._kept_from = 0
+        self.starts = None
+        self.version += 1
+
+    def _map(self, f) -> None:
+        for rows in (self._main, self._sinks, self._recent):
+            rows.map(f)
+        if self.starts is not None:
+            self.starts = f(self.starts)
+        self.version += 1
+
+    # -- saving
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """Live rows in canonical order (oldest first, row after row), and the positions they stand for."""
+        tensors, meta = {}, {"length": self.length}
+        for name, rows in (("main", self._main), ("sinks", self._sinks), ("recent", self._recent)):
+            if rows.k is None:
+                continue
+            meta[f"{name}_first"], meta[f"{name}_stop"] = rows.first, rows.stop
+            segment = rows.segment()
+            for side, packed in (("k", rows.k), ("v", rows.v)):
+                part = chronological(packed, segment, rows.first, rows.stop)
+                tensors[f"{name}.{side}.words"], tensors[f"{name}.{side}.scale"] = (t.contiguous() for t in part)
+        if self.starts is not None:
+            tensors["starts"] = self.starts
+        return tensors, meta
+
+    def load_state(self, tensors: dict[str, Tensor], meta: dict[str, int]) -> None:
+        """Restore what :meth:`state` returned, on this layer's device."""
+        self.reset()
+        for name, rows in (("main", self._main), ("sinks", self._sinks), ("recent", self._recent)):
+            if f"{name}_first" not in meta:
+                continue
+            first, stop = meta[f"{name}_first"], meta[f"{name}_stop"]
+            k, v = (Packed(*(tensors[f"{name}.{s}.{t}"].to(self.device) for t in ("words", "scale"))) for s in "kv")
+            fixed = {"sinks": self.sinks, "recent": self.recent}.get(name)
+            if fixed is None:
+                fixed = ring_capacity(self.window) if self.window is not None else stop
+            rows.reserve(max(fixed, stop - first), k, v)
+            rows.first = rows.stop = first
+            rows.write(first, k, v)
+        if "starts" in tensors:
+            self.starts = tensors["starts"].to(self.device)
+        self.length = self._kept_from = meta["length"]
+        self.version += 1
+
+    def __repr__(self) -> str:
+        window = "" if self.window is None else f", window={self.window}"
+        return (
+            f"LayerCache(k={self.k_codec.format}, v={self.v_codec.format}, head_dim={self.k_codec.head_dim}"
+            f"/{self.v_codec.head_dim}, batch={self.batch}, kv_heads={self.kv_heads}, length={self.length}{window})"
+        )
