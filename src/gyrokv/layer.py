@@ -16,7 +16,7 @@ from .quant import Codec, Packed, cat, check_finite
 from .spec import check_head_dims, check_positive
 from .view import KVView, Segment, rows_of
 
-_GROWTH = 256  # rows: the least that a growing layer allocates
+_GROWTH = 256  # rows: the least that a growing layer allocates; it doubles, then adds 16 times this
 
 
 class _Rows:
@@ -199,7 +199,8 @@ class LayerCache:
         if self.window is not None and not self.keep_past:
             self._main.reserve(rows, like_k, like_v)
         elif rows > capacity:
-            self._main.reserve(max(rows, 2 * capacity, _GROWTH) if self._limit is None else self._limit, like_k, like_v)
+            grown = max(rows, min(2 * capacity, capacity + 16 * _GROWTH), _GROWTH)
+            self._main.reserve(grown if self._limit is None else self._limit, like_k, like_v)
 
     def _write_dense(self, rows: _Rows, capacity: int, position: int, count: int, skip: int, k: Tensor, v: Tensor) -> None:
         if not count:

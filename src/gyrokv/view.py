@@ -52,7 +52,8 @@ class KVView:
     """K and V of one layer as they stand: positions ``first <= p < length``, each in exactly one segment.
 
     Valid until its layer is next written to; :meth:`check_current` raises after that. ``window`` is the layer's
-    sliding window: older keys may be gone. ``starts [B]`` holds the first position of each sequence (left padding), or is None.
+    sliding window: older keys may be gone. ``starts [B]`` holds the first position of each sequence (left padding),
+    or is None.
     """
 
     segments: tuple[Segment, ...]
