@@ -1,7 +1,7 @@
 """Attention over rotated, quantised KV caches: any K format with any V format, from one memory format."""
 
-from .cache import KVCache, LayerShape
-from .config import CacheConfig, LayerPolicy
+from .cache import KVCache
+from .config import CacheConfig, LayerPolicy, LayerShape
 from .dispatch import BACKENDS, append, attend, attention, explain
 from .errors import CacheFileError, CapacityError, FallbackError, FormatError, GyroKVError, Unsupported
 from .formats import FORMATS, KVFormat

@@ -4,31 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .config import CacheConfig
+from .config import CacheConfig, LayerShape
 from .dispatch import append, attend
 from .files import load_layers, save_layers
 from .layer import LayerCache
 from .view import KVView
-
-
-@dataclass(frozen=True)
-class LayerShape:
-    """Sizes of one attention layer: ``head_dim_v`` defaults to ``head_dim``; ``window``: sliding window in tokens.
-
-    ``k_rotation``, ``v_rotation``: orthogonal ``[D, D]`` or ``[Hkv, D, D]`` in place of the formats' rotations.
-    """
-
-    kv_heads: int
-    head_dim: int
-    head_dim_v: int | None = None
-    window: int | None = None
-    k_rotation: Tensor | None = None
-    v_rotation: Tensor | None = None
 
 
 class KVCache:
@@ -115,9 +99,7 @@ class KVCache:
 def new_layer(config: CacheConfig, index: int, layers: int, shape: LayerShape, **options) -> LayerCache:
     """The empty cache of attention layer ``index`` of ``layers``; ``options`` go to :class:`LayerCache`."""
     policy = config.layer(index, layers, sliding=shape.window is not None)
-    codecs = policy.codecs(
-        shape.head_dim, shape.head_dim_v or shape.head_dim, shape.kv_heads, (shape.k_rotation, shape.v_rotation)
-    )
+    codecs = policy.codecs(shape)
     return LayerCache(
         *codecs, kv_heads=shape.kv_heads, window=shape.window, sinks=policy.sinks, recent=policy.recent, **options
     )

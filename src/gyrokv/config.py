@@ -26,6 +26,24 @@ _ROTATIONS = ("none", "hadamard")
 
 
 @dataclass(frozen=True)
+class LayerShape:
+    """Sizes of one attention layer: ``head_dim_v`` defaults to ``head_dim``; ``window``: sliding window in tokens.
+
+    ``k_rotation``, ``v_rotation``: orthogonal ``[D, D]`` or ``[Hkv, D, D]`` in place of the formats' rotations.
+    ``k_scale``, ``v_scale``: static scales, a number or ``[Hkv]`` (see :class:`Codec`; fp8 saturates at 448 of them).
+    """
+
+    kv_heads: int
+    head_dim: int
+    head_dim_v: int | None = None
+    window: int | None = None
+    k_rotation: Tensor | None = None
+    v_rotation: Tensor | None = None
+    k_scale: float | Tensor = 1.0
+    v_scale: float | Tensor = 1.0
+
+
+@dataclass(frozen=True)
 class LayerPolicy:
     """What one layer's cache stores: formats of K and V, dense first (``sinks``) and last (``recent``) tokens, and
     rotations that replace the formats' own (``none``, ``hadamard``, ``""`` for the format's)."""
@@ -49,21 +67,25 @@ class LayerPolicy:
             if value and value not in _ROTATIONS:
                 raise ValueError(f"{name}={value!r} is not one of {_ROTATIONS}; matrices go to LayerCache's codecs")
 
-    def codecs(
-        self, head_dim: int, head_dim_v: int, kv_heads: int, matrices: tuple[Tensor | None, Tensor | None] = (None, None)
-    ) -> tuple[Codec, Codec]:
-        """Codecs of K and V. ``matrices``: orthogonal ``[D, D]`` or ``[Hkv, D, D]`` that replace the rotations."""
-        sides = zip("kv", (self.k, self.v), (head_dim, head_dim_v), (self.k_rotation, self.v_rotation), matrices)
-        return tuple(
-            Codec(
-                fmt,
-                dim,
-                kv_heads=kv_heads,
-                rotation=(name or None) if matrix is None else matrix,
-                argument=f"{side}_rotation",
-            )
-            for side, fmt, dim, name, matrix in sides
+    def codecs(self, shape: LayerShape) -> tuple[Codec, Codec]:
+        """Codecs of K and V for one layer; a matrix in ``shape`` replaces a rotation named here."""
+        k = Codec(
+            self.k,
+            shape.head_dim,
+            kv_heads=shape.kv_heads,
+            rotation=self.k_rotation or None if shape.k_rotation is None else shape.k_rotation,
+            scale=shape.k_scale,
+            side="k",
         )
+        v = Codec(
+            self.v,
+            shape.head_dim_v or shape.head_dim,
+            kv_heads=shape.kv_heads,
+            rotation=self.v_rotation or None if shape.v_rotation is None else shape.v_rotation,
+            scale=shape.v_scale,
+            side="v",
+        )
+        return k, v
 
     def __str__(self) -> str:
         return ",".join(f"{f.name}={getattr(self, f.name)}" for f in fields(self) if f.name in "kv" or getattr(self, f.name))

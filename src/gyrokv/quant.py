@@ -73,14 +73,12 @@ def check_finite(x: Tensor, argument: str) -> None:
 def encode(x: Tensor, fmt: KVFormat, rotation: str) -> Packed:
     """:func:`quantize` without the check. ``rotation`` is applied to the zero-padded head, in blocks of the group."""
     if fmt.is_dense:
-        limits = torch.finfo(fmt.dtype)
-        words = x if x.dtype == fmt.dtype else x.clamp(limits.min, limits.max).to(fmt.dtype)
+        words = _saturate(x, fmt.dtype)
         return Packed(words, words.new_empty(*words.shape[:-1], 0))
     padded, group = fmt.layout(x.shape[-1])
-    x = torch.nn.functional.pad(x.to(torch.float32), (0, padded - x.shape[-1]))
+    x = torch.nn.functional.pad(_saturate(x, torch.float32), (0, padded - x.shape[-1]))
     if fmt.kind == "float8":
-        limit = torch.finfo(fmt.dtype).max
-        codes = rotate(x, rotation, group).clamp(-limit, limit).to(fmt.dtype).view(torch.uint8)
+        codes = _saturate(rotate(x, rotation, group), fmt.dtype).view(torch.uint8)
         return Packed(packing.pack(codes, fmt.bits), x.new_empty(*x.shape[:-1], 0))
     normalised, norm = _normalise(x, fmt, rotation, group)
     index = _nearest(normalised, fmt)
@@ -93,6 +91,15 @@ def encode(x: Tensor, fmt: KVFormat, rotation: str) -> Packed:
     if scale_dtype == torch.float16:
         norm = norm.clamp(-HALF_MAX, HALF_MAX)
     return Packed(packing.pack(codes, fmt.bits), norm.to(scale_dtype))
+
+
+def _saturate(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x`` as ``dtype``; values beyond its range become its largest (clamped in a dtype that can hold the limits)."""
+    if x.dtype == dtype:
+        return x
+    limits = torch.finfo(dtype)
+    wide = x if x.dtype in (torch.float32, torch.float64) else x.to(torch.float32)
+    return wide.clamp(limits.min, limits.max).to(dtype)
 
 
 def decode(packed: Packed, fmt: KVFormat, head_dim: int) -> Tensor:
@@ -183,6 +190,7 @@ class Codec:
     ``"hadamard"``, or an orthogonal matrix ``[D, D]`` or ``[Hkv, D, D]``, float), and s is ``scale``, one positive
     factor per KV head (a float or ``[Hkv]``; formats with static scales need it when values pass their range). Both
     are linear, so they are paid on q (:meth:`query`) and on the output (:meth:`output`) and no kernel knows of them.
+    ``side`` ("k" or "v") only names the argument in errors.
     """
 
     def __init__(
@@ -193,20 +201,22 @@ class Codec:
         kv_heads: int | None = None,
         rotation: str | Tensor | None = None,
         scale: float | Tensor = 1.0,
-        argument: str = "rotation",
+        side: str = "",
     ) -> None:
         self.format = get_format(fmt)
         self.head_dim = head_dim
         self.padded, self.group = self.format.layout(head_dim)
         self.matrix: Tensor | None = None
+        prefix = f"{side}_" if side else ""
         self.scale = torch.as_tensor(scale, dtype=torch.float32)
         if self.scale.ndim > 1 or (self.scale.ndim == 1 and self.scale.shape[0] != kv_heads):
-            raise ValueError(f"scale has shape {tuple(self.scale.shape)}; it must be a number or [{kv_heads}]")
+            raise ValueError(f"{prefix}scale has shape {tuple(self.scale.shape)}; it must be a number or [{kv_heads}]")
         if not bool((torch.isfinite(self.scale) & (self.scale > 0)).all()):
-            raise ValueError(f"scale={scale} must be finite and > 0")
+            raise ValueError(f"{prefix}scale={scale} must be finite and > 0")
+        self._unscaled = bool((self.scale == 1.0).all())
         self.rotation = self.format.rotation
         if isinstance(rotation, Tensor):
-            self.matrix, self.rotation = check_orthogonal(rotation, head_dim, kv_heads, argument), "none"
+            self.matrix, self.rotation = check_orthogonal(rotation, head_dim, kv_heads, f"{prefix}rotation"), "none"
         elif rotation == "hadamard":
             self.rotation = "none"
             block = head_dim & -head_dim
@@ -214,17 +224,13 @@ class Codec:
         elif rotation == "none":
             self.rotation = "none"
         elif rotation is not None:
-            raise ValueError(f"{argument}={rotation!r} is not 'none', 'hadamard' or an orthogonal matrix")
+            raise ValueError(f"{prefix}rotation={rotation!r} is not 'none', 'hadamard' or an orthogonal matrix")
         self.override = rotation
 
     @property
     def identity(self) -> bool:
         """True when stored values are the values themselves, but for rounding and padding."""
         return self.matrix is None and self.rotation == "none" and self._unscaled
-
-    @property
-    def _unscaled(self) -> bool:
-        return bool((self.scale == 1.0).all())
 
     def _per_head(self, x: Tensor) -> Tensor:
         """The scale shaped to multiply ``x [B, H, T, D]``, where H may be the query heads."""
@@ -255,9 +261,7 @@ class Codec:
 
     def store_dense(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Heads ``[B, Hkv, T, D]`` in the stored space but unquantised: ``[B, Hkv, T, padded]``, ``dtype``."""
-        limits = torch.finfo(dtype)
-        x = self._turn(self._prepare(x))
-        return x if x.dtype == dtype else x.clamp(limits.min, limits.max).to(dtype)
+        return _saturate(self._turn(self._prepare(x)), dtype)
 
     def _turn(self, x: Tensor) -> Tensor:
         x = torch.nn.functional.pad(x, (0, self.padded - self.head_dim))

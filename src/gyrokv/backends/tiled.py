@@ -21,7 +21,7 @@ name = "torch"
 UNDERSTANDS = frozenset(
     ("causal", "window", "softcap", "alibi", "mask", "block_map", "sinks", "starts", "ring", "unquantised")
 )
-_SCORES = 2**23  # float32 scores held at once, at most (32 MiB), while a tile keeps its least width
+_SCORES = 2**19  # float32 scores held at once (2 MiB, so that they stay in a cache), while a tile keeps its least width
 
 
 def missing() -> list[str]:
@@ -35,9 +35,9 @@ def why_not(spec: AttentionSpec) -> list[str]:
 
 
 def tile(spec: AttentionSpec) -> tuple[int, int]:
-    """All rows by as many keys as keep the scores within 32 MiB, 64 to 1024, a power of two."""
+    """All rows by as many keys as keep the scores within 2 MiB: 64 to 512, a power of two."""
     keys = max(1, _SCORES // (spec.batch * spec.q_heads * spec.q_len))
-    return spec.q_len, min(1024, max(64, 2 ** int(math.log2(keys))))
+    return spec.q_len, min(512, max(64, 2 ** int(math.log2(keys))))
 
 
 def attend(
