@@ -1,0 +1,44 @@
+# Every target sets up what it needs: a Python (>= 3.10) with pip and venv is enough.
+PYTHON ?= python3
+VENV ?= .venv
+OLDEST_TRANSFORMERS = 5.17.0
+WORKERS ?= auto
+BIN = $(VENV)/bin
+
+MODELS = -m models/qwen2-d128 -m models/gemma4-d256-512
+DEMO = --ctx-size 512 --chunks 6
+
+.PHONY: demo test test-oldest test-gpu lint readme clean
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "gyrokv needs Python 3.10 or newer")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]' ruff
+	touch $@
+
+demo: $(VENV)/ready  ## the main job on the bundled models: what each KV format costs, then some text
+	mkdir -p build
+	$(BIN)/gyrokv compare $(MODELS) -f models/heldout.txt $(DEMO) --json build/demo.json --plot build/demo.svg --html build/demo.html
+	$(BIN)/gyrokv generate -m models/qwen2-d128 -ctk q8_0 -ctv turbo4 -n 64 -p 'def read_lines(path):'
+
+test: $(VENV)/ready  ## the whole suite on this machine, without an accelerator
+	$(BIN)/python -m pytest -n $(WORKERS)
+
+test-oldest: $(VENV)/ready  ## the transformers integration on the oldest release supported
+	test -d build/oldest/transformers || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		--target build/oldest transformers==$(OLDEST_TRANSFORMERS)
+	PYTHONPATH=build/oldest $(BIN)/python -m pytest -n $(WORKERS) tests/test_hf_*.py
+
+test-gpu:  ## tests that need an accelerator, with the torch of $(PYTHON); records the counts
+	PYTHONPATH=src $(PYTHON) benchmarks/record_tests.py --out benchmarks/results/gpu_tests.json -- -m gpu
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python benchmarks/readme.py --check
+
+readme: $(VENV)/ready  ## write the generated tables of README.md anew
+	$(BIN)/python benchmarks/readme.py
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .hypothesis .ruff_cache

@@ -1,0 +1,119 @@
+"""The generated parts of README.md: the support table (from the code) and the measured numbers (from results/).
+
+``python benchmarks/readme.py`` writes them between their markers; ``--check`` exits 1 if they are out of date.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from gyrokv import FORMATS, AttentionSpec
+from gyrokv.dispatch import AUTO, BACKENDS, reasons
+from gyrokv.errors import FormatError
+from gyrokv.spec import HEAD_DIMS, UNEQUAL_HEAD_DIMS, features
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULT = Path(__file__).parent / "results" / "demo.json"
+EXAMPLES = {
+    "causal": {"causal": True}, "window": {"window": 7}, "softcap": {"softcap": 30.0},
+    "mask": {"mask": "bool"}, "alibi": {"alibi": 8.0, "mask": "additive"},
+    "block_map": {"block_map": True, "mask": "bool"}, "sinks": {"sinks": True}, "starts": {"starts": True},
+    "ring": {"ring": True, "window": 7}, "unquantised": {"unquantised": True},
+}  # fmt: skip
+MEANING = {
+    "causal": "causal, bottom right",
+    "window": "sliding window",
+    "softcap": "softcap",
+    "mask": "boolean and additive masks, rank 2 or 4",
+    "alibi": "ALiBi",
+    "block_map": "block maps",
+    "sinks": "learned sinks",
+    "starts": "ragged batches (left padding)",
+    "ring": "ring buffers",
+    "unquantised": "dense first and recent tokens",
+}
+
+
+def formats_table() -> str:
+    """One line per format: what it stores, and the head sizes that it cannot hold."""
+    lines = ["| format | bits | bytes per 128 values | rotation | head sizes |", "|---|---|---|---|---|"]
+    for fmt in FORMATS.values():
+        refused = []
+        for dim in HEAD_DIMS:
+            try:
+                fmt.layout(dim)
+            except FormatError:
+                refused.append(str(dim))
+        dims = "all" if not refused else f"all but {', '.join(refused)}"
+        lines.append(f"| `{fmt}` | {fmt.bits} | {fmt.bytes_per_head(128)} | {fmt.rotation} | {dims} |")
+    return "\n".join(lines)
+
+
+def features_table() -> str:
+    """One line per feature, one column per backend; every K format with every V format is one more line."""
+    names = [*AUTO, *(n for n in BACKENDS if n not in AUTO)]
+    lines = [f"| | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
+    base = AttentionSpec("q8_0", "turbo4", 128, 128, q_heads=8, kv_heads=2, q_len=4, kv_len=64)
+
+    def row(label: str, specs: list[AttentionSpec]) -> str:
+        cells = []
+        for name in names:
+            why = [r for spec in specs for r in BACKENDS[name].why_not(spec) if r] + [
+                r for spec in specs for r in sorted(spec.uses() - BACKENDS[name].UNDERSTANDS)
+            ]
+            cells.append("yes" if not why else f"no: {why[0]}")
+        return f"| {label} | {' | '.join(cells)} |"
+
+    pairs = [replace(base, k_format=k, v_format=v) for k in FORMATS.values() for v in FORMATS.values()]
+    lines.append(row(f"all {len(pairs)} pairs of K and V formats", pairs))
+    dims = [(d, d) for d in HEAD_DIMS] + list(UNEQUAL_HEAD_DIMS)
+    sizes = ", ".join(str(d) for d in HEAD_DIMS) + ", " + ", ".join(f"{k}/{v}" for k, v in UNEQUAL_HEAD_DIMS)
+    lines.append(row(f"head sizes {sizes}", [replace(base, head_dim=k, head_dim_v=v) for k, v in dims]))
+    for feature in features():
+        lines.append(row(MEANING[feature.name], [replace(base, **EXAMPLES[feature.name])]))
+    return "\n".join(lines)
+
+
+def quality_table() -> str:
+    """The demo's measurement, as recorded in results/demo.json."""
+    result = json.loads(RESULT.read_text())
+    return quality_lines(result)
+
+
+def quality_lines(result: dict) -> str:
+    raise NotImplementedError
+
+
+SECTIONS = {"formats": formats_table, "support": features_table, "quality": quality_table}
+
+
+def render(text: str) -> str:
+    """``text`` with every section between ``<!-- begin NAME -->`` and ``<!-- end NAME -->`` written anew."""
+    for name, make in SECTIONS.items():
+        begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+        if begin not in text or end not in text:
+            raise ValueError(f"README.md lacks the markers {begin} and {end}")
+        head, rest = text.split(begin)
+        text = f"{head}{begin}\n{make()}\n{end}{rest.split(end)[1]}"
+    return text
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if README.md is out of date")
+    check = parser.parse_args().check
+    readme = ROOT / "README.md"
+    old = readme.read_text()
+    new = render(old)
+    if check:
+        return int(old != new)
+    readme.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
