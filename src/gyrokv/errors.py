@@ -25,3 +25,7 @@ class Unsupported(GyroKVError, NotImplementedError):
 
 class FallbackError(GyroKVError, RuntimeError):
     """In strict mode: something outside gyrokv asked for the dense values of a packed cache."""
+
+
+class EvaluationError(GyroKVError, ValueError):
+    """A measurement that would mean nothing: too little text, NaN, a cache that was not read, nothing quantised."""
