@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from gyrokv import FORMATS, AttentionSpec
-from gyrokv.dispatch import AUTO, BACKENDS, reasons
+from gyrokv.dispatch import AUTO, BACKENDS
 from gyrokv.errors import FormatError
 from gyrokv.spec import HEAD_DIMS, UNEQUAL_HEAD_DIMS, features
 
@@ -80,12 +80,37 @@ def features_table() -> str:
 
 def quality_table() -> str:
     """The demo's measurement, as recorded in results/demo.json."""
-    result = json.loads(RESULT.read_text())
-    return quality_lines(result)
-
-
-def quality_lines(result: dict) -> str:
-    raise NotImplementedError
+    record = json.loads(RESULT.read_text())
+    machine = record["environment"]
+    parts = []
+    for entry in record["models"]:
+        model, settings, rows = entry["model"], entry["settings"], entry["rows"]
+        parts += [
+            f"**{Path(model['path']).name}** ({model['parameters'] / 1e6:.1f} M parameters, {model['dtype']}); "
+            f"{settings['windows']} windows of {settings['window']} tokens, {rows[0]['estimate']['scored_tokens']} scored:",
+            "",
+            "| K / V | bytes per token | smaller | PPL | ΔPPL | ΔNLL ± s.e. | KL mean | KL p99 | top-1 |",
+            "|---|---|---|---|---|---|---|---|---|",
+        ]
+        for i, row in enumerate(rows):
+            estimate = row["estimate"]
+            cells = [f"`{row['label']}`", f"{estimate['bytes_per_token']:,.0f}", f"{row['ratio']:.2f}x"]
+            cells.append(f"{estimate['ppl']:.4f}")
+            if i:
+                cells.append(f"{row['delta_ppl_percent']:+.3f} %")
+                cells.append(f"{row['delta_nll']:+.5f} ± {row['delta_nll_se']:.5f}")
+                cells += [f"{row['kl_mean']:.2e}", f"{row['kl_p99']:.2e}", f"{100 * row['top1']:.2f} %"]
+            else:
+                cells += ["–"] * 5
+            parts.append(f"| {' | '.join(cells)} |")
+        parts.append("")
+    versions = ", ".join(f"{name} {machine['packages'][name]}" for name in ("torch", "transformers"))
+    seconds = sum(entry["seconds"] for entry in record["models"])
+    parts.append(
+        f"Measured {record['when'][:10]} on {machine['cpu']} ({machine['threads']} threads), {versions}, commit "
+        f"`{machine['commit'][:10]}`, {seconds:.0f} s in all, with `{record['command']}`."
+    )
+    return "\n".join(parts)
 
 
 SECTIONS = {"formats": formats_table, "support": features_table, "quality": quality_table}

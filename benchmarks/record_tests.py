@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 from datetime import datetime, timezone
 from pathlib import Path
 
 import pytest
 
-from gyrokv.env import machine
+from gyrokv.env import environment
 
 OUTCOMES = ("passed", "failed", "skipped", "error")
 
@@ -32,27 +30,19 @@ class Counts:
                 self.failures.append(report.nodeid)
 
 
-def commit() -> str:
-    """The commit that is checked out, with ``+`` when files differ; GYROKV_COMMIT where there is no git."""
-    if "GYROKV_COMMIT" in os.environ:
-        return os.environ["GYROKV_COMMIT"]
-    git = ["git", "-C", str(Path(__file__).parent)]
-    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-    dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout.strip()
-    return head + ("+" if dirty else "")
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--commit", help="commit of a tree that is no git checkout")
     parser.add_argument("pytest", nargs="*", help="arguments for pytest")
     options = parser.parse_args()
     counts = Counts()
     status = pytest.main(options.pytest, plugins=[counts])
+    machine = environment()
+    machine["commit"] = machine["commit"] or options.commit
     result = {
-        "commit": commit(),
         "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "machine": machine(),
+        "environment": machine,
         "command": "pytest " + " ".join(options.pytest),
         "exit": int(status),
         **counts.counts,
