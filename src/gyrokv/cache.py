@@ -105,14 +105,15 @@ def new_layer(config: CacheConfig, index: int, layers: int, shape: LayerShape, *
     )
 
 
-def report(layers: Iterable[LayerCache | None], title: str) -> str:
-    """A table of ``layers`` (None: holds nothing yet): formats, sizes, tokens and bytes, summed from tensors."""
+def report(layers: Iterable[LayerCache | str | None], title: str) -> str:
+    """A table of ``layers`` (None: holds nothing yet; a string: what it is instead): formats, sizes, tokens and bytes,
+    summed from tensors."""
     head = f"{'layer':>5}  {'kind':<14} {'heads':<9} {'k / v':<23} {'dense':<9} {'tokens':>7} {'bytes':>12}"
     lines = [f"cache: {title}", head]
     total = 0
     for i, layer in enumerate(layers):
-        if layer is None:
-            lines.append(f"{i:>5}  (nothing stored yet)")
+        if not isinstance(layer, LayerCache):
+            lines.append(f"{i:>5}  ({layer or 'nothing stored yet'})")
             continue
         total += layer.nbytes
         dims = sorted({layer.k_codec.head_dim, layer.v_codec.head_dim}, reverse=True)

@@ -77,9 +77,10 @@ def attend(
     """Attention of q ``[B, Hq, Tq, Dk]`` over a cached layer; q are the last Tq positions that it holds.
 
     Any K format with any V format. ``causal``: bottom right. ``window``: positions seen back, itself included; it
-    may not exceed the layer's own. ``scale``: default 1/sqrt(Dk). ``softcap``: c * tanh(s / c), 0 for none. ``mask``:
-    bool (True = attend) or additive, broadcastable to ``[B, Hq, Tq, Tkv]``, rank 2 = ``[Tq, Tkv]``, where Tkv counts
-    the keys held, oldest first. ``alibi``: ALiBi's max_bias, multiplies an additive mask by each head's slope.
+    may not exceed the layer's own (None with ``causal=False`` and a mask: the mask alone says what is seen). ``scale``:
+    default 1/sqrt(Dk). ``softcap``: c * tanh(s / c), 0 for none. ``mask``: bool (True = attend) or additive,
+    broadcastable to ``[B, Hq, Tq, Tkv]``, rank 2 = ``[Tq, Tkv]``, where Tkv counts the keys held, oldest first.
+    ``alibi``: ALiBi's max_bias, multiplies an additive mask by each head's slope.
     ``sinks [Hq]``: learned sink logits. ``block_map``: see :class:`gyrokv.masks.BlockMap`. ``backend``: a name, or
     ``"auto"``. Returns out ``[B, Hq, Tq, Dv]`` in q's dtype, and with ``return_lse`` the log-sum-exp ``[B, Hq, Tq]``
     (float32, natural). Without keys out is 0. Raises ValueError and TypeError naming the argument, CapacityError when
@@ -91,14 +92,27 @@ def attend(
         q, view, causal=causal, window=window, scale=scale, softcap=softcap, mask=mask, alibi=alibi, sinks=sinks,
         block_map=block_map,
     )  # fmt: skip
-    runner = choose(spec, backend)
+    out, lse = run(choose(spec, backend), q, view, spec, mask=mask, sinks=sinks, block_map=block_map)
+    return (out, lse) if return_lse else out
+
+
+def run(
+    runner: ModuleType,
+    q: Tensor,
+    view: KVView,
+    spec: AttentionSpec,
+    *,
+    mask: Tensor | None = None,
+    sinks: Tensor | None = None,
+    block_map: BlockMap | None = None,
+) -> tuple[Tensor, Tensor]:
+    """What :func:`attend` does once ``spec`` is described and ``runner`` is chosen for it: (out, lse)."""
     if block_map is not None:
         block_map.check(mask, runner.tile(spec))
     if mask is not None:
         mask = check_mask(mask, (spec.batch, spec.q_heads, spec.q_len, spec.kv_len), q.device)
     out, lse = runner.attend(view.k_codec.query(q), view, spec, mask, block_map, sinks)
-    out = view.v_codec.output(out).to(q.dtype)
-    return (out, lse) if return_lse else out
+    return view.v_codec.output(out).to(q.dtype), lse
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor | tuple[Tensor, Tensor]:
@@ -138,6 +152,8 @@ def _check_history(spec: AttentionSpec, view: KVView) -> None:
     """Raise unless the view still holds every key that its queries may look back on."""
     if view.window is None:
         return
+    if spec.mask is not None and not spec.causal and spec.window is None:
+        return  # the mask alone says which of the keys held are seen
     if spec.window is None or spec.window > view.window:
         raise ValueError(f"window={spec.window}, but this layer keeps a sliding window of {view.window}")
     needed = max(0, view.length - spec.q_len - spec.window + 1)

@@ -110,7 +110,8 @@ class LayerCache:
         check: bool = True,
     ) -> None:
         check_positive(batch=batch, kv_heads=kv_heads)
-        check_head_dims(k_codec.head_dim, v_codec.head_dim)
+        for codec in (k_codec, v_codec):  # any pair can be stored; attending checks the pair
+            check_head_dims(codec.head_dim, codec.head_dim)
         for name, value in (("sinks", sinks), ("recent", recent), ("capacity", capacity)):
             if value < 0:
                 raise ValueError(f"{name}={value} must be at least 0")

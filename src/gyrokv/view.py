@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -111,6 +111,20 @@ class KVView:
         """Raise GyroKVError if the layer was written to after this view was taken: its rows may be other tokens'."""
         if self.owner is not None and self.owner.version != self.version:
             raise GyroKVError("this view is out of date: its layer was changed after the view was taken; take a new one")
+
+    def since(self, first: int) -> KVView:
+        """The same keys without those before position ``first``."""
+        if first <= self.first:
+            return self
+        kept = tuple(replace(s, first=max(s.first, first)) for s in self.segments if s.stop > first)
+        return replace(self, segments=kept, first=min(first, self.length))
+
+    def to(self, device: torch.device | str) -> KVView:
+        """A copy of the rows on ``device``, independent of the layer from now on."""
+        self.check_current()
+        rows = (replace(s, k=s.k.map(lambda t: t.to(device)), v=s.v.map(lambda t: t.to(device))) for s in self.segments)
+        starts = None if self.starts is None else self.starts.to(device)
+        return replace(self, segments=tuple(rows), starts=starts, owner=None)
 
     def decode(self, side: str) -> Tensor:
         """All keys (``side="k"``) or values (``"v"``), oldest first, as stored: float32 ``[B, Hkv, Tkv, padded]``."""
