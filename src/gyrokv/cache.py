@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .config import CacheConfig, LayerShape
 from .dispatch import append, attend
+from .errors import CacheFileError
 from .files import load_layers, save_layers
 from .layer import LayerCache
 from .view import KVView
@@ -91,6 +92,8 @@ class KVCache:
     def load(cls, path: str | os.PathLike, device: torch.device | str = "cpu") -> KVCache:
         """Read a cache that :meth:`save` wrote. Raises CacheFileError for anything else."""
         layers, note = load_layers(path, device)
+        if "config" not in note or not all(layers):
+            raise CacheFileError(f"{path} holds layers of another kind of cache; load it with what saved it")
         cache = cls.__new__(cls)
         cache.config, cache.layers = CacheConfig.parse(note["config"]), layers
         return cache

@@ -107,11 +107,17 @@ def run(
     block_map: BlockMap | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What :func:`attend` does once ``spec`` is described and ``runner`` is chosen for it: (out, lse)."""
-    if block_map is not None:
-        block_map.check(mask, runner.tile(spec))
+    full = None
     if mask is not None:
-        mask = check_mask(mask, (spec.batch, spec.q_heads, spec.q_len, spec.kv_len), q.device)
-    out, lse = runner.attend(view.k_codec.query(q), view, spec, mask, block_map, sinks)
+        full = check_mask(mask, (spec.batch, spec.q_heads, spec.q_len, spec.kv_len), q.device)
+    if block_map is not None:
+        if mask.shape[-2:] != (spec.q_len, spec.kv_len):
+            raise ValueError(
+                f"mask has shape {tuple(mask.shape)}; with a block_map its last axes must be "
+                f"[q_len, kv_len] = {[spec.q_len, spec.kv_len]}"
+            )
+        block_map.check(mask, runner.tile(spec))
+    out, lse = runner.attend(view.k_codec.query(q), view, spec, full, block_map, sinks)
     return view.v_codec.output(out).to(q.dtype), lse
 
 

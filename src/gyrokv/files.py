@@ -57,7 +57,8 @@ def save_layers(path: str | os.PathLike, layers: Sequence[LayerCache | None], no
                 "dtype": str(layer.dtype).removeprefix("torch."),
             }  # fmt: skip
         )
-    header = {"layout": _LAYOUT, "layers": described, "digests": digests, "checksum": _checksum(tensors), "note": note or {}}
+    header = {"layout": _LAYOUT, "layers": described, "digests": digests, "note": note or {}}
+    header["checksum"] = _checksum(tensors, header)
     path = Path(path)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".")
     os.close(handle)
@@ -92,9 +93,10 @@ def load_layers(
         header = json.loads(metadata["gyrokv"])
         if header["layout"] != _LAYOUT:
             raise CacheFileError(f"{path} has file layout {header['layout']}; this version reads {_LAYOUT}")
+        checksum = header.pop("checksum")
+        if _checksum(tensors, header) != checksum:
+            raise CacheFileError(f"{path} is damaged: its contents do not match the checksum it was saved with")
         _check_digests(path, header["digests"])
-        if _checksum(tensors) != header["checksum"]:
-            raise CacheFileError(f"{path} is damaged: its tensors do not match the checksum it was saved with")
         layers: list[LayerCache | None] = []
         for i, described in enumerate(header["layers"]):
             own = {name.removeprefix(f"{i}."): t for name, t in tensors.items() if name.startswith(f"{i}.")}
@@ -131,8 +133,9 @@ def _check_digests(path: Path, digests: dict[str, str]) -> None:
             )
 
 
-def _checksum(tensors: dict[str, Tensor]) -> str:
-    total = hashlib.sha256()
+def _checksum(tensors: dict[str, Tensor], header: dict) -> str:
+    """SHA-256 of what a file says (``header``, without this checksum) and of every tensor."""
+    total = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for name in sorted(tensors):
         t = tensors[name].contiguous()
         total.update(f"{name} {t.dtype} {tuple(t.shape)}\n".encode())

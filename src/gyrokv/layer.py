@@ -84,6 +84,11 @@ def ring_capacity(window: int) -> int:
     return -(-(window + 32) // 64) * 64
 
 
+def _numbered(device: torch.device | str) -> torch.device:
+    """``device`` as tensors on it name it: ``cuda`` is ``cuda:0`` there, and the two do not compare equal."""
+    return torch.empty(0, device=device).device
+
+
 class LayerCache:
     """K and V of one layer: ``append``, ``view``, ``truncate``, ``select``; ``length`` tokens have been seen.
 
@@ -118,7 +123,7 @@ class LayerCache:
         if window is not None:
             check_positive(window=window)
         self.k_codec, self.v_codec = k_codec, v_codec
-        self.batch, self.kv_heads, self.dtype, self.device = batch, kv_heads, dtype, torch.device(device)
+        self.batch, self.kv_heads, self.dtype, self.device = batch, kv_heads, dtype, _numbered(device)
         self.window, self.grow, self.check = window, grow, check
         self.sinks = 0 if window is not None else sinks
         self.recent = recent
@@ -305,7 +310,7 @@ class LayerCache:
     def to(self, device: torch.device | str) -> None:
         """Move all rows to ``device``."""
         self._map(lambda t: t.to(device))
-        self.device = torch.device(device)
+        self.device = _numbered(device)
 
     def reset(self) -> None:
         """Forget all tokens; allocated slots stay."""

@@ -85,11 +85,11 @@ def encode(x: Tensor, fmt: KVFormat, rotation: str) -> Packed:
     codes = packing.to_sign_magnitude(index, fmt.bits) if fmt.coding == "sign_magnitude" else index
     if fmt.corrected:
         levels = fmt.level_values.to(x.device)[index.long()].unflatten(-1, (norm.shape[-1], -1))
-        length = _sum_in_order(levels * levels).sqrt()
+        length = _root(_sum_in_order(levels * levels))
         norm = torch.where(length > _TINY, norm / length, norm)
     scale_dtype = getattr(torch, fmt.scale_dtype)
     if scale_dtype == torch.float16:
-        norm = norm.clamp(-HALF_MAX, HALF_MAX)
+        norm = norm.nan_to_num(nan=HALF_MAX).clamp(-HALF_MAX, HALF_MAX)  # NaN: float32 overflowed in the rotation
     return Packed(packing.pack(codes, fmt.bits), norm.to(scale_dtype))
 
 
@@ -141,11 +141,16 @@ def _sum_in_order(x: Tensor) -> Tensor:
     return total
 
 
+def _root(x: Tensor) -> Tensor:
+    """Square root of float32, correctly rounded where there is float64: torch's own can be off in the last bit."""
+    return x.sqrt() if x.device.type == "mps" else x.double().sqrt().float()
+
+
 def _normalise(x: Tensor, fmt: KVFormat, rotation: str, group: int) -> tuple[Tensor, Tensor]:
     """``(values to compare with the boundaries [..., padded], norm [..., S])`` by the row's scale rule."""
     if fmt.scale == "l2":
         groups = x.unflatten(-1, (-1, group))
-        norm = _sum_in_order(groups * groups).sqrt()
+        norm = _root(_sum_in_order(groups * groups))
         inverse = torch.where(norm > _TINY, 1.0 / norm, 0.0)
         return rotate((groups * inverse.unsqueeze(-1)).flatten(-2), rotation, group, fmt.unit), norm
     y = rotate(x, rotation, group)
@@ -153,11 +158,11 @@ def _normalise(x: Tensor, fmt: KVFormat, rotation: str, group: int) -> tuple[Ten
     if fmt.scale == "rms":
         size = spans.shape[-1]
         if size == group:
-            norm = _sum_in_order(spans * spans).sqrt()
+            norm = _root(_sum_in_order(spans * spans))
             root = float(torch.tensor(math.sqrt(size), dtype=torch.float32))
             z = spans * (1.0 / norm).unsqueeze(-1) * root
         else:
-            norm = (_sum_in_order(spans * spans) / size).sqrt()
+            norm = _root(_sum_in_order(spans * spans) / size)
             z = spans / norm.unsqueeze(-1) * fmt.scale_factor
         return torch.where((norm > _TINY).unsqueeze(-1), z, 0.0).flatten(-2), norm
     extreme = spans.gather(-1, spans.abs().argmax(-1, keepdim=True)).squeeze(-1)
