@@ -6,7 +6,7 @@ WORKERS ?= auto
 BIN = $(VENV)/bin
 
 MODELS = -m models/qwen2-d128 -m models/gemma4-d256-512
-DEMO = --ctx-size 512 --chunks 6
+DEMO = --ctx-size 512 --chunks 16 --decode 8
 
 .PHONY: demo test test-oldest test-gpu lint readme clean
 
@@ -19,7 +19,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 demo: $(VENV)/ready  ## the main job on the bundled models: what each KV format costs, then some text
 	mkdir -p build
 	$(BIN)/gyrokv compare $(MODELS) -f models/heldout.txt $(DEMO) --json build/demo.json --plot build/demo.svg --html build/demo.html
-	$(BIN)/gyrokv generate -m models/qwen2-d128 -ctk q8_0 -ctv turbo4 -n 64 -p 'def read_lines(path):'
+	$(BIN)/gyrokv generate -m models/qwen2-d128 -ctk q8_0 -ctv turbo4 -n 64 --temp 0.6 -p 'def read_lines(path):'
 
 test: $(VENV)/ready  ## the whole suite on this machine, without an accelerator
 	$(BIN)/python -m pytest -n $(WORKERS)
