@@ -25,7 +25,7 @@ test: $(VENV)/ready  ## the whole suite on this machine, without an accelerator
 	$(BIN)/python -m pytest -n $(WORKERS)
 
 test-oldest: $(VENV)/ready  ## the transformers integration on the oldest release supported
-	test -d build/oldest/transformers || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	test -d build/oldest/transformers || $(BIN)/python -m pip install --quiet --disable-pip-version-check \
 		--target build/oldest transformers==$(OLDEST_TRANSFORMERS)
 	PYTHONPATH=build/oldest $(BIN)/python -m pytest -n $(WORKERS) tests/test_hf_*.py
 

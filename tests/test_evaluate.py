@@ -10,9 +10,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-
-pytest.importorskip("transformers")
-
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import gyrokv.hf

@@ -9,11 +9,8 @@ import warnings
 
 import pytest
 import torch
-
-pytest.importorskip("transformers")
-
-from hf_models import FAMILIES, SLIDING, VOCAB, family, make, prompts  # noqa: E402
-from transformers import (  # noqa: E402
+from hf_models import FAMILIES, SLIDING, VOCAB, family, make, prompts
+from transformers import (
     AutoModelForImageTextToText,
     BertConfig,
     BertModel,
@@ -24,10 +21,10 @@ from transformers import (  # noqa: E402
     T5ForConditionalGeneration,
 )
 
-import gyrokv  # noqa: E402
-import gyrokv.hf as hf  # noqa: E402
-from gyrokv.hf.attention import attention  # noqa: E402
-from gyrokv.hf.requirements import check  # noqa: E402
+import gyrokv
+import gyrokv.hf as hf
+from gyrokv.hf.attention import attention
+from gyrokv.hf.requirements import check
 
 CONFIG = "k=q8_0,v=turbo4"
 

@@ -6,14 +6,11 @@ import copy
 
 import pytest
 import torch
+from hf_models import _BASE, FAMILIES, LATENT, SLIDING, WINDOW, family, make, prompts
+from transformers import Lfm2Config, LlamaConfig, T5Config
 
-pytest.importorskip("transformers")
-
-from hf_models import _BASE, FAMILIES, LATENT, SLIDING, WINDOW, family, make, prompts  # noqa: E402
-from transformers import Lfm2Config, LlamaConfig, T5Config  # noqa: E402
-
-import gyrokv  # noqa: E402
-import gyrokv.hf as hf  # noqa: E402
+import gyrokv
+import gyrokv.hf as hf
 
 CONFIG = "k=q8_0,v=turbo4"
 

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-
-pytest.importorskip("transformers")
-
-from hf_models import FAMILIES, WINDOW, family  # noqa: E402
-from transformers import DynamicCache  # noqa: E402
-from transformers.masking_utils import (  # noqa: E402
+from hf_models import FAMILIES, WINDOW, family
+from transformers import DynamicCache
+from transformers.masking_utils import (
     causal_mask_function,
     chunked_causal_mask_function,
     create_bidirectional_mask,
@@ -19,11 +16,11 @@ from transformers.masking_utils import (  # noqa: E402
     sliding_window_causal_mask_function,
 )
 
-import gyrokv  # noqa: E402
-import gyrokv.hf as hf  # noqa: E402
-from gyrokv.hf.attention import attention  # noqa: E402
-from gyrokv.hf.handles import LayerLog  # noqa: E402
-from gyrokv.hf.mask import mask  # noqa: E402
+import gyrokv
+import gyrokv.hf as hf
+from gyrokv.hf.attention import attention
+from gyrokv.hf.handles import LayerLog
+from gyrokv.hf.mask import mask
 
 Q, PAST = 9, 30
 

@@ -33,7 +33,6 @@ def test_readme_python_runs(code, tmp_path, monkeypatch, capsys):
 
 def test_readme_commands_exist():
     """README would name a target or a command that is not there, or an option that it does not take."""
-    pytest.importorskip("typer")
     import typer.main
 
     from gyrokv.cli.app import app
