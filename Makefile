@@ -6,7 +6,7 @@ WORKERS ?= auto
 BIN = $(VENV)/bin
 
 MODELS = -m models/qwen2-d128 -m models/gemma4-d256-512
-DEMO = --ctx-size 512 --chunks 16 --decode 8
+DEMO = --ctx-size 512 --chunks 24 --decode 8
 
 .PHONY: demo test test-oldest test-gpu lint readme clean
 

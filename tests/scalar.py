@@ -151,15 +151,27 @@ def q4_0(values):
     return codes, scales
 
 
+def absmax_table(values, levels, tie_up: bool, group: int):
+    """A table scaled by the largest magnitude of each group, not rotated: z = x * (1 / d), d = max|x| / top level."""
+    codes, scales = [], []
+    for x in split(values, group):
+        d = F(max(abs(v) for v in x) / levels[-1])
+        inverse = F(F(1) / d) if d > 0 else F(0)
+        inverse = inverse if np.isfinite(inverse) else F(0)
+        codes += [count_below(F(v * inverse), midpoints(levels), tie_up) for v in x]
+        scales.append(half(d))
+    return codes, scales
+
+
 def grid(fmt) -> list[np.float32]:
-    """The float32 values of one of our own tables: integer times step, rounded once."""
+    """The float32 values of one of our own tables: level times step, rounded once."""
     step = float(F(fmt.step))
     return [F(float(level) * step) for level in fmt.levels]
 
 
 def block_of(head_dim: int, sizes: tuple[int, ...]) -> tuple[int, int]:
-    """(padded head, block): padded to a multiple of 32, in the largest block that divides it."""
-    padded = -(-head_dim // 32) * 32
+    """(padded head, block): padded to a multiple of the smallest block, in the largest that divides it."""
+    padded = -(-head_dim // min(sizes)) * min(sizes)
     return padded, max(s for s in sizes if padded % s == 0)
 
 
@@ -177,12 +189,15 @@ def encode(fmt, values: list[np.float32]) -> tuple[list[int], list]:
         if name in BOOK["levels"]:
             values = padded_to(values, next(s for s in (64, 128, 256, 512) if s >= dim))
             return tq_published(values, [F(v) for v in BOOK["levels"][name]])
-        if name.startswith("turbo"):
-            padded, block = block_of(dim, (128, 64, 32))
-            levels = grid(fmt)
-            return turbo(padded_to(values, padded), levels, midpoints(levels), block)
-        padded, block = block_of(dim, (512, 256, 128, 64, 32))
-        return tq_ours(padded_to(values, padded), grid(fmt), block)
+        # rows that are not published: the description is their columns
+        padded, block = block_of(dim, fmt.groups)
+        values, levels = padded_to(values, padded), grid(fmt)
+        if (fmt.scale, fmt.rotation) == ("l2", "turbo"):
+            return turbo(values, levels, midpoints(levels), block)
+        if (fmt.scale, fmt.rotation) == ("rms", "mlx"):
+            return tq_ours(values, levels, block)
+        assert (fmt.scale, fmt.rotation) == ("absmax", "none"), f"describe {fmt} here: {fmt.scale} with {fmt.rotation}"
+        return absmax_table(values, levels, fmt.ties == "up", block)
 
 
 def decode(fmt, codes: list[int], scales: list, head_dim: int) -> list[np.float32]:

@@ -169,7 +169,7 @@ def test_branches_are_seen():
 
 # 4-bit NormalFloat (Dettmers et al. 2023): asymmetric levels, scaled by the largest magnitude
 NF4 = KVFormat(
-    "nf4", "codebook", 4, 0.0102, coding="index", scale="absmax", groups=(64, 32), ties="down",
+    "normal4", "codebook", 4, 0.0102, coding="index", scale="absmax", groups=(64, 32), ties="down",
     levels=(
         -1.0, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.09105004, 0.0, 0.0795803, 0.1609302,
         0.24611230, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0,
@@ -190,14 +190,14 @@ def test_a_row_is_enough_to_store_and_attend():
     out = attend(q, layer.append(k, v))
     want = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     assert float((out - want).norm() / want.norm()) < 0.25
-    with pytest.raises(FormatError, match="unknown format 'nf4'"):
-        Codec("nf4", 64)
+    with pytest.raises(FormatError, match="unknown format 'normal4'"):
+        Codec("normal4", 64)
 
 
 def test_a_row_in_the_table_is_configured_saved_and_tested(monkeypatch, tmp_path):
     """In the table it has a name: configurations, files and the cases of this suite pick it up."""
     monkeypatch.setattr(gyrokv.formats, "FORMATS", {**FORMATS, NF4.name: NF4})
-    cache = KVCache("k=nf4,v=turbo4,recent=4", [LayerShape(2, 64)])
+    cache = KVCache("k=normal4,v=turbo4,recent=4", [LayerShape(2, 64)])
     cache.append(0, *torch.randn(2, 1, 2, 30, 64))
     cache.save(tmp_path / "cache")
     loaded = KVCache.load(tmp_path / "cache")
@@ -216,9 +216,9 @@ def test_a_row_reaches_the_tests_of_the_backends():
     code = (
         f"import sys; sys.path.insert(0, {str(TESTS)!r})\n"
         "import gyrokv.formats as formats, test_structure\n"
-        "formats.FORMATS = dict(formats.FORMATS, nf4=test_structure.NF4)\n"
+        "formats.FORMATS = dict(formats.FORMATS, normal4=test_structure.NF4)\n"
         "import test_backends\n"
-        "print(sum('nf4' in str(c) for c in test_backends.CASES))"
+        "print(sum('normal4' in str(c) for c in test_backends.CASES))"
     )
     assert int(run(code)) > 60
 
