@@ -17,7 +17,7 @@ from gyrokv.errors import FormatError
 from gyrokv.spec import HEAD_DIMS, UNEQUAL_HEAD_DIMS, features
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULT = Path(__file__).parent / "results" / "demo.json"
+RESULTS = Path(__file__).parent / "results"
 EXAMPLES = {
     "causal": {"causal": True}, "window": {"window": 7}, "softcap": {"softcap": 30.0},
     "mask": {"mask": "bool"}, "alibi": {"alibi": 8.0, "mask": "additive"},
@@ -80,7 +80,7 @@ def features_table() -> str:
 
 def quality_table() -> str:
     """The demo's measurement, as recorded in results/demo.json."""
-    record = json.loads(RESULT.read_text())
+    record = json.loads((RESULTS / "demo.json").read_text())
     machine = record["environment"]
     parts = []
     for entry in record["models"]:
@@ -113,7 +113,19 @@ def quality_table() -> str:
     return "\n".join(parts)
 
 
-SECTIONS = {"formats": formats_table, "support": features_table, "quality": quality_table}
+def gpu_line() -> str:
+    """The last run of the tests on an accelerator, as recorded in results/gpu_tests.json."""
+    record = json.loads((RESULTS / "gpu_tests.json").read_text())
+    machine = record["environment"]
+    versions = ", ".join(f"{name} {machine['packages'][name]}" for name in ("torch", "transformers"))
+    counts = ", ".join(f"{record[outcome]} {outcome}" for outcome in ("passed", "failed", "skipped"))
+    return (
+        f"The tests that use an accelerator (`make test-gpu`) last ran {record['when'][:10]} on "
+        f"{machine['devices']['cuda']}, {versions}, commit `{machine['commit'][:10]}`: {counts}."
+    )
+
+
+SECTIONS = {"formats": formats_table, "support": features_table, "quality": quality_table, "gpu": gpu_line}
 
 
 def render(text: str) -> str:
