@@ -1,5 +1,7 @@
 """Attention over rotated, quantised KV caches: any K format with any V format, from one memory format."""
 
+from importlib import import_module
+
 from .cache import KVCache
 from .config import CacheConfig, LayerPolicy, LayerShape
 from .dispatch import BACKENDS, append, attend, attention, explain
@@ -13,6 +15,15 @@ from .spec import AttentionSpec
 from .view import KVView
 
 __version__ = "0.1.0"
+
+_LATER = ("evaluate", "hf", "wire")  # submodules that are imported when first asked for
+
+
+def __getattr__(name: str):
+    if name in _LATER:
+        return import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "BACKENDS", "FORMATS", "AttentionSpec", "BlockMap", "CacheConfig", "CacheFileError", "CapacityError", "Codec",

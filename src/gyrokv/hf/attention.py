@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -13,6 +15,19 @@ from .handles import KVHandle
 from .mask import CausalMask
 
 IMPLEMENTATION = "gyrokv"
+
+
+class Asked(NamedTuple):
+    """What a model asks of attention, besides queries, keys and values. See :func:`attention`."""
+
+    mask: Tensor | None
+    scale: float | None
+    is_causal: bool
+    window: int | None
+    softcap: float
+    sinks: Tensor | None
+
+
 # what models pass on to attention although it has no say in it: the mask and the positions are applied already
 _WITHOUT_MEANING = frozenset(
     (
@@ -47,17 +62,16 @@ def attention(
     _refuse(module, kwargs)
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
+    asked = Asked(attention_mask, scaling, is_causal, sliding_window, softcap or 0.0, s_aux)
     if isinstance(key, KVHandle) and isinstance(value, KVHandle) and key.source is value.source:
         if dropout:
             raise ValueError(f"dropout={dropout} over a packed cache is not supported; call model.eval()")
         with torch.no_grad():
-            out = _packed(query, key, attention_mask, scaling, is_causal, sliding_window, softcap, s_aux)
+            out = _packed(query, key, asked)
         if torch.is_grad_enabled() and query.requires_grad:
             out = _NoGradient.apply(query, out)
         return out.transpose(1, 2).contiguous(), None
-    return _dense(
-        module, query, key, value, attention_mask, dropout, scaling, is_causal, sliding_window, softcap, s_aux
-    ), None
+    return _dense(module, query, key, value, dropout, asked), None
 
 
 def _refuse(module: nn.Module, kwargs: dict) -> None:
@@ -79,18 +93,9 @@ def _brief(value) -> str:
     return f"tensor{list(value.shape)}" if isinstance(value, Tensor) else repr(value)
 
 
-def _packed(
-    query: Tensor,
-    key: KVHandle,
-    mask: Tensor | None,
-    scaling: float | None,
-    is_causal: bool,
-    sliding_window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
+def _packed(query: Tensor, key: KVHandle, asked: Asked) -> Tensor:
     """Attention over packed rows: ``[B, Hq, Tq, Dv]``."""
-    view = key.source.on(query.device)
+    view, mask, sinks = key.source.on(query.device), asked.mask, asked.sinks
     if isinstance(mask, CausalMask):
         pattern = mask.pattern
         covered, held = (pattern.kv_first, pattern.kv_first + pattern.kv_len), (view.first, view.length)
@@ -106,43 +111,33 @@ def _packed(
             raise ValueError(f"attention_mask reached attention with {mask.ndim} axes; it must have 4 [B, 1, Tq, Tkv]")
         causal, window = False, None
     else:
-        causal, window = is_causal, (sliding_window or view.window) if is_causal else None
+        causal, window = asked.is_causal, (asked.window or view.window) if asked.is_causal else None
     view.check_current()
-    spec = describe(query, view, causal=causal, window=window, scale=scaling, softcap=softcap or 0.0, mask=mask, sinks=sinks)
+    options = dict(causal=causal, window=window, scale=asked.scale, softcap=asked.softcap)
+    spec = describe(query, view, **options, mask=mask, sinks=sinks)
     backend = choose(spec)
     out, _ = run(backend, query, view, spec, mask=mask, sinks=sinks)
     key.source.log.backends[backend.name] += 1
     return out
 
 
-def _dense(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    dropout: float,
-    scaling: float | None,
-    is_causal: bool,
-    sliding_window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
+def _dense(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, dropout: float, asked: Asked) -> Tensor:
     """Attention over dense keys and values: ``[B, Tq, Hq, Dv]``, differentiable."""
+    mask, is_causal = asked.mask, asked.is_causal
     if isinstance(mask, CausalMask):
         is_causal, mask = True, None if mask.pattern.plain else mask.dense()
-    elif mask is None and sliding_window is not None and key.shape[2] > sliding_window:
-        raise ValueError(f"sliding_window={sliding_window} over {key.shape[2]} dense keys needs an attention_mask")
-    if not softcap and sinks is None:
+    elif mask is None and asked.window is not None and key.shape[2] > asked.window:
+        raise ValueError(f"sliding_window={asked.window} over {key.shape[2]} dense keys needs an attention_mask")
+    if not asked.softcap and asked.sinks is None:
         return sdpa_attention_forward(
-            module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=is_causal
+            module, query, key, value, mask, dropout=dropout, scaling=asked.scale, is_causal=is_causal
         )[0]
     if dropout:
         raise ValueError(f"dropout={dropout} with softcap or sinks is not supported; use attn_implementation='eager'")
     # without a mask, query i sees keys 0 to i, as sdpa takes it; a single query sees them all
     causal = is_causal and mask is None and query.shape[2] > 1
     out, _ = dense_attention(
-        query, key, value, scale=scaling, causal=causal, softcap=softcap or 0.0, mask=mask, sinks=sinks,
+        query, key, value, scale=asked.scale, causal=causal, softcap=asked.softcap, mask=mask, sinks=asked.sinks,
         q_positions=torch.arange(query.shape[2], device=query.device) if causal else None,
         dtype=torch.promote_types(query.dtype, torch.float32),
     )  # fmt: skip
