@@ -109,7 +109,8 @@ def decode(packed: Packed, fmt: KVFormat, head_dim: int) -> Tensor:
     codes = packing.unpack(packed.words, fmt.bits)
     if fmt.kind == "float8":
         return codes.view(fmt.dtype).to(torch.float32)
-    values = code_values(fmt, codes.device)[codes.long()]
+    # index_select by int32 takes half the time of indexing by int64
+    values = code_values(fmt, codes.device).index_select(0, codes.flatten().int()).view(codes.shape)
     norm = packed.scale.to(torch.float32)
     values = (values.unflatten(-1, (norm.shape[-1], -1)) * norm.unsqueeze(-1)).flatten(-2)
     return values / scale_divisor(fmt, head_dim)
