@@ -6,6 +6,8 @@
     k=q4_0,v=q4_0,k_rotation=hadamard        another rotation than the format's own (none, hadamard)
     turbo3; first2: q8_0; last1: v=bf16      later parts override earlier ones on the layers that they select
 
+A sliding layer drops its first tokens, so ``sinks`` does nothing there.
+
 Selectors: ``firstN``, ``lastN`` (attention layers that own a cache, in order), ``layersA-B`` or ``layersA`` (counted
 from 0), ``sliding``, ``full``.
 """

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -60,14 +60,12 @@ def save_layers(path: str | os.PathLike, layers: Sequence[LayerCache | None], no
     header = {"layout": _LAYOUT, "layers": described, "digests": digests, "note": note or {}}
     header["checksum"] = _checksum(tensors, header)
     path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".")
-    os.close(handle)
+    temporary = path.with_name(f"{path.name}.{uuid4().hex}")
     try:
         save_file(tensors, temporary, metadata={"gyrokv": json.dumps(header)})
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load_layers(

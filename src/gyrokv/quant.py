@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -118,10 +119,15 @@ def decode(packed: Packed, fmt: KVFormat, head_dim: int) -> Tensor:
 
 def code_values(fmt: KVFormat, device: torch.device | str = "cpu") -> Tensor:
     """The value of each *stored* code of a row with levels: float32 ``[2 ** bits]``, to be multiplied by the scale."""
+    return _code_values(fmt).to(device)
+
+
+@cache
+def _code_values(fmt: KVFormat) -> Tensor:
     index = torch.arange(2**fmt.bits, dtype=torch.int64)
     if fmt.coding == "sign_magnitude":
         index = packing.from_sign_magnitude(index, fmt.bits)
-    return fmt.level_values[index].to(device)
+    return fmt.level_values[index]
 
 
 def scale_divisor(fmt: KVFormat, head_dim: int) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
@@ -148,11 +149,10 @@ def attach(model: PreTrainedModel, config: CacheConfig | str = DEFAULT, *, stric
     PackedCache(model.config, config, strict=strict)
     detach(model)
     attachment = Attachment(model, config, strict)
-    try:
+    with ExitStack() as undo:
+        undo.callback(attachment.detach)
         attachment._attach()
-    except BaseException:
-        attachment.detach()
-        raise
+        undo.pop_all()
     return attachment
 
 
