@@ -8,23 +8,26 @@ BIN = $(VENV)/bin
 MODELS = -m models/qwen2-d128 -m models/gemma4-d256-512
 DEMO = --ctx-size 512 --chunks 24 --decode 8
 
-.PHONY: demo test test-oldest test-gpu lint readme clean
+.PHONY: build demo test test-oldest test-gpu lint readme clean
 
-$(VENV)/ready: pyproject.toml constraints.txt
+$(VENV)/ready: pyproject.toml constraints.txt hatch_build.py
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "gyrokv needs Python 3.10 or newer")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]' ruff
 	touch $@
 
-demo: $(VENV)/ready  ## the main job on the bundled models: what each KV format costs, then some text
+build: $(VENV)/ready  ## the compiled CPU backend anew, where its sources have changed; without a compiler it stays away
+	$(BIN)/python hatch_build.py --if-needed
+
+demo: build  ## the main job on the bundled models: what each KV format costs, then some text
 	mkdir -p build
 	$(BIN)/gyrokv compare $(MODELS) -f models/heldout.txt $(DEMO) --json build/demo.json --plot build/demo.svg --html build/demo.html
 	$(BIN)/gyrokv generate -m models/qwen2-d128 -ctk q8_0 -ctv turbo4 -n 64 --temp 0.6 -p 'def read_lines(path):'
 
-test: $(VENV)/ready  ## the whole suite on this machine, without an accelerator
+test: build  ## the whole suite on this machine, without an accelerator
 	$(BIN)/python -m pytest -n $(WORKERS)
 
-test-oldest: $(VENV)/ready  ## the transformers integration on the oldest release supported
+test-oldest: build  ## the transformers integration on the oldest release supported
 	test -d build/oldest/transformers || $(BIN)/python -m pip install --quiet --disable-pip-version-check \
 		--target build/oldest transformers==$(OLDEST_TRANSFORMERS)
 	PYTHONPATH=build/oldest $(BIN)/python -m pytest -n $(WORKERS) tests/test_hf_*.py
@@ -41,4 +44,4 @@ readme: $(VENV)/ready  ## write the generated tables of README.md anew
 	$(BIN)/python benchmarks/readme.py
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .hypothesis .ruff_cache
+	rm -rf $(VENV) build dist src/gyrokv/backends/cpu/_core.* .pytest_cache .hypothesis .ruff_cache

@@ -83,7 +83,7 @@ def test_layers_can_differ():
         assert (str(full.k_codec.format), str(full.v_codec.format), full.sinks) == ("turbo3", "bf16", 2)
         assert (sliding.k_codec.head_dim, full.k_codec.head_dim) == (256, 512)
         report = attachment.report()
-    for text in ("sliding 16", "turbo3 / bf16", "fallbacks: none", "torch", "in layer"):
+    for text in ("sliding 16", "turbo3 / bf16", "fallbacks: none", "attended by", "in layer"):
         assert text in report
 
 

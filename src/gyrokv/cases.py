@@ -116,6 +116,7 @@ FEATURES = MappingProxyType(
         "ring": dict(causal=True, window=32, ring=True, sliding=32, kv_len=64, offset=39),
         "first_dense": dict(unquantised=True, first=5),
         "recent_dense": dict(unquantised=True, recent=11, ring=True),
+        "fast": dict(fast=True),
     }
 )
 

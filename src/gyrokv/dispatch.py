@@ -6,14 +6,14 @@ from types import ModuleType
 
 from torch import Tensor
 
-from .backends import reference, tiled
+from .backends import cpu, reference, tiled
 from .errors import CapacityError, Unsupported
 from .layer import LayerCache
 from .masks import BlockMap, check_mask, mask_kind
 from .spec import AttentionSpec
 from .view import KVView
 
-BACKENDS: dict[str, ModuleType] = {module.name: module for module in (tiled, reference)}
+BACKENDS: dict[str, ModuleType] = {module.name: module for module in (cpu, tiled, reference)}
 AUTO = tuple(name for name in BACKENDS if name != "reference")
 
 
@@ -71,6 +71,7 @@ def attend(
     alibi: float = 0.0,
     sinks: Tensor | None = None,
     block_map: BlockMap | None = None,
+    fast: bool = False,
     backend: str = "auto",
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -81,16 +82,17 @@ def attend(
     default 1/sqrt(Dk). ``softcap``: c * tanh(s / c), 0 for none. ``mask``: bool (True = attend) or additive,
     broadcastable to ``[B, Hq, Tq, Tkv]``, rank 2 = ``[Tq, Tkv]``, where Tkv counts the keys held, oldest first.
     ``alibi``: ALiBi's max_bias, multiplies an additive mask by each head's slope.
-    ``sinks [Hq]``: learned sink logits. ``block_map``: see :class:`gyrokv.masks.BlockMap`. ``backend``: a name, or
-    ``"auto"``. Returns out ``[B, Hq, Tq, Dv]`` in q's dtype, and with ``return_lse`` the log-sum-exp ``[B, Hq, Tq]``
-    (float32, natural). Without keys out is 0. Raises ValueError and TypeError naming the argument, CapacityError when
-    a ring has dropped what q looks back on, Unsupported with every backend's reasons.
+    ``sinks [Hq]``: learned sink logits. ``block_map``: see :class:`gyrokv.masks.BlockMap`. ``fast``: q and the
+    weights may be rounded to 8 bits, a relative error of up to 3e-2. ``backend``: a name, or ``"auto"``. Returns out
+    ``[B, Hq, Tq, Dv]`` in q's dtype, and with ``return_lse`` the log-sum-exp ``[B, Hq, Tq]`` (float32, natural).
+    Without keys out is 0. Raises ValueError and TypeError naming the argument, CapacityError when a ring has dropped
+    what q looks back on, Unsupported with every backend's reasons.
     """
     view = kv.view() if isinstance(kv, LayerCache) else kv
     view.check_current()
     spec = describe(
         q, view, causal=causal, window=window, scale=scale, softcap=softcap, mask=mask, alibi=alibi, sinks=sinks,
-        block_map=block_map,
+        block_map=block_map, fast=fast,
     )  # fmt: skip
     out, lse = run(choose(spec, backend), q, view, spec, mask=mask, sinks=sinks, block_map=block_map)
     return (out, lse) if return_lse else out

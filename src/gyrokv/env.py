@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from .backends import cpu
 from .cache import LayerShape, new_layer
 from .config import CacheConfig
 from .dispatch import BACKENDS, append, attend, describe, reasons
@@ -21,7 +22,10 @@ ERROR_LIMIT = 2e-3  # absolute, on outputs of order 1: room for matrix units tha
 
 
 def environment() -> dict:
-    """Versions, operating system, CPU, threads, devices and, in a git checkout of gyrokv, its commit. JSON-serialisable."""
+    """Versions, operating system, CPU, threads, compiled kernels, devices and, in a git checkout of gyrokv, its commit.
+
+    JSON-serialisable.
+    """
     from . import __version__
 
     return {
@@ -32,6 +36,7 @@ def environment() -> dict:
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cpu": cpu_model(),
         "threads": torch.get_num_threads(),
+        "kernels": cpu.describe(),
         "devices": {name: device_name(name) for name in devices()},
     }
 

@@ -48,7 +48,7 @@ class Problem:
     def options(self) -> dict:
         """Arguments for ``attend``, but for the block map."""
         spec = self.case.spec
-        names = ("causal", "window", "scale", "softcap", "alibi")
+        names = ("causal", "window", "scale", "softcap", "alibi", "fast")
         return {name: getattr(spec, name) for name in names} | {"mask": self.mask, "sinks": self.sinks}
 
     def run(self, backend: str = "auto") -> tuple[Tensor, Tensor]:
@@ -61,6 +61,7 @@ class Problem:
     def _attention(self, q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The reference on this problem, or on several copies of it along the batch axis of q, k and v."""
         view, options, copies = self.view, self.options, q.shape[0] // self.q.shape[0]
+        del options["fast"]  # no part of what attention means
         if self.mask is not None and self.mask.ndim == 4 and self.mask.shape[0] > 1:
             options["mask"] = self.mask.repeat(copies, 1, 1, 1)
         return attention(

@@ -19,7 +19,7 @@ from ..view import KVView, rows_of
 
 name = "torch"
 UNDERSTANDS = frozenset(
-    ("causal", "window", "softcap", "alibi", "mask", "block_map", "sinks", "starts", "ring", "unquantised")
+    ("causal", "window", "softcap", "alibi", "mask", "block_map", "sinks", "starts", "ring", "unquantised", "fast")
 )
 _SCORES = 2**19  # float32 scores held at once (2 MiB, so that they stay in a cache), while a tile keeps its least width
 

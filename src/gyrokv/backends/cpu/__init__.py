@@ -1,0 +1,79 @@
+"""Flash attention compiled for the CPU: packed rows are multiplied as integers and never decoded to floats.
+
+``csrc/`` is compiled once per instruction set when gyrokv is installed (``build.py``); the best one that this machine
+runs is chosen when the library is first used (``native.py``).
+
+``BOUND``: q is rounded, per row, and the weights, per row and tile, to the sum of two int8, which is 16 bits relative
+to the largest; so are the levels of tables that are not integers. Products are exact in int32 and summed in float32.
+Each of these errors is below 2**-15 of the largest operand, 3e-5, and the bound leaves room for a softmax over peaked
+scores, which multiplies an error of the scores by their size. ``FAST_BOUND``: with ``fast`` it is a single int8.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...formats import KVFormat
+from ...layer import LayerCache
+from ...masks import BlockMap
+from ...quant import Codec, Packed
+from ...spec import AttentionSpec, features
+from ...view import KVView
+from . import calls
+from .native import describe, forced, level, missing
+
+__all__ = [
+    "BOUND", "FAST_BOUND", "UNDERSTANDS", "append", "attend", "describe", "forced", "level", "missing", "name", "tile",
+    "why_not", "why_not_append",
+]  # fmt: skip
+
+name = "cpu"
+UNDERSTANDS = frozenset(f.name for f in features())
+BOUND = 3e-4
+FAST_BOUND = 3e-2
+_TILE = 64  # tokens and keys that share a state of a block map
+
+
+def why_not(spec: AttentionSpec) -> list[str]:
+    reasons = []
+    if spec.device != "cpu":
+        reasons.append(f"device={spec.device} (it runs on the CPU)")
+    if spec.dtype == torch.float64:
+        reasons.append("dtype=torch.float64 (it computes in float32)")
+    for side, fmt in (("k", spec.k_format), ("v", spec.v_format)):
+        reasons += [f"{side}_format={fmt.name} {reason}" for reason in _why_not_format(fmt)]
+    return reasons
+
+
+def _why_not_format(fmt: KVFormat) -> list[str]:
+    if not fmt.has_levels and fmt.dtype not in calls.ELEMENTS:
+        return [f"(it knows no {fmt.dtype})"]
+    return []
+
+
+def tile(spec: AttentionSpec) -> tuple[int, int]:
+    return min(spec.q_len, _TILE), _TILE
+
+
+def attend(
+    q: Tensor, view: KVView, spec: AttentionSpec, mask: Tensor | None, block_map: BlockMap | None, sinks: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return calls.attend(q, view, spec, mask, block_map, sinks)
+
+
+def why_not_append(layer: LayerCache) -> list[str]:
+    reasons = [] if layer.device.type == "cpu" else [f"device={layer.device} (it runs on the CPU)"]
+    for side, codec in (("k", layer.k_codec), ("v", layer.v_codec)):
+        reasons += [f"{side}_format={codec.format.name} {reason}" for reason in _why_not_format(codec.format)]
+    return reasons
+
+
+def append(layer: LayerCache, k: Tensor, v: Tensor) -> KVView:
+    """:meth:`LayerCache.append`, with rows encoded by the library: the same bytes."""
+    layer._check_input(k, v)
+    return layer.write(_encode(layer.k_codec, k), _encode(layer.v_codec, v), k, v)
+
+
+def _encode(codec: Codec, x: Tensor) -> Packed:
+    return codec.encode(x) if codec.format.is_dense else calls.encode(x, codec)

@@ -1,0 +1,557 @@
+// Flash attention of some query rows of one KV head over a range of positions: decode and prefill are the same loop.
+//
+// Per block of tokens K and V become panels once; every few query rows then take scores, a running softmax and the
+// weighted values from them. q and the weights of quantised rows are multiplied as integers of 16 bits relative to
+// their largest value (as two int8 parts where the CPU has int8 dot products); bfloat16 rows take q and weights as two
+// bfloat16 parts, or one where q is bfloat16 itself; other rows are float32. Online softmax: Milakov and Gimelshein
+// 2018; tiling: FlashAttention (Dao et al. 2022); rescaling only when the maximum has grown by much:
+// FlashAttention-4 (2025). Scores are in units of log 2 until the end.
+#pragma once
+#include <limits>
+
+#include "mma.h"
+
+namespace gyrokv {
+namespace GYROKV_ISA {
+
+constexpr float INFINITE = std::numeric_limits<float>::infinity();
+constexpr float LOG2E = 1.44269504f, LN2 = 0.69314718f;
+constexpr float LOWEST = -65504.0f;  // a mask value up to this means masked
+constexpr float SLACK = 8.0f;        // a new maximum within 2^8 of the old one rescales nothing
+constexpr int MOST_TOKENS = 512;     // per block; products of 16 and 8 bits of so many still fit 32
+constexpr int COLUMNS = 128;         // of the output per product
+
+INLINE int terms_of(Element e, const Attend& call, bool exact) {
+    if (e == INT8) return FACTOR_BYTES == 2 ? 1 : call.terms;
+    return e == BFLOAT && !exact ? 2 : 1;
+}
+INLINE bool bfloat_query(const Attend& call) { return call.q_kind == BF16; }
+INLINE float largest_factor(int terms) { return FACTOR_BYTES == 2 || terms == 2 ? 32512.0f : 127.0f; }
+
+// Integers to where A keeps them: `at` elements (a multiple of LANES) into rows `stride` bytes apart.
+INLINE void store_factors(vi q, char* row, int64_t stride, int64_t at, int terms) {
+    if constexpr (FACTOR_BYTES == 2) {  // of each four: 0, 2 and 1, 3
+        constexpr auto index = [](int i) constexpr { return i / 4 * 4 + (i % 4 == 1 ? 2 : i % 4 == 2 ? 1 : i % 4); };
+        store_words(row + 2 * at, shuffle<index>(q, q));
+    } else if (terms == 1) {
+        store_bytes(row + at, q);
+    } else {
+        vi high = (q + 128) >> 8;
+        store_bytes(row + at, high);
+        store_bytes(row + stride + at, q - (high << 8));
+    }
+}
+INLINE void store_bfloats(vf x, char* row, int64_t stride, int64_t at, int terms) {
+    vu high = to_bfloat(x);
+    store(row + 2 * at, __builtin_convertvector(high >> 16, vec<uint16_t, 2 * LANES>));
+    if (terms == 2) {
+        vu low = to_bfloat(x - (vf)high);
+        store(row + stride + 2 * at, __builtin_convertvector(low >> 16, vec<uint16_t, 2 * LANES>));
+    }
+}
+
+// q of a unit as the operand A of scores with one kind of K.
+struct Query {
+    Element element;
+    int group, groups, terms;
+    float factor;     // of the format, which is in the scale
+    char* a;
+    int64_t stride;   // bytes; a row of q is `terms` rows of A
+    float* scale;     // [rows][groups], with the scale of the scores in it
+    int32_t* sum;     // [rows][groups]: sum of the integers, when panels have an offset
+};
+
+INLINE int64_t query_stride(const Attend& call) { return round_up(call.k_dim, 64) * 4; }
+INLINE int64_t query_bytes(const Attend& call, int rows) {
+    const int64_t groups = round_up(call.k_dim, 32) / 32;
+    return round_up(rows * (2 * query_stride(call) + groups * 8), 64);
+}
+
+inline Query pack_query(const Attend& call, const Unit& unit, const Format& f, char* to) {
+    Query made;
+    made.element = element_of(f);
+    made.group = made.element == INT8 ? f.group : f.dim;
+    made.groups = f.dim / made.group;
+    made.terms = terms_of(made.element, call, bfloat_query(call));
+    made.factor = f.factor;
+    made.a = to;
+    made.stride = query_stride(call);
+    made.scale = (float*)(to + unit.rows * 2 * made.stride);
+    made.sum = (int32_t*)(made.scale + unit.rows * made.groups);
+    const int per_kv = call.q_heads / call.kv_heads;
+    const float base = (call.softcap ? call.scale / call.softcap : call.scale * LOG2E) * f.factor;
+    alignas(64) float q[640] = {};
+    for (int r = 0; r < unit.rows; ++r) {
+        const int row = unit.row_first + r, head = unit.kv_head * per_kv + row % per_kv, token = row / per_kv;
+        const char* from = call.q + unit.batch * call.q_strides[0] + head * call.q_strides[1] + token * call.q_strides[2];
+        for (int i = 0; i < call.k_dim; i += LANES) store(q + i, load_values(call.q_kind, from, i, call.k_dim));
+        char* a = made.a + int64_t(r) * made.terms * made.stride;
+        for (int g = 0; g < made.groups; ++g) {
+            const float* part = q + g * made.group;
+            float scale = 1.0f;
+            const int end = g + 1 == made.groups ? int(round_up(call.k_dim, 64)) - g * made.group : made.group;
+            vi sum = {};
+            if (made.element == INT8) {
+                vf most = {};
+                for (int i = 0; i < made.group; i += LANES) most = max(most, (vf)((vi)load<vf>(part + i) & 0x7fffffff));
+                const float largest = largest_factor(made.terms), size = reduce_max(most);
+                scale = size / largest;
+                const float inverse = size > 1e-30f ? largest / size : 0.0f;
+                for (int i = 0; i < made.group; i += LANES) {
+                    vi x = round_int(load<vf>(part + i) * inverse);
+                    sum += x;
+                    store_factors(x, a, made.stride, g * made.group + i, made.terms);
+                }
+            } else if (made.element == BFLOAT) {
+                for (int i = 0; i < end; i += LANES) store_bfloats(load<vf>(part + i), a, made.stride, i, made.terms);
+            } else {
+                std::memcpy(a, part, end * 4);
+            }
+            made.scale[r * made.groups + g] = scale * base;
+            made.sum[r * made.groups + g] = reduce_add(sum);
+        }
+    }
+    return made;
+}
+
+// A block of tokens, ready to be multiplied.
+struct Block {
+    const Format *k_format, *v_format;
+    Panels k, v;
+    const float *k_scale, *v_scale;  // [scale][tokens]
+    int64_t position;
+    int count, tokens;               // tokens: count padded to whole steps
+};
+
+// What a few rows need while they pass over a block.
+struct Workspace {
+    char* products;   // int32 or float [ROWS_PER_MMA][MOST_TOKENS]
+    float* scores;    // [rows][MOST_TOKENS]; then the softmax weights
+    float* most;      // [rows][LANES]: largest scores
+    char* weights;    // A of the values
+    float* rescale;   // [rows]
+    MatrixUnit unit;
+    Ahead ahead;
+    int pause;        // ticks of `ahead` after each step on a row
+};
+
+constexpr int64_t WEIGHT_STRIDE = MOST_TOKENS * 4 + 64;  // not a power of two, so that rows spread over cache sets
+
+// 256 * high + low in wrapping arithmetic: the sum fits even where its parts' does not.
+INLINE vi joined(const char* c, int64_t row, int64_t at, int64_t stride, int terms) {
+    vi high = load<vi>(c + ((row * terms) * stride + at) * 4);
+    if (terms == 1) return high;
+    return (high << 8) + load<vi>(c + ((row * terms + 1) * stride + at) * 4);
+}
+
+// Scores [rows][MOST_TOKENS] of `rows` query rows from `row` on, for `tokens` tokens (a multiple of LANES), and the
+// largest of each lane.
+inline void score_rows(Workspace& work, const Query& query, const Block& block, int row, int rows, int tokens) {
+    const int terms = query.terms;
+    Product p = {query.element, nullptr, query.stride, rows * terms, nullptr, block.k.panel, tokens / LANES, 0, work.products,
+                 MOST_TOKENS};
+    const char* a = query.a + int64_t(row) * terms * query.stride;
+    if (query.element != INT8) {
+        p.a = a, p.b = block.k.data, p.lines = int(block.k.panel / LINE);
+        multiply(work.unit, p);
+        work.ahead.tick(work.pause);
+        for (int r = 0; r < rows; ++r) {
+            const float scale = query.scale[row + r];
+            vf most = splat(-INFINITE);
+            for (int t = 0; t < tokens; t += LANES) {
+                vf s = load<vf>(work.products + ((int64_t)r * terms * MOST_TOKENS + t) * 4);
+                if (terms == 2) s += load<vf>(work.products + ((int64_t)(r * terms + 1) * MOST_TOKENS + t) * 4);
+                s *= scale;
+                most = max(most, s);
+                store(work.scores + r * MOST_TOKENS + t, s);
+            }
+            store(work.most + r * LANES, most);
+        }
+        return;
+    }
+    p.lines = query.group / 4;
+    for (int g = 0; g < query.groups; ++g)
+        for (int plane = 0; plane < block.k_format->planes; ++plane) {
+            p.a = a + int64_t(g) * query.group * FACTOR_BYTES;
+            p.b = block.k.data + plane * block.k.plane + int64_t(g) * p.lines * LINE;
+            multiply(work.unit, p);
+            work.ahead.tick(work.pause);
+            const float* scales = block.k_scale + int64_t(g) * block.tokens;
+            const bool first = g == 0 && plane == 0;
+            for (int r = 0; r < rows; ++r) {
+                const int64_t at = int64_t(row + r) * query.groups + g;
+                const float scale = query.scale[at] * (plane ? 256.0f : 1.0f);
+                const int32_t offset = ZERO * query.sum[at];
+                float* to = work.scores + r * MOST_TOKENS;
+                vf most = splat(-INFINITE);
+                for (int t = 0; t < tokens; t += LANES) {
+                    vf s = to_float(joined(work.products, r, t, MOST_TOKENS, terms) - offset);
+                    s *= load<vf>(scales + t) * scale;
+                    if (!first) s += load<vf>(to + t);
+                    most = max(most, s);
+                    store(to + t, s);
+                }
+                store(work.most + r * LANES, most);
+            }
+        }
+}
+
+// `count` (up to LANES) mask values of one query from column `at` on.
+INLINE vf load_mask(const Attend& call, const char* row, int64_t at, int count) {
+    const int size = call.mask_type == MASK_BOOL ? 1 : call.mask_type == MASK_F32 ? 4 : 2;
+    const int64_t step = call.mask_strides[3] * size;
+    alignas(64) char buffer[LANES * 4] = {};
+    const char* from = row + at * step;
+    if (step != size || count < LANES) {
+        for (int i = 0; i < count; ++i) std::memcpy(buffer + i * size, from + i * step, size);
+        from = buffer;
+    }
+    if (call.mask_type == MASK_F32) return load<vf>(from);
+    if (call.mask_type == MASK_BF16) return bfloat_to_float(from);
+    if (call.mask_type == MASK_BOOL) {
+        vi seen = __builtin_convertvector(load<vec<uint8_t, LANES>>(from), vi);
+        return seen != 0 ? vf{} : splat(-INFINITE);
+    }
+    alignas(64) float wide[LANES];  // -inf, which the fast conversion does not know
+    vf x = half_to_float(from);
+    store(wide, x);
+    for (int i = 0; i < LANES; ++i) {
+        uint16_t raw;
+        std::memcpy(&raw, from + 2 * i, 2);
+        if ((raw & 0x7fff) == 0x7c00) wide[i] = raw & 0x8000 ? -INFINITE : INFINITE;
+    }
+    return load<vf>(wide);
+}
+
+// Softcap, bias and visibility of one row; tokens first .. stop - 1 are visible by position. Returns the maxima.
+inline vf mask_scores(const Attend& call, float* scores, const char* mask, int64_t column, float slope, int first, int stop) {
+    vf top = splat(-INFINITE), lane;
+    for (int i = 0; i < LANES; ++i) lane[i] = float(i);
+    const float cap = call.softcap * LOG2E;
+    for (int t = first / LANES * LANES; t < stop; t += LANES) {
+        vf s = load<vf>(scores + t);
+        if (call.softcap) s = tanh(s) * cap;
+        if (mask) {
+            vf bias = load_mask(call, mask, column + t, std::min(LANES, stop - t));
+            s = bias <= LOWEST ? splat(-INFINITE) : fma(bias, splat(slope), s);
+        }
+        if (t < first || t + LANES > stop) {
+            vf place = lane + float(t);
+            s = (place < float(first)) | (place >= float(stop)) ? splat(-INFINITE) : s;
+        }
+        store(scores + t, s);
+        top = max(top, s);
+    }
+    return top;
+}
+
+// A row's share of a block: whole vectors that hold its visible tokens, and what they were multiplied with.
+struct Row {
+    int begin, end;
+    float factor;  // of the integers
+    int32_t sum;   // of the integers, when panels have an offset
+    vf most;       // largest weights with V's scale
+};
+
+// Scores of a row to weights exp2(score - top). With one group of V's scales they are multiplied at once.
+template <Element e>
+INLINE void soften(const Block& block, float* scores, float top, int terms, bool one_group, Row& row, float& total) {
+    vf added = {}, most = {};
+    for (int t = row.begin; t < row.end; t += LANES) {
+        vf w = exp2(load<vf>(scores + t) - top);
+        if (e == BFLOAT && terms == 1) w = (vf)to_bfloat(w);
+        added += w;
+        if (e == INT8 && one_group) {
+            w *= load<vf>(block.v_scale + t);
+            most = max(most, (vf)((vi)w & 0x7fffffff));
+        }
+        store(scores + t, w);
+    }
+    row.most = most;
+    total += reduce_add(added);
+}
+
+// Weights of a row as A of the values, for group g of V's scales.
+template <Element e>
+INLINE void pack_weights(const Block& block, const float* weights, int g, bool one_group, int tokens, int terms, char* a, Row& row) {
+    constexpr int bytes = e == INT8 ? FACTOR_BYTES : e == BFLOAT ? 2 : 4;
+    for (int i = 0; i < terms; ++i) {
+        char* to = a + i * WEIGHT_STRIDE;
+        if (row.begin) std::memset(to, 0, row.begin * bytes);
+        if (row.end < tokens) std::memset(to + row.end * bytes, 0, (tokens - row.end) * bytes);
+    }
+    if constexpr (e == FLOAT) {
+        for (int t = row.begin; t < row.end; t += LANES) store(a + t * 4, load<vf>(weights + t));
+    } else if constexpr (e == BFLOAT) {
+        for (int t = row.begin; t < row.end; t += LANES) store_bfloats(load<vf>(weights + t), a, WEIGHT_STRIDE, t, terms);
+    } else {
+        const float* scales = block.v_scale + int64_t(g) * block.tokens;
+        auto weight = [&](int t) {
+            vf w = load<vf>(weights + t);
+            return one_group ? w : w * load<vf>(scales + t);
+        };
+        if (!one_group) {
+            vf most = {};
+            for (int t = row.begin; t < row.end; t += LANES) most = max(most, (vf)((vi)weight(t) & 0x7fffffff));
+            row.most = most;
+        }
+        const float largest = largest_factor(terms), size = reduce_max(row.most);
+        const float inverse = size > 1e-30f ? largest / size : 0.0f;
+        vi added = {};
+        for (int t = row.begin; t < row.end; t += LANES) {
+            vi w = round_int(weight(t) * inverse);
+            if (ZERO) added += w;
+            store_factors(w, a, WEIGHT_STRIDE, t, terms);
+        }
+        if (ZERO) row.sum = reduce_add(added);
+        row.factor = size / largest;
+    }
+}
+
+// out [rows][dim] = out * rescale + weights * values, for columns first .. first + columns - 1
+inline void add_values(const Attend& call, Workspace& work, const Block& block, Element e, int terms, float* out, int rows,
+                       int first, int columns, int lines, const Row* weights) {
+    const Format& f = *block.v_format;
+    for (int plane = f.planes - 1; plane >= 0; --plane) {
+        Product p = {e, work.weights, WEIGHT_STRIDE, rows * terms,
+                     block.v.data + plane * block.v.plane + first / LANES * block.v.panel, block.v.panel,
+                     (columns + LANES - 1) / LANES, lines, work.products, COLUMNS};
+        multiply(work.unit, p);
+        work.ahead.tick(work.pause);
+        for (int r = 0; r < rows; ++r) {
+            float* to = out + int64_t(r) * call.v_dim + first;
+            const float old = plane + 1 == f.planes ? work.rescale[r] : 1.0f;
+            const float scale = e == INT8 ? weights[r].factor * f.factor * (plane ? 256.0f : 1.0f) : f.factor;
+            const int32_t offset = ZERO * weights[r].sum;
+            for (int c = 0; c < columns; c += LANES) {
+                vf value;
+                if (e == INT8) {
+                    value = to_float(joined(work.products, r, c, COLUMNS, terms) - offset);
+                } else {
+                    value = load<vf>(work.products + ((int64_t)r * terms * COLUMNS + c) * 4);
+                    if (terms == 2) value += load<vf>(work.products + ((int64_t)(r * terms + 1) * COLUMNS + c) * 4);
+                }
+                if (c + LANES <= columns) {
+                    store(to + c, fma(load<vf>(to + c), splat(old), value * scale));
+                } else {
+                    for (int i = 0; c + i < columns; ++i) to[c + i] = to[c + i] * old + value[i] * scale;
+                }
+            }
+        }
+    }
+}
+
+// Positions of a block that a query row may see by position alone.
+struct Visible {
+    int first, stop;
+};
+INLINE Visible visible(const Attend& call, const Unit& unit, const Block& block, int row) {
+    const int64_t own = call.q_first + row / (call.q_heads / call.kv_heads);
+    int64_t first = 0, stop = block.count;
+    if (call.causal || call.window) stop = std::min(stop, own - block.position + 1);
+    if (call.window) first = std::max(first, own - call.window + 1 - block.position);
+    if (call.starts) first = std::max(first, call.starts[unit.batch] - block.position);
+    return stop > first ? Visible{int(first), int(stop)} : Visible{0, 0};
+}
+
+// False when the block map says that no row sees a token of the block.
+inline bool mapped(const Attend& call, const Unit& unit, const Block& block, int row, int rows) {
+    if (!call.map) return true;
+    const int per_kv = call.q_heads / call.kv_heads;
+    const int64_t column = block.position - call.kv_first;
+    for (int h = 0; h < per_kv; ++h)
+        for (int64_t i = row / per_kv / call.map_rows; i <= (row + rows - 1) / per_kv / call.map_rows; ++i)
+            for (int64_t j = column / call.map_keys; j <= (column + block.count - 1) / call.map_keys; ++j)
+                if (call.map[unit.batch * call.map_strides[0] + (unit.kv_head * per_kv + h) * call.map_strides[1] +
+                             i * call.map_strides[2] + j * call.map_strides[3]])
+                    return true;
+    return false;
+}
+
+template <Element e>
+inline void attend_rows(const Attend& call, const Unit& unit, Workspace& work, const Query& query, const Block& block, int row,
+                        int rows) {
+    const int per_kv = call.q_heads / call.kv_heads, terms = terms_of(e, call, bfloat_query(call));
+    Visible seen[ROWS_PER_MMA];
+    int stop = 0;
+    for (int r = 0; r < rows; ++r) {
+        seen[r] = visible(call, unit, block, unit.row_first + row + r);
+        stop = std::max(stop, seen[r].stop);
+    }
+    if (!stop || !mapped(call, unit, block, unit.row_first + row, rows)) return;
+    score_rows(work, query, block, row, rows, int(round_up(stop, LANES)));
+
+    float *top = unit.top + row, *total = unit.total + row;
+    Row state[ROWS_PER_MMA];
+    bool any = false;
+    for (int r = 0; r < rows; ++r) {
+        vf most = load<vf>(work.most + r * LANES);
+        if (call.mask || call.softcap || seen[r].first > 0 || seen[r].stop < stop || stop % LANES) {
+            const int at = unit.row_first + row + r, head = unit.kv_head * per_kv + at % per_kv;
+            const char* mask = nullptr;
+            if (call.mask) {
+                const int size = call.mask_type == MASK_BOOL ? 1 : call.mask_type == MASK_F32 ? 4 : 2;
+                mask = call.mask + size * (unit.batch * call.mask_strides[0] + head * call.mask_strides[1] +
+                                           at / per_kv * call.mask_strides[2]);
+            }
+            const float slope = (call.slopes ? call.slopes[head] : 1.0f) * LOG2E;
+            most = mask_scores(call, work.scores + r * MOST_TOKENS, mask, block.position - call.kv_first, slope, seen[r].first,
+                               seen[r].stop);
+        }
+        const float highest = reduce_max(most);
+        state[r] = Row{seen[r].first / LANES * LANES, int(round_up(seen[r].stop, LANES)), 0.0f, 0, vf{}};
+        work.rescale[r] = 1.0f;
+        if (highest == -INFINITE) {
+            state[r].begin = state[r].end = 0;
+            continue;
+        }
+        any = true;
+        if (highest > top[r] + SLACK) {
+            work.rescale[r] = exp2(splat(top[r] - highest))[0];
+            total[r] *= work.rescale[r];
+            top[r] = highest;
+        }
+    }
+    if (!any) return;
+
+    const Format& f = *block.v_format;
+    const int group = e == INT8 ? f.group : f.dim, tokens = int(round_up(stop, TOKENS_PER_STEP));
+    const int lines = tokens * size_of(e) / 4;
+    const bool one_group = group == f.dim;
+    for (int r = 0; r < rows; ++r) {
+        soften<e>(block, work.scores + r * MOST_TOKENS, top[r], terms, one_group, state[r], total[r]);
+        work.ahead.tick(work.pause);
+    }
+    for (int g = 0; g * group < f.dim; ++g) {
+        for (int r = 0; r < rows; ++r) {
+            pack_weights<e>(block, work.scores + r * MOST_TOKENS, g, one_group, tokens, terms,
+                            work.weights + int64_t(r) * terms * WEIGHT_STRIDE, state[r]);
+            work.ahead.tick(work.pause);
+        }
+        for (int c = 0; c < group; c += COLUMNS)
+            add_values(call, work, block, e, terms, unit.out + int64_t(row) * call.v_dim, rows, g * group + c,
+                       std::min(COLUMNS, group - c), lines, state);
+    }
+}
+
+// Tokens per block: few rows keep the panels in the first cache, many rows spread the cost of making them.
+INLINE int tokens_per_block(const Attend& call, int rows) {
+    if (rows > 64) return 128;
+    int64_t bytes = 1;
+    for (int i = 0; i < call.n_runs; ++i)
+        for (const Format* f : {call.runs[i].k_format, call.runs[i].v_format})
+            bytes = std::max(bytes, plain_stride(*f) * f->planes);
+    return int(std::clamp<int64_t>(16384 / bytes / 64 * 64, 64, 128));
+}
+
+// How often making the panels of a block calls Ahead::tick.
+INLINE int panel_ticks(const Block& block) {
+    const Format &k = *block.k_format, &v = *block.v_format;
+    const int64_t k_ticks = block.tokens / LANES * (int64_t(k.dim) * size_of(element_of(k)) / 16) * k.planes;
+    const int64_t v_ticks = int64_t(block.tokens) * size_of(element_of(v)) / 4 * (plain_stride(v) / LINE) * v.planes;
+    return int(k_ticks + v_ticks);
+}
+
+struct Layout {  // of the scratch memory
+    int64_t used = 0;
+    char* base;
+    explicit Layout(char* base) : base(base) {}
+    char* take(int64_t bytes) {
+        char* at = base + used;
+        used += round_up(bytes, 64);
+        return at;
+    }
+};
+
+inline size_t attend_memory(const Attend& call, int rows, Workspace* work, char** queries, char** panels, char** plain,
+                            float** scales, char* base) {
+    Layout layout(base);
+    const int64_t tokens = tokens_per_block(call, rows), dims[2] = {round_up(call.k_dim, 64), round_up(call.v_dim, 64)};
+    char* products = layout.take(int64_t(ROWS_PER_MMA) * MOST_TOKENS * 4);
+    char* scores = layout.take(int64_t(ROWS_PER_MMA) * MOST_TOKENS * 4);
+    char* weights = layout.take(int64_t(ROWS_PER_MMA) * WEIGHT_STRIDE);
+    char* most = layout.take(int64_t(ROWS_PER_MMA) * LINE);
+    char* rescale = layout.take(ROWS_PER_MMA * 4);
+    char* first_query = layout.take(3 * query_bytes(call, rows));
+    char* sides[2][2];
+    for (int i = 0; i < 2; ++i) {
+        sides[i][0] = layout.take(tokens * dims[i] * 4);
+        sides[i][1] = layout.take(tokens * dims[i] / 32 * 4);
+    }
+    char* rows_scratch = layout.take(ROWS_AT_ONCE * int64_t(ROW_BYTES) * 2);
+    if (base) {
+        work->products = products, work->scores = (float*)scores, work->weights = weights, work->most = (float*)most, work->rescale = (float*)rescale;
+        *queries = first_query, *plain = rows_scratch;
+        for (int i = 0; i < 2; ++i) panels[i] = sides[i][0], scales[i] = (float*)sides[i][1];
+    }
+    return layout.used;
+}
+
+inline size_t attend_scratch(const Attend& call, int rows) {
+    return attend_memory(call, rows, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr);
+}
+
+inline void attend(const Attend& call, const Unit& unit, char* scratch) {
+    Workspace work;
+    char *next_query, *panels[2], *plain;
+    float* scales[2];
+    attend_memory(call, unit.rows, &work, &next_query, panels, &plain, scales, scratch);
+    std::fill(unit.out, unit.out + int64_t(unit.rows) * call.v_dim, 0.0f);
+    std::fill(unit.top, unit.top + unit.rows, -INFINITE);
+    std::fill(unit.total, unit.total + unit.rows, 0.0f);
+    Query queries[3];
+    int packed = 0;
+    const int per_block = tokens_per_block(call, unit.rows);
+    for (int i = 0; i < call.n_runs; ++i) {
+        const Run& run = call.runs[i];
+        const int64_t first = std::max(run.position, unit.first), stop = std::min(run.position + run.count, unit.stop);
+        if (first >= stop) continue;
+        const Format &kf = *run.k_format, &vf_ = *run.v_format;
+        const Element ke = element_of(kf), ve = element_of(vf_);
+        const Tables k_tables(kf), v_tables(vf_);
+        const int group = ke == INT8 ? kf.group : kf.dim;
+        int which = 0;
+        auto fits = [&](const Query& q) { return q.element == ke && q.group == group && q.factor == kf.factor; };
+        while (which < packed && !fits(queries[which])) ++which;
+        if (which == packed) {
+            queries[packed++] = pack_query(call, unit, kf, next_query);
+            next_query += query_bytes(call, unit.rows);
+        }
+        const Query& query = queries[which];
+        auto head = [&](Rows rows) {
+            rows.words += unit.batch * rows.word_strides[0] + unit.kv_head * rows.word_strides[1];
+            rows.scale += unit.batch * rows.scale_strides[0] + unit.kv_head * rows.scale_strides[1];
+            return rows;
+        };
+        const Rows k = head(run.k), v = head(run.v);
+        const int most = ROWS_PER_MMA / std::max(query.terms, terms_of(ve, call, bfloat_query(call)));
+        for (int64_t at = first; at < stop; at += per_block) {
+            Block block;
+            block.k_format = &kf, block.v_format = &vf_;
+            block.position = at;
+            block.count = int(std::min<int64_t>(per_block, stop - at));
+            block.tokens = int(round_up(block.count, TOKENS_PER_STEP));
+            const int64_t slot = at - run.position, next = std::min<int64_t>(per_block, stop - at - block.count);
+            work.ahead.aim(kf, k, vf_, v, slot + block.count, next, 2 * panel_ticks(block));
+            work.pause = panel_ticks(block) / (2 * unit.rows + 2);
+            block.k = k_panels(kf, k_tables, k, slot, block.count, block.tokens, panels[0], plain, work.ahead);
+            block.v = v_panels(vf_, v_tables, v, slot, block.count, block.tokens, panels[1], plain, work.ahead);
+            expand_scales(kf, k, slot, block.count, block.tokens, scales[0]);
+            expand_scales(vf_, v, slot, block.count, block.tokens, scales[1]);
+            block.k_scale = scales[0], block.v_scale = scales[1];
+            for (int row = 0; row < unit.rows; row += most) {
+                const int rows = std::min(most, unit.rows - row);
+                if (ve == INT8)
+                    attend_rows<INT8>(call, unit, work, query, block, row, rows);
+                else if (ve == BFLOAT)
+                    attend_rows<BFLOAT>(call, unit, work, query, block, row, rows);
+                else
+                    attend_rows<FLOAT>(call, unit, work, query, block, row, rows);
+            }
+        }
+    }
+    for (int r = 0; r < unit.rows; ++r) unit.top[r] *= LN2;
+}
+
+}  // namespace GYROKV_ISA
+}  // namespace gyrokv

@@ -1,0 +1,407 @@
+// From stored rows to panels: the operand of the dot products, made once per block of tokens for all query rows.
+//
+// A row is first turned into plain elements in the order of the head (int8, bfloat16 or float32). A panel holds LANES
+// columns; each of its lines has, per column, 4 bytes of consecutive elements along the reduced axis. For K columns
+// are tokens and the reduced axis is the head; for V columns are values of the head and tokens are reduced.
+#pragma once
+#include <algorithm>
+
+#include "core.h"
+#include "simd.h"
+
+namespace gyrokv {
+namespace GYROKV_ISA {
+
+// What a format is multiplied as.
+enum Element : int { INT8, BFLOAT, FLOAT };
+INLINE Element element_of(const Format& f) {
+    if (f.kind == CODES) return INT8;
+    if (BFLOAT_DOT && (f.kind == BF16 || f.kind == FP8_E4M3)) return BFLOAT;
+    return FLOAT;
+}
+INLINE int size_of(Element e) { return e == INT8 ? 1 : e == BFLOAT ? 2 : 4; }
+INLINE int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+// The table of each plane as panels store it: as many repetitions as fill 256 entries.
+struct Tables {
+    alignas(64) uint8_t plane[2][256];
+    explicit Tables(const Format& f) {
+        for (int p = 0; p < 2; ++p)
+            for (int i = 0; i < 256; ++i) plane[p][i] = uint8_t(f.table[p][i & ((1 << f.bits) - 1)]) ^ uint8_t(ZERO);
+    }
+};
+
+// Rows that are `stride` bytes apart, to rows of plain bytes.
+struct Span {
+    const char* from;
+    int64_t from_stride;
+    uint8_t* to;
+    int64_t to_stride;
+    int count;
+};
+
+// `bytes` of one field of each row, from word `first` on: `width` bits of each of 16 * words / width values, ored at bit
+// `low` into the codes (set when low is 0). Word i holds values i, i + words, ... With `entries` the table's values are
+// written instead.
+template <int bytes, int width, int low, int entries>
+INLINE void unpack_part(const Span& rows, int words, int first, const uint8_t* table) {
+    using B = vec<uint8_t, bytes>;
+    using H = vec<uint8_t, bytes / 2>;
+    constexpr uint16_t mask = uint16_t(((1 << width) - 1) * 0x0101);
+    const char* from = rows.from + 2 * first;
+    uint8_t* to = rows.to + first;
+    for (int t = 0; t < rows.count; ++t, from += rows.from_stride, to += rows.to_stride) {
+        const auto x = load<vec<uint16_t, bytes>>(from);
+        for (int s = 0; s < 8 / width; ++s) {
+            B code = (B)((x >> uint16_t(s * width)) & mask);
+            if constexpr (entries > 0) code = lookup<entries, bytes>(code, table);
+            code = shuffle<[](int i) constexpr { return i < bytes / 2 ? 2 * i : 2 * i - bytes + 1; }>(code, code);
+            uint8_t *even = to + s * words, *odd = even + 8 / width * words;
+            H a = half<0, uint8_t, bytes>(code), b = half<1, uint8_t, bytes>(code);
+            if constexpr (low > 0) {
+                a = load<H>(even) | (H)(a << uint8_t(low));
+                b = load<H>(odd) | (H)(b << uint8_t(low));
+            }
+            store(even, a);
+            store(odd, b);
+        }
+    }
+}
+template <int width, int low, int entries>
+INLINE void unpack_field(const Span& rows, int words, const uint8_t* table) {
+    int i = 0;
+    if constexpr (LINE >= 64)
+        for (; i + 32 <= words; i += 32) unpack_part<64, width, low, entries>(rows, words, i, table);
+    if constexpr (LINE >= 32)
+        for (; i + 16 <= words; i += 16) unpack_part<32, width, low, entries>(rows, words, i, table);
+    for (; i + 8 <= words; i += 8) unpack_part<16, width, low, entries>(rows, words, i, table);
+    for (; i < words; ++i)
+        for (int t = 0; t < rows.count; ++t)
+            for (int k = 0; k < 16 / width; ++k) {
+                uint16_t word;
+                std::memcpy(&word, rows.from + t * rows.from_stride + 2 * i, 2);
+                uint8_t code = word >> (k * width) & ((1 << width) - 1);
+                if constexpr (entries > 0) code = table[code];
+                uint8_t* place = rows.to + t * rows.to_stride + k * words + i;
+                *place = low ? *place | code << low : code;
+            }
+}
+
+// Rows of codes to their planes, which are `plane` bytes apart. Reads only the rows; writes whole lines.
+template <int bits>
+INLINE void unpack_rows(const Format& f, const Tables& tables, Span rows, int64_t plane) {
+    constexpr int entries = bits <= 4 ? 16 : bits <= 6 ? 64 : 256;
+    const int dim = f.dim;
+    if (bits == 8 && f.linear) {
+        unpack_field<8, 0, 0>(rows, dim / 2, nullptr);
+        if constexpr (ZERO == 0)
+            for (int t = 0; t < rows.count; ++t)
+                for (int i = 0; i < dim; i += 16) {
+                    uint8_t* at = rows.to + t * rows.to_stride + i;
+                    store(at, load<vec<uint8_t, 16>>(at) ^ 0x80);
+                }
+    } else if constexpr ((bits & (bits - 1)) == 0) {
+        uint8_t* to = rows.to;
+        for (int p = 0; p < f.planes; ++p) {
+            rows.to = to + p * plane;
+            unpack_field<bits, 0, entries>(rows, dim * bits / 16, tables.plane[p]);
+        }
+    } else {
+        constexpr int wide = bits & 4 ? 4 : 2, next = bits & 2 && wide != 2 ? 2 : 1;
+        unpack_field<wide, 0, 0>(rows, dim * wide / 16, nullptr);
+        rows.from += dim * wide / 8;
+        unpack_field<next, wide, 0>(rows, dim * next / 16, nullptr);
+        rows.from += dim * next / 8;
+        if constexpr (bits == 7) unpack_field<1, 6, 0>(rows, dim / 16, nullptr);
+        for (int t = 0; t < rows.count; ++t)
+            for (int i = 0; i < dim; i += LINE) {
+                uint8_t* at = rows.to + t * rows.to_stride + i;
+                const line code = load<line>(at);
+                for (int p = 0; p < f.planes; ++p) store(at + p * plane, lookup<entries, LINE>(code, tables.plane[p]));
+            }
+    }
+}
+
+inline void unpack_codes(const Format& f, const Tables& tables, const Span& rows, int64_t plane) {
+#define GYROKV_UNPACK(bits) \
+    case bits: return unpack_rows<bits>(f, tables, rows, plane)
+    switch (f.bits) {
+        GYROKV_UNPACK(1);
+        GYROKV_UNPACK(2);
+        GYROKV_UNPACK(3);
+        GYROKV_UNPACK(4);
+        GYROKV_UNPACK(5);
+        GYROKV_UNPACK(6);
+        GYROKV_UNPACK(7);
+        GYROKV_UNPACK(8);
+    }
+#undef GYROKV_UNPACK
+}
+
+// fp8 e4m3 has the exponent range of half precision but for a factor of 2^8.
+INLINE vf fp8_to_float(const void* p) {
+    vi code = __builtin_convertvector(load<vec<int8_t, LANES>>(p), vi);
+    alignas(64) uint16_t half[LANES];
+    store(half, __builtin_convertvector(((code & 0x7f) << 7) | (code & 0x8000), vec<uint16_t, 2 * LANES>));
+    return half_to_float(half) * 256.0f;
+}
+
+INLINE int size_of_kind(int kind) { return kind == F32 ? 4 : kind == FP8_E4M3 ? 1 : 2; }
+
+// LANES values from index i of a row of `dim`, zeros after its end. Reads only the row.
+INLINE vf load_values(int kind, const char* row, int i, int dim) {
+    const int size = size_of_kind(kind);
+    alignas(64) char tail[LINE];
+    const char* from = row + i * size;
+    if (i + LANES > dim) {
+        std::memset(tail, 0, LINE);
+        if (i < dim) std::memcpy(tail, from, (dim - i) * size);
+        from = tail;
+    }
+    return kind == F32 ? load<vf>(from) : kind == F16 ? half_to_float(from) : kind == BF16 ? bfloat_to_float(from) : fp8_to_float(from);
+}
+
+// A dense or fp8 row as bfloat16 or float32, with zeros up to whole lines.
+INLINE void convert_row(const Format& f, const char* row, char* to) {
+    alignas(64) uint8_t codes[640];
+    if (f.kind == FP8_E4M3) {
+        unpack_field<8, 0, 0>({row, 0, codes, 0, 1}, f.dim / 2, nullptr);
+        row = (const char*)codes;
+    }
+    const Element e = element_of(f);
+    const int padded = int(round_up(int64_t(f.dim) * size_of(e), LINE)) / size_of(e);
+    for (int i = 0; i < padded; i += LANES) {
+        vf x = load_values(f.kind, row, i, f.dim);
+        if (e == BFLOAT)  // exact: both kinds have at most 8 significant bits
+            store(to + 2 * i, __builtin_convertvector((vu)x >> 16, vec<uint16_t, 2 * LANES>));
+        else
+            store(to + 4 * i, x);
+    }
+}
+
+// ROWS_AT_ONCE consecutive tokens as rows of plain elements, `stride` bytes apart; those from `count` on are zeros.
+struct PlainRows {
+    const char* first;
+    int64_t stride, plane;  // bytes
+};
+
+constexpr int ROWS_AT_ONCE = 16;
+constexpr int ROW_BYTES = 576 * 4 + 64;  // the longest plain row
+INLINE int64_t plain_stride(const Format& f) { return round_up(int64_t(f.dim) * size_of(element_of(f)), LINE); }
+
+INLINE int64_t row_bytes(const Format& f) {
+    return f.kind == CODES ? int64_t(f.dim) * f.bits / 8 : int64_t(f.dim) * size_of_kind(f.kind);
+}
+
+// Fetches the rows of the next block a few cache lines at a time while this block is computed: a burst would wait for
+// memory, and between bursts memory would wait.
+class Ahead {
+   public:
+    // `ticks`: how often tick() is called until the rows are needed
+    void aim(const Format& kf, const Rows& k, const Format& vf_, const Rows& v, int64_t first, int64_t count, int ticks) {
+        streams_[0] = {k.words + first * k.word_strides[2], row_bytes(kf), k.word_strides[2], count};
+        streams_[1] = {v.words + first * v.word_strides[2], row_bytes(vf_), v.word_strides[2], count};
+        int64_t lines = 0;
+        for (Stream& s : streams_) {
+            if (s.bytes == s.stride) s.bytes *= s.rows, s.rows = s.rows > 0;
+            lines += s.rows * ((s.bytes + 63) / 64);
+        }
+        rate_ = lines * ONE / ticks + 1, credit_ = 0;
+    }
+    inline __attribute__((always_inline)) void tick(int weight = 1) {
+        for (credit_ += rate_ * weight; credit_ >= ONE; credit_ -= ONE) {
+            if (streams_[0].rows <= 0) {
+                if (streams_[1].rows <= 0) return;
+                std::swap(streams_[0], streams_[1]);
+            }
+            Stream& s = streams_[0];
+            __builtin_prefetch(s.row + s.at, 0, 2);
+            s.at += 64;
+            if (s.at >= s.bytes) s.row += s.stride, s.at = 0, --s.rows;
+        }
+    }
+
+   private:
+    static constexpr int64_t ONE = 256;
+    struct Stream {
+        const char* row;
+        int64_t bytes, stride, rows, at = 0;
+    };
+    Stream streams_[2] = {};
+    int64_t rate_ = 0, credit_ = 0;
+};
+
+inline PlainRows plain_rows(const Format& f, const Tables& tables, const char* from, int64_t row_stride, int count, char* scratch) {
+    const Element e = element_of(f);
+    const bool as_stored = f.kind == F32 ? e == FLOAT : f.kind == BF16 && e == BFLOAT;
+    const int64_t stride = plain_stride(f), plane = ROWS_AT_ONCE * stride;
+    if (as_stored && f.dim * int64_t(size_of(e)) == stride && count == ROWS_AT_ONCE) return {from, row_stride, 0};
+    if (f.kind == CODES)
+        unpack_codes(f, tables, {from, row_stride, (uint8_t*)scratch, stride, count}, plane);
+    else
+        for (int t = 0; t < count; ++t) convert_row(f, from + t * row_stride, scratch + t * stride);
+    if (count < ROWS_AT_ONCE)
+        for (int p = 0; p < f.planes; ++p) std::memset(scratch + p * plane + count * stride, 0, (ROWS_AT_ONCE - count) * stride);
+    return {scratch, stride, plane};
+}
+
+// K: rows of LANES tokens to lines of 4 bytes per token.
+INLINE void transpose_tokens(const char* from, int64_t stride, int64_t bytes, char* to, Ahead& ahead) {
+    for (int64_t at = 0; at < bytes; at += 16, to += 4 * LINE) {
+        ahead.tick();
+        vu x[4];  // part j of x[i]: 16 bytes of token 4 j + i
+        for (int i = 0; i < 4; ++i) x[i] = load_parts(from + i * stride + at, 4 * stride);
+        using vq = vec<uint64_t>;
+        vu a = zip<0>(x[0], x[1]), b = zip<0>(x[2], x[3]), c = zip<1>(x[0], x[1]), d = zip<1>(x[2], x[3]);
+        store(to, zip<0>((vq)a, (vq)b));
+        store(to + LINE, zip<1>((vq)a, (vq)b));
+        store(to + 2 * LINE, zip<0>((vq)c, (vq)d));
+        store(to + 3 * LINE, zip<1>((vq)c, (vq)d));
+    }
+}
+
+// V: one line of each of 4 (int8), 2 (bfloat16) or 1 tokens to 4, 2 or 1 lines of LANES consecutive values, which
+// belong to as many panels. Moving whole 32-bit parts first leaves the columns in order.
+template <Element e>
+INLINE void interleave_tokens(const char* from, int64_t stride, char* to, int64_t panel) {
+    constexpr int parts = LANES / 4;
+    if constexpr (e == INT8) {
+        constexpr auto index = [](int i) constexpr { return parts * (i % 4) + i / 4; };
+        line x[4];
+        for (int i = 0; i < 4; ++i) {
+            vu raw = load<vu>(from + i * stride);
+            x[i] = (line)shuffle<index>(raw, raw);
+        }
+        using vs = vec<uint16_t>;
+        vs a = (vs)zip<0>(x[0], x[1]), b = (vs)zip<0>(x[2], x[3]), c = (vs)zip<1>(x[0], x[1]), d = (vs)zip<1>(x[2], x[3]);
+        store(to, zip<0>(a, b));
+        store(to + panel, zip<1>(a, b));
+        store(to + 2 * panel, zip<0>(c, d));
+        store(to + 3 * panel, zip<1>(c, d));
+    } else if constexpr (e == BFLOAT) {
+        using vq = vec<uint64_t>;
+        constexpr auto index = [](int i) constexpr { return parts * (i % 2) + i / 2; };
+        vec<uint16_t> x[2];
+        for (int i = 0; i < 2; ++i) {
+            vq raw = load<vq>(from + i * stride);
+            x[i] = (vec<uint16_t>)shuffle<index>(raw, raw);
+        }
+        store(to, zip<0>(x[0], x[1]));
+        store(to + panel, zip<1>(x[0], x[1]));
+    } else {
+        store(to, load<vu>(from));
+    }
+}
+
+// Panels of a block of tokens. `lines` of LINE bytes per panel; planes follow each other, `plane` bytes apart.
+struct Panels {
+    char* data;
+    int64_t panel, plane;  // bytes
+    int count;             // panels per plane
+};
+
+constexpr int TOKENS_PER_STEP = 64;  // blocks are padded to this many tokens, with zeros
+
+INLINE int64_t k_lines(const Format& f) {  // padded to the 64 bytes that a matrix unit takes at once
+    return round_up(int64_t(f.dim) * size_of(element_of(f)), f.kind == CODES ? 32 : 64) / 4;
+}
+INLINE int64_t v_panels(const Format& f) { return plain_stride(f) / size_of(element_of(f)) / LANES; }
+
+inline Panels k_panels(const Format& f, const Tables& tables, const Rows& rows, int64_t first, int count, int tokens, char* to,
+                       char* scratch, Ahead& ahead) {
+    const int64_t panel = k_lines(f) * LINE;
+    const int64_t bytes = int64_t(f.dim) * size_of(element_of(f));
+    Panels made = {to, panel, tokens / LANES * panel, tokens / LANES};
+    for (int t0 = 0; t0 < tokens; t0 += ROWS_AT_ONCE) {
+        const int here = std::clamp(count - t0, 0, ROWS_AT_ONCE);
+        PlainRows plain =
+            plain_rows(f, tables, rows.words + (first + t0) * rows.word_strides[2], rows.word_strides[2], here, scratch);
+        for (int p = 0; p < f.planes; ++p)
+            for (int t = 0; t < ROWS_AT_ONCE; t += LANES) {
+                char* at = to + p * made.plane + (t0 + t) / LANES * panel;
+                transpose_tokens(plain.first + p * plain.plane + t * plain.stride, plain.stride, bytes, at, ahead);
+                if (panel > bytes * LANES) std::memset(at + bytes * LANES, 0, panel - bytes * LANES);
+            }
+    }
+    return made;
+}
+
+template <Element e>
+inline void v_panels_of(const PlainRows& plain, int p, int64_t bytes, char* to, int64_t panel, Ahead& ahead) {
+    constexpr int depth = e == INT8 ? 4 : e == BFLOAT ? 2 : 1;
+    for (int64_t at = 0; at < bytes; at += LINE)
+        for (int t = 0; t < ROWS_AT_ONCE; t += depth) {
+            ahead.tick();
+            interleave_tokens<e>(plain.first + p * plain.plane + t * plain.stride + at, plain.stride,
+                                 to + at / LINE * depth * panel + t / depth * LINE, panel);
+        }
+}
+
+inline Panels v_panels(const Format& f, const Tables& tables, const Rows& rows, int64_t first, int count, int tokens, char* to,
+                       char* scratch, Ahead& ahead) {
+    const Element e = element_of(f);
+    const int64_t panel = int64_t(tokens) * size_of(e) / 4 * LINE;
+    Panels made = {to, panel, v_panels(f) * panel, int(v_panels(f))};
+    for (int t0 = 0; t0 < tokens; t0 += ROWS_AT_ONCE) {
+        const int here = std::clamp(count - t0, 0, ROWS_AT_ONCE);
+        PlainRows plain =
+            plain_rows(f, tables, rows.words + (first + t0) * rows.word_strides[2], rows.word_strides[2], here, scratch);
+        for (int p = 0; p < f.planes; ++p) {
+            char* at = to + p * made.plane + int64_t(t0) * size_of(e) / 4 * LINE;
+            if (e == INT8)
+                v_panels_of<INT8>(plain, p, plain_stride(f), at, panel, ahead);
+            else if (e == BFLOAT)
+                v_panels_of<BFLOAT>(plain, p, plain_stride(f), at, panel, ahead);
+            else
+                v_panels_of<FLOAT>(plain, p, plain_stride(f), at, panel, ahead);
+        }
+    }
+    return made;
+}
+
+// Scales of a block as [scale][tokens] floats; zero from `count` on.
+inline void expand_scales(const Format& f, const Rows& rows, int64_t first, int count, int tokens, float* to) {
+    const int n = f.dim / f.group;
+    if (f.scale_type == SCALE_NONE) return;
+    const int64_t stride = rows.scale_strides[2];
+    const char* from = rows.scale + first * stride;
+    auto one = [&](const char* p) {
+        float x;
+        if (f.scale_type == SCALE_F32) {
+            std::memcpy(&x, p, 4);
+        } else {
+            alignas(64) uint16_t half[LANES] = {};
+            std::memcpy(half, p, 2);
+            x = half_to_float(half)[0];
+        }
+        return x;
+    };
+    const bool dense = f.scale_type == SCALE_F16 && stride == 2 * n && (n & (n - 1)) == 0 && n <= 16;
+    int t = 0;
+    if (dense)
+        for (; t + LANES <= count; t += LANES) {
+            vf x[16], y[16];
+            for (int i = 0; i < n; ++i) x[i] = half_to_float(from + int64_t(t) * stride + i * 2 * LANES);
+            for (int half = n / 2; half; half /= 2) {  // even places to the front, odd ones behind, log2(n) times
+                for (int i = 0; i < n / 2; ++i) {
+                    const int block = i / half, k = i % half;
+                    vf a = x[block * 2 * half + 2 * k], b = x[block * 2 * half + 2 * k + 1];
+                    y[block * 2 * half + k] = unzip<0>(a, b);
+                    y[block * 2 * half + half + k] = unzip<1>(a, b);
+                }
+                std::copy(y, y + n, x);
+            }
+            for (int g = 0; g < n; ++g) {  // x[i] holds the scale whose number is i with its bits reversed
+                int source = 0;
+                for (int bit = 1; bit < n; bit *= 2) source = source * 2 + (g & bit ? 1 : 0);
+                store(to + int64_t(g) * tokens + t, x[source]);
+            }
+        }
+    const int size = f.scale_type == SCALE_F16 ? 2 : 4;
+    for (; t < count; ++t)
+        for (int g = 0; g < n; ++g) to[int64_t(g) * tokens + t] = one(from + t * stride + g * size);
+    for (int g = 0; g < n; ++g) std::fill(to + int64_t(g) * tokens + count, to + int64_t(g) * tokens + tokens, 0.0f);
+}
+
+}  // namespace GYROKV_ISA
+}  // namespace gyrokv

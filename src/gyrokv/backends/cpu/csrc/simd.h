@@ -1,0 +1,339 @@
+// One vector layer for all instruction sets: GCC vector extensions for arithmetic, a few primitives where they differ.
+//
+// A vector holds LANES 32-bit values. `line` is the same register seen as bytes: 4 int8, 2 bfloat16 or 1 float per
+// lane, which is what one dot step of a lane consumes.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#if defined(__AVX512F__)
+#define GYROKV_LANES 16
+#elif defined(__AVX2__)
+#define GYROKV_LANES 8
+#else
+#define GYROKV_LANES 4
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+
+namespace gyrokv {
+namespace GYROKV_ISA {
+
+constexpr int LANES = GYROKV_LANES;
+constexpr int LINE = 4 * LANES;  // bytes
+
+template <class T, int bytes>
+struct VectorOf {
+    typedef T type __attribute__((vector_size(bytes)));
+};
+template <class T, int bytes = LINE>
+using vec = typename VectorOf<T, bytes>::type;
+using vf = vec<float>;
+using vi = vec<int32_t>;
+using vu = vec<uint32_t>;
+using line = vec<uint8_t>;
+
+template <class V>
+INLINE V load(const void* p) {
+    V v;
+    std::memcpy(&v, p, sizeof(V));
+    return v;
+}
+template <class V>
+INLINE void store(void* p, V v) {
+    std::memcpy(p, &v, sizeof(V));
+}
+INLINE vf splat(float x) { return x - vf{}; }
+INLINE vi splat(int32_t x) { return x - vi{}; }
+INLINE vi broadcast4(const void* p) {  // four bytes to every lane
+    int32_t x;
+    std::memcpy(&x, p, 4);
+    return splat(x);
+}
+
+// Permutations whose index is a constexpr function of the lane.
+template <auto index, class V, size_t... i>
+INLINE V shuffle_(V a, V b, std::index_sequence<i...>) {
+    return __builtin_shufflevector(a, b, index(int(i))...);
+}
+template <auto index, class V>
+INLINE V shuffle(V a, V b) {
+    return shuffle_<index>(a, b, std::make_index_sequence<sizeof(V) / sizeof(a[0])>{});
+}
+template <class V>
+constexpr int count_of = sizeof(V) / sizeof(std::declval<V>()[0]);
+
+// The low (0) or high half of a vector.
+template <int which, class T, int bytes>
+INLINE vec<T, bytes / 2> half(vec<T, bytes> a) {
+#if defined(__AVX512F__)
+    if constexpr (bytes == 64 && which == 1) return (vec<T, 32>)_mm512_extracti64x4_epi64((__m512i)a, 1);
+#endif
+    return [&]<size_t... i>(std::index_sequence<i...>) {
+        return (vec<T, bytes / 2>)__builtin_shufflevector(a, a, int(i + which * sizeof...(i))...);
+    }(std::make_index_sequence<bytes / 2 / sizeof(T)>{});
+}
+
+// Interleave the low (half = 0) or high elements of each 128-bit part.
+template <int half, class V>
+INLINE V zip(V a, V b) {
+    constexpr auto index = [](int i) constexpr {
+        constexpr int n = count_of<V>, part = 16 / int(sizeof(V) / n);
+        return i / part * part + half * part / 2 + i % part / 2 + (i & 1) * n;
+    };
+    return shuffle<index>(a, b);
+}
+// Elements 0, 2, 4, ... (odd = 1: 1, 3, 5, ...) of a, then of b.
+template <int odd, class V>
+INLINE V unzip(V a, V b) {
+    constexpr auto index = [](int i) constexpr { return 2 * i + odd; };
+    return shuffle<index>(a, b);
+}
+
+#if defined(__AVX512F__)
+INLINE vf fma(vf a, vf b, vf c) { return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+INLINE vf max(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
+INLINE vi round_int(vf a) { return (vi)_mm512_cvtps_epi32((__m512)a); }
+INLINE float reduce_max(vf a) { return _mm512_reduce_max_ps((__m512)a); }
+INLINE float reduce_add(vf a) { return _mm512_reduce_add_ps((__m512)a); }
+INLINE int32_t reduce_add(vi a) { return _mm512_reduce_add_epi32((__m512i)a); }
+INLINE vf half_to_float(const void* p) { return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+INLINE void store_bytes(void* p, vi a) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8((__m512i)a)); }
+INLINE void store_words(void* p, vi a) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16((__m512i)a)); }
+#elif defined(__AVX2__)
+INLINE vf fma(vf a, vf b, vf c) { return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+INLINE vf max(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b); }
+INLINE vi round_int(vf a) { return (vi)_mm256_cvtps_epi32((__m256)a); }
+INLINE vf half_to_float(const void* p) { return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+#else
+#if defined(__aarch64__)
+INLINE vf fma(vf a, vf b, vf c) { return (vf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
+#else
+INLINE vf fma(vf a, vf b, vf c) { return a * b + c; }
+#endif
+INLINE vf max(vf a, vf b) { return a > b ? a : b; }
+INLINE vi round_int(vf a) {  // |a| < 2^22
+    return __builtin_convertvector((a + 12582912.0f) - 12582912.0f, vi);
+}
+INLINE vf half_to_float(const void* p) {  // finite values; the multiplication renormalises denormals
+    vi wide = __builtin_convertvector(load<vec<uint16_t, 2 * LANES>>(p), vi);
+    vf size = (vf)((wide & 0x7fff) << 13) * 0x1p112f;
+    return (vf)((vi)size | ((wide & 0x8000) << 16));
+}
+#endif
+
+// 16 bytes from each of LANES / 4 places, `step` bytes apart.
+INLINE vu load_parts(const char* p, int64_t step) {
+#if defined(__AVX2__)
+    auto part = [&](int i) { return _mm_loadu_si128((const __m128i*)(p + i * step)); };
+#endif
+#if defined(__AVX512F__)
+    __m512i x = _mm512_castsi128_si512(part(0));
+    x = _mm512_inserti32x4(x, part(1), 1);
+    x = _mm512_inserti32x4(x, part(2), 2);
+    return (vu)_mm512_inserti32x4(x, part(3), 3);
+#elif defined(__AVX2__)
+    return (vu)_mm256_inserti128_si256(_mm256_castsi128_si256(part(0)), part(1), 1);
+#else
+    (void)step;
+    return load<vu>(p);
+#endif
+}
+
+#if !defined(__AVX512F__)
+INLINE float reduce_max(vf a) {
+    float best = a[0];
+    for (int i = 1; i < LANES; ++i) best = a[i] > best ? a[i] : best;
+    return best;
+}
+INLINE float reduce_add(vf a) {
+    float sum = a[0];
+    for (int i = 1; i < LANES; ++i) sum += a[i];
+    return sum;
+}
+INLINE int32_t reduce_add(vi a) {
+    int32_t sum = a[0];
+    for (int i = 1; i < LANES; ++i) sum += a[i];
+    return sum;
+}
+INLINE void store_bytes(void* p, vi a) { store(p, __builtin_convertvector(a, vec<int8_t, LANES>)); }
+INLINE void store_words(void* p, vi a) { store(p, __builtin_convertvector(a, vec<int16_t, 2 * LANES>)); }
+#endif
+
+INLINE vf to_float(vi a) { return __builtin_convertvector(a, vf); }
+INLINE vf bfloat_to_float(const void* p) {
+    return (vf)(__builtin_convertvector(load<vec<uint16_t, 2 * LANES>>(p), vu) << 16);
+}
+// Nearest even, as float bits whose low half is zero. Finite input.
+INLINE vu to_bfloat(vf a) {
+    vu u = (vu)a;
+    return (u + 0x7fff + ((u >> 16) & 1)) & 0xffff0000u;
+}
+
+// 2^x for x <= 126; 0 below -126. Minimax polynomial on [-0.5, 0.5], relative error below 2e-7.
+INLINE vf exp2(vf x) {
+    vf kept = x < -126.0f ? splat(-126.0f) : x;
+    vi n = round_int(kept);
+    vf f = kept - to_float(n);
+    vf y = fma(f, splat(1.32647e-3f), splat(9.67151e-3f));
+    y = fma(y, f, splat(5.550734e-2f));
+    y = fma(y, f, splat(2.4022242e-1f));
+    y = fma(y, f, splat(6.9314698e-1f));
+    y = fma(y, f, splat(1.0f));
+    y = (vf)((vi)y + (n << 23));
+    return x < -126.0f ? vf{} : y;
+}
+
+INLINE vf tanh(vf x) {  // absolute error below 3e-7
+    vf kept = x > 40.0f ? splat(40.0f) : x;
+    return 1.0f - 2.0f / (exp2(kept * 2.88539008f) + 1.0f);
+}
+
+// -- int8 dot products
+//
+// ZERO: how panels store a signed byte (128: as an unsigned byte plus 128, which the caller corrects for).
+// Factor: one part of q or of a weight. Where int8 parts are native, 16 bits are split in two (hi, lo); elsewhere a
+// 16-bit factor is multiplied at once.
+#if defined(__AVX512VNNI__)
+constexpr int FACTOR_BITS = 8;
+#if defined(__AMX_INT8__)
+constexpr int ZERO = 0;
+#else
+constexpr int ZERO = 128;
+INLINE vi dot(vi sum, line b, const void* a) {
+    return (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)b, (__m512i)broadcast4(a));
+}
+#endif
+#elif defined(__ARM_FEATURE_DOTPROD)
+constexpr int FACTOR_BITS = 8, ZERO = 0;
+INLINE vi dot(vi sum, line b, const void* a) {
+    return (vi)vdotq_s32((int32x4_t)sum, (int8x16_t)b, (int8x16_t)broadcast4(a));
+}
+#else
+constexpr int FACTOR_BITS = 16, ZERO = 0;
+// a: factors of bytes 0, 2 and then of bytes 1, 3
+INLINE vi dot(vi sum, line b, const void* a) {
+    using vs = vec<int16_t>;
+    vs even = (vs)((vec<uint16_t>)b << 8) >> 8, odd = (vs)b >> 8;
+    vi first = broadcast4(a), second = broadcast4((const char*)a + 4);
+#if defined(__AVX2__)
+    return sum + ((vi)_mm256_madd_epi16((__m256i)even, (__m256i)first) + (vi)_mm256_madd_epi16((__m256i)odd, (__m256i)second));
+#elif defined(__SSE2__)
+    return sum + ((vi)_mm_madd_epi16((__m128i)even, (__m128i)first) + (vi)_mm_madd_epi16((__m128i)odd, (__m128i)second));
+#else
+    auto low = [](vi x) { return (x << 16) >> 16; };
+    auto high = [](vi x) { return x >> 16; };
+    return sum + low((vi)even) * low(first) + high((vi)even) * high(first) + low((vi)odd) * low(second) +
+           high((vi)odd) * high(second);
+#endif
+}
+#endif
+constexpr int FACTOR_BYTES = FACTOR_BITS / 8;
+
+// -- bfloat16 dot products, where there are any
+#if defined(__AVX512BF16__)
+constexpr bool BFLOAT_DOT = true;
+INLINE vf dot_bfloat(vf sum, line b, const void* a) {
+    return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)b, (__m512bh)broadcast4(a));
+}
+#else
+constexpr bool BFLOAT_DOT = false;
+INLINE vf dot_bfloat(vf sum, line, const void*) { return sum; }
+#endif
+
+// -- look-up of bytes
+//
+// table: 256 bytes, of which 2^bits count, repeated up to 16, 64 or 256. Vectors of 8 to LINE bytes.
+template <int bytes>
+INLINE vec<uint8_t, bytes> lookup_scalar(vec<uint8_t, bytes> code, const uint8_t* table) {
+    uint8_t in[bytes], out[bytes];
+    std::memcpy(in, &code, bytes);
+    for (int i = 0; i < bytes; ++i) out[i] = table[in[i]];
+    return load<vec<uint8_t, bytes>>(out);
+}
+#if defined(__AVX512VBMI__)
+template <int bytes>
+INLINE __m512i widen(vec<uint8_t, bytes> x) {
+    if constexpr (bytes == 64)
+        return (__m512i)x;
+    else if constexpr (bytes == 32)
+        return _mm512_castsi256_si512((__m256i)x);
+    else
+        return _mm512_castsi128_si512((__m128i)x);
+}
+template <int bytes>
+INLINE vec<uint8_t, bytes> narrow(__m512i x) {
+    if constexpr (bytes == 64)
+        return (vec<uint8_t, 64>)x;
+    else if constexpr (bytes == 32)
+        return (vec<uint8_t, 32>)_mm512_castsi512_si256(x);
+    else
+        return (vec<uint8_t, 16>)_mm512_castsi512_si128(x);
+}
+#elif defined(__AVX2__)
+template <int bytes>
+INLINE __m256i widen(vec<uint8_t, bytes> x) {
+    if constexpr (bytes == 32)
+        return (__m256i)x;
+    else
+        return _mm256_castsi128_si256((__m128i)x);
+}
+template <int bytes>
+INLINE vec<uint8_t, bytes> narrow(__m256i x) {
+    if constexpr (bytes == 32)
+        return (vec<uint8_t, 32>)x;
+    else
+        return (vec<uint8_t, 16>)_mm256_castsi256_si128(x);
+}
+#endif
+template <int entries, int bytes>
+INLINE vec<uint8_t, bytes> lookup(vec<uint8_t, bytes> code, const uint8_t* table) {
+#if defined(__AVX512VBMI__)
+    const __m512i index = widen<bytes>(code);
+    if constexpr (entries == 16) {
+        return narrow<bytes>(_mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)table)), index));
+    } else if constexpr (entries == 64) {
+        return narrow<bytes>(_mm512_permutexvar_epi8(index, _mm512_loadu_si512(table)));
+    } else {
+        __m512i low = _mm512_permutex2var_epi8(_mm512_loadu_si512(table), index, _mm512_loadu_si512(table + 64));
+        __m512i high = _mm512_permutex2var_epi8(_mm512_loadu_si512(table + 128), index, _mm512_loadu_si512(table + 192));
+        return narrow<bytes>(_mm512_mask_blend_epi8(_mm512_movepi8_mask(index), low, high));
+    }
+#elif defined(__AVX2__)
+    const __m256i index = widen<bytes>(code);
+    __m256i found = {};
+    if constexpr (entries == 16) {
+        found = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)table)), index);
+    } else {
+        // only indices of this sixteenth stay below 128 after the saturating addition; the shuffle gives 0 for others
+        for (int i = 0; i < entries; i += 16) {
+            __m256i own = _mm256_adds_epu8(_mm256_xor_si256(index, _mm256_set1_epi8(char(i))), _mm256_set1_epi8(0x70));
+            __m256i part = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)(table + i)));
+            found = _mm256_or_si256(found, _mm256_shuffle_epi8(part, own));
+        }
+    }
+    return narrow<bytes>(found);
+#elif defined(__aarch64__)
+    if constexpr (bytes == 16) {
+        if constexpr (entries == 16) return (vec<uint8_t, bytes>)vqtbl1q_u8(vld1q_u8(table), (uint8x16_t)code);
+        uint8x16_t found = vqtbl4q_u8(vld1q_u8_x4(table), (uint8x16_t)code);
+        for (int i = 64; i < entries; i += 64)
+            found = vqtbx4q_u8(found, vld1q_u8_x4(table + i), vsubq_u8((uint8x16_t)code, vdupq_n_u8(i)));
+        return (vec<uint8_t, bytes>)found;
+    }
+    return lookup_scalar<bytes>(code, table);
+#else
+    return lookup_scalar<bytes>(code, table);
+#endif
+}
+
+}  // namespace GYROKV_ISA
+}  // namespace gyrokv
