@@ -18,8 +18,10 @@ constexpr float INFINITE = std::numeric_limits<float>::infinity();
 constexpr float LOG2E = 1.44269504f, LN2 = 0.69314718f;
 constexpr float LOWEST = -65504.0f;  // a mask value up to this means masked
 constexpr float SLACK = 8.0f;        // a new maximum within 2^8 of the old one rescales nothing
-constexpr int MOST_TOKENS = 512;     // per block; products of 16 and 8 bits of so many still fit 32
+constexpr int MOST_TOKENS = 256;     // per block; products of 16 and 8 bits of so many still fit 32
 constexpr int COLUMNS = 128;         // of the output per product
+// Rows of operands start a line apart from powers of two, so that they spread over the sets of a cache.
+constexpr int SCORE_STRIDE = MOST_TOKENS + 16, VALUE_STRIDE = COLUMNS + 16;  // elements
 
 INLINE int terms_of(Element e, const Attend& call, bool exact) {
     if (e == INT8) return FACTOR_BYTES == 2 ? 1 : call.terms;
@@ -42,18 +44,16 @@ INLINE void store_factors(vi q, char* row, int64_t stride, int64_t at, int terms
     }
 }
 INLINE void store_bfloats(vf x, char* row, int64_t stride, int64_t at, int terms) {
-    vu high = to_bfloat(x);
-    store(row + 2 * at, __builtin_convertvector(high >> 16, vec<uint16_t, 2 * LANES>));
-    if (terms == 2) {
-        vu low = to_bfloat(x - (vf)high);
-        store(row + stride + 2 * at, __builtin_convertvector(low >> 16, vec<uint16_t, 2 * LANES>));
-    }
+    const vh high = to_bfloat(x);
+    store(row + 2 * at, high);
+    if (terms == 2) store(row + stride + 2 * at, to_bfloat(x - to_float(high)));
 }
 
 // q of a unit as the operand A of scores with one kind of K.
 struct Query {
     Element element;
     int group, groups, terms;
+    bool sorted;      // each four values as 0, 2, 1, 3, like lines of packed rows
     float factor;     // of the format, which is in the scale
     char* a;
     int64_t stride;   // bytes; a row of q is `terms` rows of A
@@ -61,7 +61,7 @@ struct Query {
     int32_t* sum;     // [rows][groups]: sum of the integers, when panels have an offset
 };
 
-INLINE int64_t query_stride(const Attend& call) { return round_up(call.k_dim, 64) * 4; }
+INLINE int64_t query_stride(const Attend& call) { return round_up(call.k_dim, 64) * 4 + 64; }
 INLINE int64_t query_bytes(const Attend& call, int rows) {
     const int64_t groups = round_up(call.k_dim, 32) / 32;
     return round_up(rows * (2 * query_stride(call) + groups * 8), 64);
@@ -74,6 +74,7 @@ inline Query pack_query(const Attend& call, const Unit& unit, const Format& f, c
     made.groups = f.dim / made.group;
     made.terms = terms_of(made.element, call, bfloat_query(call));
     made.factor = f.factor;
+    made.sorted = packed_tokens(f);
     made.a = to;
     made.stride = query_stride(call);
     made.scale = (float*)(to + unit.rows * 2 * made.stride);
@@ -85,6 +86,8 @@ inline Query pack_query(const Attend& call, const Unit& unit, const Format& f, c
         const int row = unit.row_first + r, head = unit.kv_head * per_kv + row % per_kv, token = row / per_kv;
         const char* from = call.q + unit.batch * call.q_strides[0] + head * call.q_strides[1] + token * call.q_strides[2];
         for (int i = 0; i < call.k_dim; i += LANES) store(q + i, load_values(call.q_kind, from, i, call.k_dim));
+        if (made.sorted)
+            for (int i = 1; i < call.k_dim; i += 4) std::swap(q[i], q[i + 1]);
         char* a = made.a + int64_t(r) * made.terms * made.stride;
         for (int g = 0; g < made.groups; ++g) {
             const float* part = q + g * made.group;
@@ -125,8 +128,8 @@ struct Block {
 
 // What a few rows need while they pass over a block.
 struct Workspace {
-    char* products;   // int32 or float [ROWS_PER_MMA][MOST_TOKENS]
-    float* scores;    // [rows][MOST_TOKENS]; then the softmax weights
+    char* products;   // int32 or float [ROWS_PER_MMA][SCORE_STRIDE]
+    float* scores;    // [rows][SCORE_STRIDE]; then the softmax weights
     float* most;      // [rows][LANES]: largest scores
     char* weights;    // A of the values
     float* rescale;   // [rows]
@@ -135,7 +138,7 @@ struct Workspace {
     int pause;        // ticks of `ahead` after each step on a row
 };
 
-constexpr int64_t WEIGHT_STRIDE = MOST_TOKENS * 4 + 64;  // not a power of two, so that rows spread over cache sets
+constexpr int64_t WEIGHT_STRIDE = MOST_TOKENS * 4 + 64;  // bytes
 
 // 256 * high + low in wrapping arithmetic: the sum fits even where its parts' does not.
 INLINE vi joined(const char* c, int64_t row, int64_t at, int64_t stride, int terms) {
@@ -144,12 +147,12 @@ INLINE vi joined(const char* c, int64_t row, int64_t at, int64_t stride, int ter
     return (high << 8) + load<vi>(c + ((row * terms + 1) * stride + at) * 4);
 }
 
-// Scores [rows][MOST_TOKENS] of `rows` query rows from `row` on, for `tokens` tokens (a multiple of LANES), and the
+// Scores [rows][SCORE_STRIDE] of `rows` query rows from `row` on, for `tokens` tokens (a multiple of LANES), and the
 // largest of each lane.
 inline void score_rows(Workspace& work, const Query& query, const Block& block, int row, int rows, int tokens) {
     const int terms = query.terms;
     Product p = {query.element, nullptr, query.stride, rows * terms, nullptr, block.k.panel, tokens / LANES, 0, work.products,
-                 MOST_TOKENS};
+                 SCORE_STRIDE, false};
     const char* a = query.a + int64_t(row) * terms * query.stride;
     if (query.element != INT8) {
         p.a = a, p.b = block.k.data, p.lines = int(block.k.panel / LINE);
@@ -159,11 +162,11 @@ inline void score_rows(Workspace& work, const Query& query, const Block& block, 
             const float scale = query.scale[row + r];
             vf most = splat(-INFINITE);
             for (int t = 0; t < tokens; t += LANES) {
-                vf s = load<vf>(work.products + ((int64_t)r * terms * MOST_TOKENS + t) * 4);
-                if (terms == 2) s += load<vf>(work.products + ((int64_t)(r * terms + 1) * MOST_TOKENS + t) * 4);
+                vf s = load<vf>(work.products + ((int64_t)r * terms * SCORE_STRIDE + t) * 4);
+                if (terms == 2) s += load<vf>(work.products + ((int64_t)(r * terms + 1) * SCORE_STRIDE + t) * 4);
                 s *= scale;
                 most = max(most, s);
-                store(work.scores + r * MOST_TOKENS + t, s);
+                store(work.scores + r * SCORE_STRIDE + t, s);
             }
             store(work.most + r * LANES, most);
         }
@@ -182,10 +185,10 @@ inline void score_rows(Workspace& work, const Query& query, const Block& block, 
                 const int64_t at = int64_t(row + r) * query.groups + g;
                 const float scale = query.scale[at] * (plane ? 256.0f : 1.0f);
                 const int32_t offset = ZERO * query.sum[at];
-                float* to = work.scores + r * MOST_TOKENS;
+                float* to = work.scores + r * SCORE_STRIDE;
                 vf most = splat(-INFINITE);
                 for (int t = 0; t < tokens; t += LANES) {
-                    vf s = to_float(joined(work.products, r, t, MOST_TOKENS, terms) - offset);
+                    vf s = to_float(joined(work.products, r, t, SCORE_STRIDE, terms) - offset);
                     s *= load<vf>(scales + t) * scale;
                     if (!first) s += load<vf>(to + t);
                     most = max(most, s);
@@ -255,11 +258,16 @@ struct Row {
 
 // Scores of a row to weights exp2(score - top). With one group of V's scales they are multiplied at once.
 template <Element e>
-INLINE void soften(const Block& block, float* scores, float top, int terms, bool one_group, Row& row, float& total) {
+INLINE void soften(const Block& block, float* scores, float top, int terms, bool one_group, char* a, Row& row, float& total) {
     vf added = {}, most = {};
     for (int t = row.begin; t < row.end; t += LANES) {
         vf w = exp2(load<vf>(scores + t) - top);
-        if (e == BFLOAT && terms == 1) w = (vf)to_bfloat(w);
+        if (e == BFLOAT && terms == 1) {  // packed at once; the sum is of what is multiplied
+            const vh rounded = to_bfloat(w);
+            store(a + 2 * t, rounded);
+            added += to_float(rounded);
+            continue;
+        }
         added += w;
         if (e == INT8 && one_group) {
             w *= load<vf>(block.v_scale + t);
@@ -283,7 +291,8 @@ INLINE void pack_weights(const Block& block, const float* weights, int g, bool o
     if constexpr (e == FLOAT) {
         for (int t = row.begin; t < row.end; t += LANES) store(a + t * 4, load<vf>(weights + t));
     } else if constexpr (e == BFLOAT) {
-        for (int t = row.begin; t < row.end; t += LANES) store_bfloats(load<vf>(weights + t), a, WEIGHT_STRIDE, t, terms);
+        if (terms == 2)
+            for (int t = row.begin; t < row.end; t += LANES) store_bfloats(load<vf>(weights + t), a, WEIGHT_STRIDE, t, terms);
     } else {
         const float* scales = block.v_scale + int64_t(g) * block.tokens;
         auto weight = [&](int t) {
@@ -312,24 +321,34 @@ INLINE void pack_weights(const Block& block, const float* weights, int g, bool o
 inline void add_values(const Attend& call, Workspace& work, const Block& block, Element e, int terms, float* out, int rows,
                        int first, int columns, int lines, const Row* weights) {
     const Format& f = *block.v_format;
+    if (e != INT8 && terms == 1 && columns % LANES == 0) {  // sums stay where they are
+        for (int r = 0; r < rows; ++r)
+            if (work.rescale[r] != 1.0f)
+                for (int c = 0; c < columns; c += LANES) {
+                    float* to = out + int64_t(r) * call.v_dim + first + c;
+                    store(to, load<vf>(to) * work.rescale[r]);
+                }
+        return multiply(work.unit, {e, work.weights, WEIGHT_STRIDE, rows, block.v.data + first / LANES * block.v.panel,
+                                    block.v.panel, columns / LANES, lines, (char*)(out + first), call.v_dim, true});
+    }
     for (int plane = f.planes - 1; plane >= 0; --plane) {
         Product p = {e, work.weights, WEIGHT_STRIDE, rows * terms,
                      block.v.data + plane * block.v.plane + first / LANES * block.v.panel, block.v.panel,
-                     (columns + LANES - 1) / LANES, lines, work.products, COLUMNS};
+                     (columns + LANES - 1) / LANES, lines, work.products, VALUE_STRIDE, false};
         multiply(work.unit, p);
         work.ahead.tick(work.pause);
         for (int r = 0; r < rows; ++r) {
             float* to = out + int64_t(r) * call.v_dim + first;
             const float old = plane + 1 == f.planes ? work.rescale[r] : 1.0f;
-            const float scale = e == INT8 ? weights[r].factor * f.factor * (plane ? 256.0f : 1.0f) : f.factor;
+            const float scale = e == INT8 ? weights[r].factor * f.factor * (plane ? 256.0f : 1.0f) : 1.0f;
             const int32_t offset = ZERO * weights[r].sum;
             for (int c = 0; c < columns; c += LANES) {
                 vf value;
                 if (e == INT8) {
-                    value = to_float(joined(work.products, r, c, COLUMNS, terms) - offset);
+                    value = to_float(joined(work.products, r, c, VALUE_STRIDE, terms) - offset);
                 } else {
-                    value = load<vf>(work.products + ((int64_t)r * terms * COLUMNS + c) * 4);
-                    if (terms == 2) value += load<vf>(work.products + ((int64_t)(r * terms + 1) * COLUMNS + c) * 4);
+                    value = load<vf>(work.products + ((int64_t)r * terms * VALUE_STRIDE + c) * 4);
+                    if (terms == 2) value += load<vf>(work.products + ((int64_t)(r * terms + 1) * VALUE_STRIDE + c) * 4);
                 }
                 if (c + LANES <= columns) {
                     store(to + c, fma(load<vf>(to + c), splat(old), value * scale));
@@ -395,7 +414,7 @@ inline void attend_rows(const Attend& call, const Unit& unit, Workspace& work, c
                                            at / per_kv * call.mask_strides[2]);
             }
             const float slope = (call.slopes ? call.slopes[head] : 1.0f) * LOG2E;
-            most = mask_scores(call, work.scores + r * MOST_TOKENS, mask, block.position - call.kv_first, slope, seen[r].first,
+            most = mask_scores(call, work.scores + r * SCORE_STRIDE, mask, block.position - call.kv_first, slope, seen[r].first,
                                seen[r].stop);
         }
         const float highest = reduce_max(most);
@@ -419,12 +438,13 @@ inline void attend_rows(const Attend& call, const Unit& unit, Workspace& work, c
     const int lines = tokens * size_of(e) / 4;
     const bool one_group = group == f.dim;
     for (int r = 0; r < rows; ++r) {
-        soften<e>(block, work.scores + r * MOST_TOKENS, top[r], terms, one_group, state[r], total[r]);
+        soften<e>(block, work.scores + r * SCORE_STRIDE, top[r], terms, one_group,
+                  work.weights + int64_t(r) * terms * WEIGHT_STRIDE, state[r], total[r]);
         work.ahead.tick(work.pause);
     }
     for (int g = 0; g * group < f.dim; ++g) {
         for (int r = 0; r < rows; ++r) {
-            pack_weights<e>(block, work.scores + r * MOST_TOKENS, g, one_group, tokens, terms,
+            pack_weights<e>(block, work.scores + r * SCORE_STRIDE, g, one_group, tokens, terms,
                             work.weights + int64_t(r) * terms * WEIGHT_STRIDE, state[r]);
             work.ahead.tick(work.pause);
         }
@@ -434,22 +454,18 @@ inline void attend_rows(const Attend& call, const Unit& unit, Workspace& work, c
     }
 }
 
-// Tokens per block: few rows keep the panels in the first cache, many rows spread the cost of making them.
+// Tokens per block: few rows keep the panels in the first cache, many rows spread the cost of making them. Weights of
+// quantised rows are rounded relative to the largest of a block, so these blocks stay short.
 INLINE int tokens_per_block(const Attend& call, int rows) {
-    if (rows > 64) return 128;
     int64_t bytes = 1;
-    for (int i = 0; i < call.n_runs; ++i)
+    bool integers = false;
+    for (int i = 0; i < call.n_runs; ++i) {
         for (const Format* f : {call.runs[i].k_format, call.runs[i].v_format})
             bytes = std::max(bytes, plain_stride(*f) * f->planes);
+        integers |= element_of(*call.runs[i].v_format) == INT8;
+    }
+    if (rows > 64) return integers ? 128 : MOST_TOKENS;
     return int(std::clamp<int64_t>(16384 / bytes / 64 * 64, 64, 128));
-}
-
-// How often making the panels of a block calls Ahead::tick.
-INLINE int panel_ticks(const Block& block) {
-    const Format &k = *block.k_format, &v = *block.v_format;
-    const int64_t k_ticks = block.tokens / LANES * (int64_t(k.dim) * size_of(element_of(k)) / 16) * k.planes;
-    const int64_t v_ticks = int64_t(block.tokens) * size_of(element_of(v)) / 4 * (plain_stride(v) / LINE) * v.planes;
-    return int(k_ticks + v_ticks);
 }
 
 struct Layout {  // of the scratch memory
@@ -467,15 +483,15 @@ inline size_t attend_memory(const Attend& call, int rows, Workspace* work, char*
                             float** scales, char* base) {
     Layout layout(base);
     const int64_t tokens = tokens_per_block(call, rows), dims[2] = {round_up(call.k_dim, 64), round_up(call.v_dim, 64)};
-    char* products = layout.take(int64_t(ROWS_PER_MMA) * MOST_TOKENS * 4);
-    char* scores = layout.take(int64_t(ROWS_PER_MMA) * MOST_TOKENS * 4);
+    char* products = layout.take(int64_t(ROWS_PER_MMA) * SCORE_STRIDE * 4);
+    char* scores = layout.take(int64_t(ROWS_PER_MMA) * SCORE_STRIDE * 4);
     char* weights = layout.take(int64_t(ROWS_PER_MMA) * WEIGHT_STRIDE);
     char* most = layout.take(int64_t(ROWS_PER_MMA) * LINE);
     char* rescale = layout.take(ROWS_PER_MMA * 4);
     char* first_query = layout.take(3 * query_bytes(call, rows));
     char* sides[2][2];
     for (int i = 0; i < 2; ++i) {
-        sides[i][0] = layout.take(tokens * dims[i] * 4);
+        sides[i][0] = layout.take(tokens * dims[i] * 4 + dims[i] / LANES * 2 * LINE);
         sides[i][1] = layout.take(tokens * dims[i] / 32 * 4);
     }
     char* rows_scratch = layout.take(ROWS_AT_ONCE * int64_t(ROW_BYTES) * 2);
@@ -511,7 +527,7 @@ inline void attend(const Attend& call, const Unit& unit, char* scratch) {
         const Tables k_tables(kf), v_tables(vf_);
         const int group = ke == INT8 ? kf.group : kf.dim;
         int which = 0;
-        auto fits = [&](const Query& q) { return q.element == ke && q.group == group && q.factor == kf.factor; };
+        auto fits = [&](const Query& q) { return q.element == ke && q.group == group && q.factor == kf.factor && q.sorted == packed_tokens(kf); };
         while (which < packed && !fits(queries[which])) ++which;
         if (which == packed) {
             queries[packed++] = pack_query(call, unit, kf, next_query);
@@ -532,8 +548,9 @@ inline void attend(const Attend& call, const Unit& unit, char* scratch) {
             block.count = int(std::min<int64_t>(per_block, stop - at));
             block.tokens = int(round_up(block.count, TOKENS_PER_STEP));
             const int64_t slot = at - run.position, next = std::min<int64_t>(per_block, stop - at - block.count);
-            work.ahead.aim(kf, k, vf_, v, slot + block.count, next, 2 * panel_ticks(block));
-            work.pause = panel_ticks(block) / (2 * unit.rows + 2);
+            const int making = panel_ticks(kf, vf_, block.tokens);
+            work.ahead.aim(kf, k, vf_, v, slot + block.count, next, 2 * making);
+            work.pause = making / (2 * unit.rows + 2);
             block.k = k_panels(kf, k_tables, k, slot, block.count, block.tokens, panels[0], plain, work.ahead);
             block.v = v_panels(vf_, v_tables, v, slot, block.count, block.tokens, panels[1], plain, work.ahead);
             expand_scales(kf, k, slot, block.count, block.tokens, scales[0]);

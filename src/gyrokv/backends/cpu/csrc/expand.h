@@ -1,8 +1,5 @@
-// From stored rows to panels: the operand of the dot products, made once per block of tokens for all query rows.
-//
-// A row is first turned into plain elements in the order of the head (int8, bfloat16 or float32). A panel holds LANES
-// columns; each of its lines has, per column, 4 bytes of consecutive elements along the reduced axis. For K columns
-// are tokens and the reduced axis is the head; for V columns are values of the head and tokens are reduced.
+// Stored rows to plain elements in the order of the head (int8, bfloat16 or float32), and these to lines of panels (see
+// panels.h).
 #pragma once
 #include <algorithm>
 
@@ -173,7 +170,7 @@ INLINE void convert_row(const Format& f, const char* row, char* to) {
     for (int i = 0; i < padded; i += LANES) {
         vf x = load_values(f.kind, row, i, f.dim);
         if (e == BFLOAT)  // exact: both kinds have at most 8 significant bits
-            store(to + 2 * i, __builtin_convertvector((vu)x >> 16, vec<uint16_t, 2 * LANES>));
+            store(to + 2 * i, to_bfloat(x));
         else
             store(to + 4 * i, x);
     }
@@ -199,25 +196,22 @@ class Ahead {
    public:
     // `ticks`: how often tick() is called until the rows are needed
     void aim(const Format& kf, const Rows& k, const Format& vf_, const Rows& v, int64_t first, int64_t count, int ticks) {
-        streams_[0] = {k.words + first * k.word_strides[2], row_bytes(kf), k.word_strides[2], count};
-        streams_[1] = {v.words + first * v.word_strides[2], row_bytes(vf_), v.word_strides[2], count};
-        int64_t lines = 0;
-        for (Stream& s : streams_) {
-            if (s.bytes == s.stride) s.bytes *= s.rows, s.rows = s.rows > 0;
-            lines += s.rows * ((s.bytes + 63) / 64);
-        }
+        streams_ = 0;
+        int64_t lines = add(v.words, v.word_strides[2], row_bytes(vf_), first, count);
+        lines += add(k.words, k.word_strides[2], row_bytes(kf), first, count);
+        lines += add(v.scale, v.scale_strides[2], scale_bytes(vf_), first, count);
+        lines += add(k.scale, k.scale_strides[2], scale_bytes(kf), first, count);
         rate_ = lines * ONE / ticks + 1, credit_ = 0;
     }
     inline __attribute__((always_inline)) void tick(int weight = 1) {
-        for (credit_ += rate_ * weight; credit_ >= ONE; credit_ -= ONE) {
-            if (streams_[0].rows <= 0) {
-                if (streams_[1].rows <= 0) return;
-                std::swap(streams_[0], streams_[1]);
-            }
-            Stream& s = streams_[0];
+        for (credit_ += rate_ * weight; credit_ >= ONE && streams_; credit_ -= ONE) {
+            Stream& s = stream_[streams_ - 1];  // the last one added comes first
             __builtin_prefetch(s.row + s.at, 0, 2);
             s.at += 64;
-            if (s.at >= s.bytes) s.row += s.stride, s.at = 0, --s.rows;
+            if (s.at >= s.bytes) {
+                s.row += s.stride, s.at = 0;
+                if (!--s.rows) --streams_;
+            }
         }
     }
 
@@ -225,9 +219,20 @@ class Ahead {
     static constexpr int64_t ONE = 256;
     struct Stream {
         const char* row;
-        int64_t bytes, stride, rows, at = 0;
+        int64_t bytes, stride, rows, at;
     };
-    Stream streams_[2] = {};
+    static int64_t scale_bytes(const Format& f) {
+        return f.scale_type == SCALE_NONE ? 0 : int64_t(f.dim / f.group) * (f.scale_type == SCALE_F16 ? 2 : 4);
+    }
+    int64_t add(const char* from, int64_t stride, int64_t bytes, int64_t first, int64_t count) {
+        if (!bytes || count <= 0) return 0;
+        Stream s = {from + first * stride, bytes, stride, count, 0};
+        if (bytes == stride) s.bytes *= count, s.rows = 1;
+        stream_[streams_++] = s;
+        return s.rows * ((s.bytes + 63) / 64);
+    }
+    Stream stream_[4];
+    int streams_ = 0;
     int64_t rate_ = 0, credit_ = 0;
 };
 
@@ -245,19 +250,23 @@ inline PlainRows plain_rows(const Format& f, const Tables& tables, const char* f
     return {scratch, stride, plane};
 }
 
-// K: rows of LANES tokens to lines of 4 bytes per token.
-INLINE void transpose_tokens(const char* from, int64_t stride, int64_t bytes, char* to, Ahead& ahead) {
-    for (int64_t at = 0; at < bytes; at += 16, to += 4 * LINE) {
+// K: rows of LANES tokens to lines of 4 bytes per token; sink(first, lines) takes four at a time.
+template <class Sink>
+INLINE void transpose_tokens(const char* from, int64_t stride, int64_t bytes, Ahead& ahead, Sink sink) {
+    for (int64_t at = 0; at < bytes; at += 16) {
         ahead.tick();
         vu x[4];  // part j of x[i]: 16 bytes of token 4 j + i
         for (int i = 0; i < 4; ++i) x[i] = load_parts(from + i * stride + at, 4 * stride);
         using vq = vec<uint64_t>;
-        vu a = zip<0>(x[0], x[1]), b = zip<0>(x[2], x[3]), c = zip<1>(x[0], x[1]), d = zip<1>(x[2], x[3]);
-        store(to, zip<0>((vq)a, (vq)b));
-        store(to + LINE, zip<1>((vq)a, (vq)b));
-        store(to + 2 * LINE, zip<0>((vq)c, (vq)d));
-        store(to + 3 * LINE, zip<1>((vq)c, (vq)d));
+        const vq a = (vq)zip<0>(x[0], x[1]), b = (vq)zip<0>(x[2], x[3]), c = (vq)zip<1>(x[0], x[1]), d = (vq)zip<1>(x[2], x[3]);
+        const line lines[4] = {(line)zip<0>(a, b), (line)zip<1>(a, b), (line)zip<0>(c, d), (line)zip<1>(c, d)};
+        sink(at / 4, lines);
     }
+}
+INLINE void transpose_tokens(const char* from, int64_t stride, int64_t bytes, char* to, Ahead& ahead) {
+    transpose_tokens(from, stride, bytes, ahead, [=](int64_t first, const line* lines) {
+        for (int i = 0; i < 4; ++i) store(to + (first + i) * LINE, lines[i]);
+    });
 }
 
 // V: one line of each of 4 (int8), 2 (bfloat16) or 1 tokens to 4, 2 or 1 lines of LANES consecutive values, which
@@ -291,116 +300,6 @@ INLINE void interleave_tokens(const char* from, int64_t stride, char* to, int64_
     } else {
         store(to, load<vu>(from));
     }
-}
-
-// Panels of a block of tokens. `lines` of LINE bytes per panel; planes follow each other, `plane` bytes apart.
-struct Panels {
-    char* data;
-    int64_t panel, plane;  // bytes
-    int count;             // panels per plane
-};
-
-constexpr int TOKENS_PER_STEP = 64;  // blocks are padded to this many tokens, with zeros
-
-INLINE int64_t k_lines(const Format& f) {  // padded to the 64 bytes that a matrix unit takes at once
-    return round_up(int64_t(f.dim) * size_of(element_of(f)), f.kind == CODES ? 32 : 64) / 4;
-}
-INLINE int64_t v_panels(const Format& f) { return plain_stride(f) / size_of(element_of(f)) / LANES; }
-
-inline Panels k_panels(const Format& f, const Tables& tables, const Rows& rows, int64_t first, int count, int tokens, char* to,
-                       char* scratch, Ahead& ahead) {
-    const int64_t panel = k_lines(f) * LINE;
-    const int64_t bytes = int64_t(f.dim) * size_of(element_of(f));
-    Panels made = {to, panel, tokens / LANES * panel, tokens / LANES};
-    for (int t0 = 0; t0 < tokens; t0 += ROWS_AT_ONCE) {
-        const int here = std::clamp(count - t0, 0, ROWS_AT_ONCE);
-        PlainRows plain =
-            plain_rows(f, tables, rows.words + (first + t0) * rows.word_strides[2], rows.word_strides[2], here, scratch);
-        for (int p = 0; p < f.planes; ++p)
-            for (int t = 0; t < ROWS_AT_ONCE; t += LANES) {
-                char* at = to + p * made.plane + (t0 + t) / LANES * panel;
-                transpose_tokens(plain.first + p * plain.plane + t * plain.stride, plain.stride, bytes, at, ahead);
-                if (panel > bytes * LANES) std::memset(at + bytes * LANES, 0, panel - bytes * LANES);
-            }
-    }
-    return made;
-}
-
-template <Element e>
-inline void v_panels_of(const PlainRows& plain, int p, int64_t bytes, char* to, int64_t panel, Ahead& ahead) {
-    constexpr int depth = e == INT8 ? 4 : e == BFLOAT ? 2 : 1;
-    for (int64_t at = 0; at < bytes; at += LINE)
-        for (int t = 0; t < ROWS_AT_ONCE; t += depth) {
-            ahead.tick();
-            interleave_tokens<e>(plain.first + p * plain.plane + t * plain.stride + at, plain.stride,
-                                 to + at / LINE * depth * panel + t / depth * LINE, panel);
-        }
-}
-
-inline Panels v_panels(const Format& f, const Tables& tables, const Rows& rows, int64_t first, int count, int tokens, char* to,
-                       char* scratch, Ahead& ahead) {
-    const Element e = element_of(f);
-    const int64_t panel = int64_t(tokens) * size_of(e) / 4 * LINE;
-    Panels made = {to, panel, v_panels(f) * panel, int(v_panels(f))};
-    for (int t0 = 0; t0 < tokens; t0 += ROWS_AT_ONCE) {
-        const int here = std::clamp(count - t0, 0, ROWS_AT_ONCE);
-        PlainRows plain =
-            plain_rows(f, tables, rows.words + (first + t0) * rows.word_strides[2], rows.word_strides[2], here, scratch);
-        for (int p = 0; p < f.planes; ++p) {
-            char* at = to + p * made.plane + int64_t(t0) * size_of(e) / 4 * LINE;
-            if (e == INT8)
-                v_panels_of<INT8>(plain, p, plain_stride(f), at, panel, ahead);
-            else if (e == BFLOAT)
-                v_panels_of<BFLOAT>(plain, p, plain_stride(f), at, panel, ahead);
-            else
-                v_panels_of<FLOAT>(plain, p, plain_stride(f), at, panel, ahead);
-        }
-    }
-    return made;
-}
-
-// Scales of a block as [scale][tokens] floats; zero from `count` on.
-inline void expand_scales(const Format& f, const Rows& rows, int64_t first, int count, int tokens, float* to) {
-    const int n = f.dim / f.group;
-    if (f.scale_type == SCALE_NONE) return;
-    const int64_t stride = rows.scale_strides[2];
-    const char* from = rows.scale + first * stride;
-    auto one = [&](const char* p) {
-        float x;
-        if (f.scale_type == SCALE_F32) {
-            std::memcpy(&x, p, 4);
-        } else {
-            alignas(64) uint16_t half[LANES] = {};
-            std::memcpy(half, p, 2);
-            x = half_to_float(half)[0];
-        }
-        return x;
-    };
-    const bool dense = f.scale_type == SCALE_F16 && stride == 2 * n && (n & (n - 1)) == 0 && n <= 16;
-    int t = 0;
-    if (dense)
-        for (; t + LANES <= count; t += LANES) {
-            vf x[16], y[16];
-            for (int i = 0; i < n; ++i) x[i] = half_to_float(from + int64_t(t) * stride + i * 2 * LANES);
-            for (int half = n / 2; half; half /= 2) {  // even places to the front, odd ones behind, log2(n) times
-                for (int i = 0; i < n / 2; ++i) {
-                    const int block = i / half, k = i % half;
-                    vf a = x[block * 2 * half + 2 * k], b = x[block * 2 * half + 2 * k + 1];
-                    y[block * 2 * half + k] = unzip<0>(a, b);
-                    y[block * 2 * half + half + k] = unzip<1>(a, b);
-                }
-                std::copy(y, y + n, x);
-            }
-            for (int g = 0; g < n; ++g) {  // x[i] holds the scale whose number is i with its bits reversed
-                int source = 0;
-                for (int bit = 1; bit < n; bit *= 2) source = source * 2 + (g & bit ? 1 : 0);
-                store(to + int64_t(g) * tokens + t, x[source]);
-            }
-        }
-    const int size = f.scale_type == SCALE_F16 ? 2 : 4;
-    for (; t < count; ++t)
-        for (int g = 0; g < n; ++g) to[int64_t(g) * tokens + t] = one(from + t * stride + g * size);
-    for (int g = 0; g < n; ++g) std::fill(to + int64_t(g) * tokens + count, to + int64_t(g) * tokens + tokens, 0.0f);
 }
 
 }  // namespace GYROKV_ISA

@@ -1,8 +1,8 @@
-// C = A B for a few rows of A and panels of B (see expand.h), with the dot products or the matrix unit of the CPU.
+// C = A B for a few rows of A and panels of B (see panels.h), with the dot products or the matrix unit of the CPU.
 //
 // A: rows of consecutive elements along the reduced axis. int8 operands sum in int32, others in float.
 #pragma once
-#include "expand.h"
+#include "panels.h"
 
 namespace gyrokv {
 namespace GYROKV_ISA {
@@ -34,6 +34,7 @@ struct Product {
     int lines;         // of each panel, a multiple of 8
     char* c;           // int32 or float [rows][c_stride]
     int64_t c_stride;  // elements
+    bool add;          // to C, instead of writing it
 };
 
 #if defined(__AMX_INT8__)
@@ -79,10 +80,19 @@ class MatrixUnit {
 template <bool integer, int count>  // up to 16 rows, up to 4 panels
 INLINE void multiply_wide(const Product& p, int depth, int panel) {
     const char *a = p.a, *b = p.b + panel * p.panel;
-    _tile_zero(0);
-    if constexpr (count > 1) _tile_zero(1);
-    if constexpr (count > 2) _tile_zero(2);
-    if constexpr (count > 3) _tile_zero(3);
+    char* c = p.c + panel * LINE;
+    const int64_t stride = p.c_stride * 4;
+    if (p.add) {
+        _tile_loadd(0, c, stride);
+        if constexpr (count > 1) _tile_loadd(1, c + LINE, stride);
+        if constexpr (count > 2) _tile_loadd(2, c + 2 * LINE, stride);
+        if constexpr (count > 3) _tile_loadd(3, c + 3 * LINE, stride);
+    } else {
+        _tile_zero(0);
+        if constexpr (count > 1) _tile_zero(1);
+        if constexpr (count > 2) _tile_zero(2);
+        if constexpr (count > 3) _tile_zero(3);
+    }
     for (int l = 0; l < p.lines; l += depth, a += 4 * depth, b += depth * LINE) {
         _tile_loadd(4, a, p.a_stride);
         _tile_loadd(6, b, LINE);
@@ -100,8 +110,6 @@ INLINE void multiply_wide(const Product& p, int depth, int panel) {
             GYROKV_TILE_DOT(3, 4, 7);
         }
     }
-    char* c = p.c + panel * LINE;
-    const int64_t stride = p.c_stride * 4;
     _tile_stored(0, c, stride);
     if constexpr (count > 1) _tile_stored(1, c + LINE, stride);
     if constexpr (count > 2) _tile_stored(2, c + 2 * LINE, stride);
@@ -112,11 +120,22 @@ template <bool integer, int count>  // 17 to 32 rows, up to 2 panels
 INLINE void multiply_tall(const Product& p, int depth, int panel) {
     const char *a = p.a, *b = p.b + panel * p.panel;
     const int64_t below = 16 * p.a_stride;
-    _tile_zero(0);
-    _tile_zero(2);
-    if constexpr (count > 1) {
-        _tile_zero(1);
-        _tile_zero(3);
+    char* c = p.c + panel * LINE;
+    const int64_t stride = p.c_stride * 4;
+    if (p.add) {
+        _tile_loadd(0, c, stride);
+        _tile_loadd(2, c + 16 * stride, stride);
+        if constexpr (count > 1) {
+            _tile_loadd(1, c + LINE, stride);
+            _tile_loadd(3, c + 16 * stride + LINE, stride);
+        }
+    } else {
+        _tile_zero(0);
+        _tile_zero(2);
+        if constexpr (count > 1) {
+            _tile_zero(1);
+            _tile_zero(3);
+        }
     }
     for (int l = 0; l < p.lines; l += depth, a += 4 * depth, b += depth * LINE) {
         _tile_loadd(4, a, p.a_stride);
@@ -130,8 +149,6 @@ INLINE void multiply_tall(const Product& p, int depth, int panel) {
             GYROKV_TILE_DOT(3, 5, 7);
         }
     }
-    char* c = p.c + panel * LINE;
-    const int64_t stride = p.c_stride * 4;
     _tile_stored(0, c, stride);
     _tile_stored(2, c + 16 * stride, stride);
     if constexpr (count > 1) {
@@ -167,6 +184,10 @@ INLINE void multiply_block(const Product& p, int row, int panel) {
     using V = std::conditional_t<e == INT8, vi, vf>;
     constexpr int step = e == INT8 ? 4 * FACTOR_BYTES : 4;
     V sum[rows][panels] = {};
+    auto place = [&](int i, int j) { return p.c + ((row + i) * p.c_stride + (panel + j) * LANES) * 4; };
+    if (p.add)
+        for (int i = 0; i < rows; ++i)
+            for (int j = 0; j < panels; ++j) sum[i][j] = load<V>(place(i, j));
     const char *a = p.a + row * p.a_stride, *b = p.b + panel * p.panel;
     for (int l = 0; l < p.lines; ++l, a += step, b += LINE) {
         line x[panels];
@@ -183,7 +204,7 @@ INLINE void multiply_block(const Product& p, int row, int panel) {
             }
     }
     for (int i = 0; i < rows; ++i)
-        for (int j = 0; j < panels; ++j) store(p.c + ((row + i) * p.c_stride + (panel + j) * LANES) * 4, sum[i][j]);
+        for (int j = 0; j < panels; ++j) store(place(i, j), sum[i][j]);
 }
 
 template <Element e, int rows>

@@ -169,14 +169,19 @@ INLINE void store_words(void* p, vi a) { store(p, __builtin_convertvector(a, vec
 #endif
 
 INLINE vf to_float(vi a) { return __builtin_convertvector(a, vf); }
-INLINE vf bfloat_to_float(const void* p) {
-    return (vf)(__builtin_convertvector(load<vec<uint16_t, 2 * LANES>>(p), vu) << 16);
-}
-// Nearest even, as float bits whose low half is zero. Finite input.
-INLINE vu to_bfloat(vf a) {
+using vh = vec<uint16_t, 2 * LANES>;
+// Nearest even. Finite input.
+INLINE vh to_bfloat(vf a) {
+#if defined(__AVX512BF16__)
+    return (vh)_mm512_cvtneps_pbh((__m512)a);
+#else
     vu u = (vu)a;
-    return (u + 0x7fff + ((u >> 16) & 1)) & 0xffff0000u;
+    return __builtin_convertvector((u + 0x7fff + ((u >> 16) & 1)) >> 16, vh);
+#endif
 }
+INLINE vf to_float(vh a) { return (vf)(__builtin_convertvector(a, vu) << 16); }
+
+INLINE vf bfloat_to_float(const void* p) { return to_float(load<vh>(p)); }
 
 // 2^x for x <= 126; 0 below -126. Minimax polynomial on [-0.5, 0.5], relative error below 2e-7.
 INLINE vf exp2(vf x) {

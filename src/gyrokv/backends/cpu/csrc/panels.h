@@ -1,0 +1,140 @@
+// Panels: the operand of the dot products, made once per block of tokens for all query rows.
+//
+// A panel holds LANES columns; each of its lines has, per column, 4 bytes of consecutive elements along the reduced axis
+// (4 int8, 2 bfloat16 or 1 float). For K columns are tokens and the reduced axis is the head; for V columns are values
+// of the head and tokens are reduced.
+#pragma once
+#include "packed.h"
+
+namespace gyrokv {
+namespace GYROKV_ISA {
+
+// Panels of a block of tokens. `lines` of LINE bytes per panel; planes follow each other, `plane` bytes apart.
+struct Panels {
+    char* data;
+    int64_t panel, plane;  // bytes
+    int count;             // panels per plane
+};
+
+constexpr int TOKENS_PER_STEP = 64;  // blocks are padded to this many tokens, with zeros
+
+INLINE int64_t k_lines(const Format& f) {  // padded to the 64 bytes that a matrix unit takes at once
+    return round_up(int64_t(f.dim) * size_of(element_of(f)), f.kind == CODES ? 32 : 64) / 4;
+}
+INLINE int64_t v_panels(const Format& f) { return plain_stride(f) / size_of(element_of(f)) / LANES; }
+
+inline Panels k_panels(const Format& f, const Tables& tables, const Rows& rows, int64_t first, int count, int tokens, char* to,
+                       char* scratch, Ahead& ahead) {
+    const int64_t panel = k_lines(f) * LINE;
+    const int64_t bytes = int64_t(f.dim) * size_of(element_of(f));
+    Panels made = {to, panel, tokens / LANES * panel, tokens / LANES};
+    if (packed_tokens(f)) {
+        packed_panels(f, tables, true, rows.words + first * rows.word_strides[2], rows.word_strides[2], count, tokens, to, panel,
+                      made.plane, ahead);
+        return made;
+    }
+    for (int t0 = 0; t0 < tokens; t0 += ROWS_AT_ONCE) {
+        const int here = std::clamp(count - t0, 0, ROWS_AT_ONCE);
+        PlainRows plain =
+            plain_rows(f, tables, rows.words + (first + t0) * rows.word_strides[2], rows.word_strides[2], here, scratch);
+        for (int p = 0; p < f.planes; ++p)
+            for (int t = 0; t < ROWS_AT_ONCE; t += LANES) {
+                char* at = to + p * made.plane + (t0 + t) / LANES * panel;
+                transpose_tokens(plain.first + p * plain.plane + t * plain.stride, plain.stride, bytes, at, ahead);
+                if (panel > bytes * LANES) std::memset(at + bytes * LANES, 0, panel - bytes * LANES);
+            }
+    }
+    return made;
+}
+
+template <Element e>
+inline void v_panels_of(const PlainRows& plain, int p, int64_t bytes, char* to, int64_t panel, Ahead& ahead) {
+    constexpr int depth = e == INT8 ? 4 : e == BFLOAT ? 2 : 1;
+    for (int t = 0; t < ROWS_AT_ONCE; t += depth)
+        for (int64_t at = 0; at < bytes; at += LINE) {
+            ahead.tick();
+            interleave_tokens<e>(plain.first + p * plain.plane + t * plain.stride + at, plain.stride,
+                                 to + at / LINE * depth * panel + t / depth * LINE, panel);
+        }
+}
+
+inline Panels v_panels(const Format& f, const Tables& tables, const Rows& rows, int64_t first, int count, int tokens, char* to,
+                       char* scratch, Ahead& ahead) {
+    const Element e = element_of(f);
+    const int64_t panel = int64_t(tokens) * size_of(e) / 4 * LINE + LINE;  // a line more: see attend.h on strides
+    Panels made = {to, panel, v_panels(f) * panel, int(v_panels(f))};
+    if (packed_values(f)) {
+        packed_panels(f, tables, false, rows.words + first * rows.word_strides[2], rows.word_strides[2], count, tokens, to, panel,
+                      made.plane, ahead);
+        return made;
+    }
+    for (int t0 = 0; t0 < tokens; t0 += ROWS_AT_ONCE) {
+        const int here = std::clamp(count - t0, 0, ROWS_AT_ONCE);
+        PlainRows plain =
+            plain_rows(f, tables, rows.words + (first + t0) * rows.word_strides[2], rows.word_strides[2], here, scratch);
+        for (int p = 0; p < f.planes; ++p) {
+            char* at = to + p * made.plane + int64_t(t0) * size_of(e) / 4 * LINE;
+            if (e == INT8)
+                v_panels_of<INT8>(plain, p, plain_stride(f), at, panel, ahead);
+            else if (e == BFLOAT)
+                v_panels_of<BFLOAT>(plain, p, plain_stride(f), at, panel, ahead);
+            else
+                v_panels_of<FLOAT>(plain, p, plain_stride(f), at, panel, ahead);
+        }
+    }
+    return made;
+}
+
+// How often making the panels of a block calls Ahead::tick.
+INLINE int panel_ticks(const Format& k, const Format& v, int tokens) {
+    const int64_t k_bytes = packed_tokens(k) ? row_bytes(k) : int64_t(k.dim) * size_of(element_of(k)) * k.planes;
+    const int64_t v_ticks = packed_values(v) ? 16 : ROWS_AT_ONCE * size_of(element_of(v)) / 4 * (plain_stride(v) / LINE) * v.planes;
+    return int(tokens / LANES * k_bytes / 16 + tokens / 16 * v_ticks);
+}
+
+// Scales of a block as [scale][tokens] floats; zero from `count` on.
+inline void expand_scales(const Format& f, const Rows& rows, int64_t first, int count, int tokens, float* to) {
+    const int n = f.dim / f.group;
+    if (f.scale_type == SCALE_NONE) return;
+    const int64_t stride = rows.scale_strides[2];
+    const char* from = rows.scale + first * stride;
+    auto one = [&](const char* p) {
+        float x;
+        if (f.scale_type == SCALE_F32) {
+            std::memcpy(&x, p, 4);
+        } else {
+            alignas(64) uint16_t half[LANES] = {};
+            std::memcpy(half, p, 2);
+            x = half_to_float(half)[0];
+        }
+        return x;
+    };
+    const bool dense = f.scale_type == SCALE_F16 && stride == 2 * n && (n & (n - 1)) == 0 && n <= 16;
+    int t = 0;
+    if (dense)
+        for (; t + LANES <= count; t += LANES) {
+            vf x[16], y[16];
+            for (int i = 0; i < n; ++i) x[i] = half_to_float(from + int64_t(t) * stride + i * 2 * LANES);
+            for (int half = n / 2; half; half /= 2) {  // even places to the front, odd ones behind, log2(n) times
+                for (int i = 0; i < n / 2; ++i) {
+                    const int block = i / half, k = i % half;
+                    vf a = x[block * 2 * half + 2 * k], b = x[block * 2 * half + 2 * k + 1];
+                    y[block * 2 * half + k] = unzip<0>(a, b);
+                    y[block * 2 * half + half + k] = unzip<1>(a, b);
+                }
+                std::copy(y, y + n, x);
+            }
+            for (int g = 0; g < n; ++g) {  // x[i] holds the scale whose number is i with its bits reversed
+                int source = 0;
+                for (int bit = 1; bit < n; bit *= 2) source = source * 2 + (g & bit ? 1 : 0);
+                store(to + int64_t(g) * tokens + t, x[source]);
+            }
+        }
+    const int size = f.scale_type == SCALE_F16 ? 2 : 4;
+    for (; t < count; ++t)
+        for (int g = 0; g < n; ++g) to[int64_t(g) * tokens + t] = one(from + t * stride + g * size);
+    for (int g = 0; g < n; ++g) std::fill(to + int64_t(g) * tokens + count, to + int64_t(g) * tokens + tokens, 0.0f);
+}
+
+}  // namespace GYROKV_ISA
+}  // namespace gyrokv
