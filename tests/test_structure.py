@@ -22,7 +22,7 @@ FILES = {path.relative_to(SOURCE).with_suffix("").as_posix().replace("/", "."): 
 
 # Modules by height: each imports lower ones only. What is not listed stands on top and may import all but the CLI.
 HEIGHTS = (
-    ("errors", "packing", "rotation", "levels", "masks"),
+    ("errors", "memory", "packing", "rotation", "levels", "masks"),
     ("formats",),
     ("quant", "spec"),
     ("wire", "view", "reference", "config"),

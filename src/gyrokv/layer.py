@@ -12,9 +12,10 @@ from torch import Tensor
 
 from .errors import CapacityError
 from .formats import dense_format
+from .memory import empty_rows
 from .quant import Codec, Packed, cat, check_finite
 from .spec import check_head_dims, check_positive
-from .view import KVView, Segment, rows_of
+from .view import KVView, Segment, chronological, rows_of
 
 _GROWTH = 256  # rows: the least that a growing layer allocates; it doubles, then adds 16 times this
 
@@ -37,7 +38,7 @@ class _Rows:
         if capacity == self.capacity:
             return
         old = self.segment() if self.k is not None else None
-        self.k, self.v = (like.map(lambda t: t.new_empty(*t.shape[:-2], capacity, t.shape[-1])) for like in (like_k, like_v))
+        self.k, self.v = (like.map(lambda t: empty_rows(t, capacity)) for like in (like_k, like_v))
         if old is not None and old.first < old.stop:
             first, stop = max(old.first, old.stop - capacity), old.stop
             self.first = self.stop = first
@@ -71,12 +72,6 @@ class _Rows:
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         return () if self.k is None else (*self.k, *self.v)
-
-
-def chronological(packed: Packed, segment: Segment, first: int, stop: int) -> Packed:
-    """Rows of positions ``first <= p < stop``, oldest first."""
-    parts = [rows_of(packed, slot, count) for slot, count in segment.runs(first, stop)]
-    return cat(parts or [rows_of(packed, 0, 0)], dim=-2)
 
 
 def ring_capacity(window: int) -> int:
@@ -150,10 +145,11 @@ class LayerCache:
 
         Raises ValueError, TypeError (shapes, dtypes, devices, NaN, inf) or CapacityError before anything is written.
         """
-        self._check_input(k, v)
+        self.check_input(k, v)
         return self.write(self.k_codec.encode(k), self.v_codec.encode(v), k, v)
 
-    def _check_input(self, k: Tensor, v: Tensor) -> None:
+    def check_input(self, k: Tensor, v: Tensor) -> None:
+        """Raise what :meth:`append` would raise."""
         tokens = k.shape[2] if k.ndim == 4 else 0
         for name, x, codec in (("k", k, self.k_codec), ("v", v, self.v_codec)):
             wanted = (self.batch, self.kv_heads, tokens, codec.head_dim)
@@ -174,15 +170,13 @@ class LayerCache:
     def write(self, k_rows: Packed, v_rows: Packed, k: Tensor, v: Tensor) -> KVView:
         """:meth:`append` for rows that a backend encoded; ``k``, ``v`` are the same tokens, for the dense segments."""
         tokens, start = k.shape[2], self.length
-        main = self._main
+        main, first = self._main, self._first_needed()
         past = None  # a ring that cannot hold the chunk and what its queries look back on hands out a longer copy
-        if self.window is None or self.keep_past:
-            kept = main.first if self.window is None else max(main.first, self._kept_from - self.window + 1)
-            self._reserve(start + tokens - kept, k_rows, v_rows)
+        if not self._is_ring:
+            self._reserve(start + tokens - first, k_rows, v_rows)
             stored = tokens
         else:
             self._reserve(ring_capacity(self.window), k_rows, v_rows)
-            first = max(main.first, start - self.window + 1)
             if start + tokens - first > main.capacity:
                 old = main.segment()
                 rows = (
@@ -192,6 +186,40 @@ class LayerCache:
             stored = min(tokens, main.capacity)
         skip = tokens - stored
         main.write(start + skip, rows_of(k_rows, skip, stored), rows_of(v_rows, skip, stored))
+        return self._written(k, v, past)
+
+    def slots(self, tokens: int) -> tuple[Packed, Packed, int] | None:
+        """For a backend that encodes in place: the stores of K and V, and the slot where the next ``tokens`` begin.
+
+        None when they do not fit in one piece: :meth:`write` encoded rows then. What the slots held before is given up
+        (no later query needs it), so views taken before are out of date. :meth:`fill` is called once they are written.
+        """
+        main, stop = self._main, self.length + tokens
+        if self._is_ring and main.capacity != ring_capacity(self.window):
+            return None
+        if stop - self._first_needed() > main.capacity or self.length % main.capacity + tokens > main.capacity:
+            return None
+        main.first = max(main.first, stop - main.capacity)
+        self.version += 1
+        return main.k, main.v, self.length % main.capacity
+
+    def fill(self, k: Tensor, v: Tensor) -> KVView:
+        """The end of :meth:`append` when the rows of tokens k, v lie in the :meth:`slots` handed out for them."""
+        self._main.stop = self.length + k.shape[2]
+        return self._written(k, v)
+
+    @property
+    def _is_ring(self) -> bool:
+        return self.window is not None and not self.keep_past
+
+    def _first_needed(self) -> int:
+        """The first position held that later queries, or :meth:`truncate`, may look back on."""
+        if self.window is None:
+            return self._main.first
+        return max(self._main.first, (self._kept_from if self.keep_past else self.length) - self.window + 1)
+
+    def _written(self, k: Tensor, v: Tensor, past: Segment | None = None) -> KVView:
+        tokens, start = k.shape[2], self.length
         self._write_dense(self._sinks, self.sinks, start, min(tokens, max(0, self.sinks - start)), 0, k, v)
         stored = min(tokens, self.recent)
         self._write_dense(self._recent, self.recent, start + tokens - stored, stored, tokens - stored, k, v)
@@ -202,7 +230,7 @@ class LayerCache:
     def _reserve(self, rows: int, like_k: Packed, like_v: Packed) -> None:
         """Make room for ``rows`` live rows: exactly for a ring, by doubling (or up to the limit) otherwise."""
         capacity = self._main.capacity
-        if self.window is not None and not self.keep_past:
+        if self._is_ring:
             self._main.reserve(rows, like_k, like_v)
         elif rows > capacity:
             grown = max(rows, min(2 * capacity, capacity + 16 * _GROWTH), _GROWTH)
@@ -224,7 +252,7 @@ class LayerCache:
 
     def view(self, past: Segment | None = None) -> KVView:
         """The layer as it stands. (``past``: a longer copy of the main rows, from :meth:`write`.)"""
-        main = self._main.segment() if past is None else past
+        main = self._main if past is None else past
         sinks_stop = self._sinks.stop
         recent_first = max(self._recent.first, sinks_stop) if self._recent.stop > self._recent.first else self.length
         parts = []
@@ -232,7 +260,8 @@ class LayerCache:
             parts.append(self._sinks.segment(0, sinks_stop))
         first = max(main.first, sinks_stop)
         if first < recent_first:
-            parts.append(Segment(main.k, main.v, main.k_format, main.v_format, main.base, first, recent_first))
+            base = 0 if past is None else past.base
+            parts.append(Segment(main.k, main.v, main.k_format, main.v_format, base, first, recent_first))
         if recent_first < self.length:
             parts.append(self._recent.segment(recent_first, self.length))
         return KVView(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import packing
 from .formats import KVFormat, get_format
-from .rotation import check_orthogonal, rotate, unrotate
+from .rotation import check_orthogonal, rotate, turn, unrotate
 
 HALF_MAX = 65504.0
 _TINY = 1e-10  # a group whose norm is no larger is stored as zeros
@@ -65,21 +65,23 @@ def check_finite(x: Tensor, argument: str) -> None:
     """Raise TypeError unless ``x`` is floating, ValueError if it holds NaN or inf."""
     if not x.is_floating_point():
         raise TypeError(f"{argument} has dtype {x.dtype}; it must be floating point")
-    finite = torch.isfinite(x)
-    if not bool(finite.all()):
-        bad = int((~finite).sum())
+    x = x if x.element_size() > 1 else x.to(torch.float32)
+    if math.isfinite(x.sum().item()):
+        return  # the sum of anything that is not finite is not finite either; the reverse does not hold
+    bad = int((~torch.isfinite(x)).sum())
+    if bad:
         raise ValueError(f"{argument} holds {bad} values that are NaN or inf (of {x.numel()}); they cannot be cached")
 
 
 def encode(x: Tensor, fmt: KVFormat, rotation: str) -> Packed:
     """:func:`quantize` without the check. ``rotation`` is applied to the zero-padded head, in blocks of the group."""
     if fmt.is_dense:
-        words = _saturate(x, fmt.dtype)
+        words = saturate(x, fmt.dtype)
         return Packed(words, words.new_empty(*words.shape[:-1], 0))
     padded, group = fmt.layout(x.shape[-1])
-    x = torch.nn.functional.pad(_saturate(x, torch.float32), (0, padded - x.shape[-1]))
+    x = torch.nn.functional.pad(saturate(x, torch.float32), (0, padded - x.shape[-1]))
     if fmt.kind == "float8":
-        codes = _saturate(rotate(x, rotation, group), fmt.dtype).view(torch.uint8)
+        codes = saturate(rotate(x, rotation, group), fmt.dtype).view(torch.uint8)
         return Packed(packing.pack(codes, fmt.bits), x.new_empty(*x.shape[:-1], 0))
     normalised, norm = _normalise(x, fmt, rotation, group)
     index = _nearest(normalised, fmt)
@@ -94,7 +96,7 @@ def encode(x: Tensor, fmt: KVFormat, rotation: str) -> Packed:
     return Packed(packing.pack(codes, fmt.bits), norm.to(scale_dtype))
 
 
-def _saturate(x: Tensor, dtype: torch.dtype) -> Tensor:
+def saturate(x: Tensor, dtype: torch.dtype) -> Tensor:
     """``x`` as ``dtype``; values beyond its range become its largest (clamped in a dtype that can hold the limits)."""
     if x.dtype == dtype:
         return x
@@ -255,7 +257,7 @@ class Codec:
         matrix = self.matrix.to(x)
         return matrix if matrix.ndim == 2 else matrix.repeat_interleave(x.shape[-3] // matrix.shape[0], 0)
 
-    def _prepare(self, x: Tensor) -> Tensor:
+    def prepare(self, x: Tensor) -> Tensor:
         """Into the space that the format encodes: scaled, turned by the caller's matrix (not by the row's rotation)."""
         if not self._unscaled:
             x = x.to(torch.float32) / self._per_head(x)
@@ -265,7 +267,7 @@ class Codec:
 
     def encode(self, x: Tensor) -> Packed:
         """Heads ``[B, Hkv, T, D]`` to packed rows."""
-        return encode(self._prepare(x), self.format, self.rotation)
+        return encode(self.prepare(x), self.format, self.rotation)
 
     def decode(self, packed: Packed) -> Tensor:
         """Packed rows to stored values ``[B, Hkv, T, padded]``, float32: what a kernel multiplies."""
@@ -273,11 +275,11 @@ class Codec:
 
     def store_dense(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Heads ``[B, Hkv, T, D]`` in the stored space but unquantised: ``[B, Hkv, T, padded]``, ``dtype``."""
-        return _saturate(self._turn(self._prepare(x)), dtype)
+        x = self._pad(self.prepare(x))
+        return saturate(x if self.rotation == "none" else rotate(x.to(torch.float32), self.rotation, self.group), dtype)
 
-    def _turn(self, x: Tensor) -> Tensor:
-        x = torch.nn.functional.pad(x, (0, self.padded - self.head_dim))
-        return x if self.rotation == "none" else rotate(x.to(torch.float32), self.rotation, self.group)
+    def _pad(self, x: Tensor) -> Tensor:
+        return x if self.padded == self.head_dim else torch.nn.functional.pad(x, (0, self.padded - self.head_dim))
 
     def query(self, q: Tensor) -> Tensor:
         """q ``[B, Hq, Tq, D]`` to the space of stored keys: ``[B, Hq, Tq, padded]``; float32 unless nothing changes."""
@@ -285,13 +287,15 @@ class Codec:
             q = q.to(torch.float32) * self._per_head(q)
         if self.matrix is not None:
             q = q.to(torch.float32) @ self._matrix(q.float()).mT
-        return self._turn(q)
+        q = self._pad(q)
+        return q if self.rotation == "none" else turn(q.to(torch.float32), self.rotation, self.group)
 
     def output(self, out: Tensor) -> Tensor:
         """An output (or values) ``[B, H, T, padded]`` in the stored space back to heads ``[B, H, T, D]``."""
         if self.rotation != "none":
-            out = unrotate(out, self.rotation, self.group)
-        out = out[..., : self.head_dim]
+            out = turn(out, self.rotation, self.group, back=True)
+        if self.padded != self.head_dim:
+            out = out[..., : self.head_dim]
         if self.matrix is not None:
             out = out @ self._matrix(out)
         return out if self._unscaled else out * self._per_head(out)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields
+from functools import cache
 from typing import Any
 
 import torch
@@ -88,7 +89,8 @@ class AttentionSpec:
 
     def __post_init__(self) -> None:
         for name in ("k_format", "v_format"):
-            object.__setattr__(self, name, get_format(getattr(self, name)))
+            if not isinstance(getattr(self, name), KVFormat):
+                object.__setattr__(self, name, get_format(getattr(self, name)))
         check_positive(head_dim=self.head_dim, head_dim_v=self.head_dim_v, batch=self.batch, q_len=self.q_len)
         check_heads(self.q_heads, self.kv_heads)
         check_head_dims(self.head_dim, self.head_dim_v)
@@ -122,7 +124,7 @@ class AttentionSpec:
 
     def uses(self) -> frozenset[str]:
         """Names of the features that this problem needs."""
-        return frozenset(f.name for f in features() if getattr(self, f.name) != f.default)
+        return frozenset([f.name for f in features() if getattr(self, f.name) != f.default])
 
     def __str__(self) -> str:
         dims = f"d{self.head_dim}" if self.head_dim == self.head_dim_v else f"d{self.head_dim}v{self.head_dim_v}"
@@ -140,6 +142,7 @@ class AttentionSpec:
         return f"{text}-{str(self.dtype).removeprefix('torch.')}-{self.device}"
 
 
+@cache
 def features() -> tuple:
     """The dataclass fields of :class:`AttentionSpec` that are features."""
     return tuple(f for f in fields(AttentionSpec) if f.metadata.get("feature"))

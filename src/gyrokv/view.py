@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .errors import GyroKVError
 from .formats import KVFormat, dense_format
-from .quant import Codec, Packed, decode
+from .quant import Codec, Packed, cat, decode
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,19 @@ class Segment:
             first += count
 
 
+def _same(a: KVFormat, b: KVFormat) -> bool:
+    return a is b or a == b  # comparing rows compares all of their columns
+
+
 def rows_of(packed: Packed, slot: int, count: int) -> Packed:
     """``count`` rows of ``packed [B, H, capacity, *]`` from ``slot`` on, as views."""
     return packed.map(lambda t: t.narrow(-2, slot, count))
+
+
+def chronological(packed: Packed, segment: Segment, first: int, stop: int) -> Packed:
+    """Rows of positions ``first <= p < stop``, oldest first."""
+    parts = [rows_of(packed, slot, count) for slot, count in segment.runs(first, stop)]
+    return cat(parts or [rows_of(packed, 0, 0)], dim=-2)
 
 
 @dataclass(frozen=True)
@@ -105,7 +115,8 @@ class KVView:
     @property
     def unquantised(self) -> bool:
         """True when part of a quantised layer is kept dense."""
-        return any(s.k_format != self.k_codec.format or s.v_format != self.v_codec.format for s in self.segments)
+        k_format, v_format = self.k_codec.format, self.v_codec.format
+        return not all(_same(s.k_format, k_format) and _same(s.v_format, v_format) for s in self.segments)
 
     def check_current(self) -> None:
         """Raise GyroKVError if the layer was written to after this view was taken: its rows may be other tokens'."""

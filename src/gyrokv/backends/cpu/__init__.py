@@ -3,10 +3,12 @@
 ``csrc/`` is compiled once per instruction set when gyrokv is installed (``build.py``); the best one that this machine
 runs is chosen when the library is first used (``native.py``).
 
-``BOUND``: q is rounded, per row, and the weights, per row and tile, to the sum of two int8, which is 16 bits relative
-to the largest; so are the levels of tables that are not integers. Products are exact in int32 and summed in float32.
-Each of these errors is below 2**-15 of the largest operand, 3e-5, and the bound leaves room for a softmax over peaked
-scores, which multiplies an error of the scores by their size. ``FAST_BOUND``: with ``fast`` it is a single int8.
+``BOUND``: q is rounded per row and group of K's scale, and the weights per row, block of at most 128 tokens and group
+of V's scale, to 16 bits relative to the largest (where the CPU has int8 dot products, the sum of two int8); levels of
+tables that are not integers to 16 bits too. The products are exact in int32 and summed in float32. A single rounding
+is off by 2**-17 of the largest at most; over the tokens of a block these add up like a random walk, to about 1e-4 of
+the output when one weight is far above the others. bfloat16 rows take q and weights as two bfloat16 (one where q is
+bfloat16, as the output will be), other dense rows are computed in float32. ``FAST_BOUND``: with ``fast`` a single int8.
 """
 
 from __future__ import annotations
@@ -70,10 +72,19 @@ def why_not_append(layer: LayerCache) -> list[str]:
 
 
 def append(layer: LayerCache, k: Tensor, v: Tensor) -> KVView:
-    """:meth:`LayerCache.append`, with rows encoded by the library: the same bytes."""
-    layer._check_input(k, v)
-    return layer.write(_encode(layer.k_codec, k), _encode(layer.v_codec, v), k, v)
+    """:meth:`LayerCache.append`, with rows encoded by the library, in place if they fit: the same bytes."""
+    layer.check_input(k, v)
+    found = layer.slots(k.shape[2])
+    if found is None:
+        return layer.write(_encode(layer.k_codec, k), _encode(layer.v_codec, v), k, v)
+    *stores, slot = found
+    for codec, x, store in zip((layer.k_codec, layer.v_codec), (k, v), stores):
+        if codec.format.is_dense:
+            store.words.narrow(2, slot, x.shape[2]).copy_(codec.encode(x).words)
+        else:
+            calls.encode(x, codec, store, slot)
+    return layer.fill(k, v)
 
 
 def _encode(codec: Codec, x: Tensor) -> Packed:
-    return codec.encode(x) if codec.format.is_dense else calls.encode(x, codec)
+    return codec.encode(x) if codec.format.is_dense else calls.encode(x, codec, calls.empty_rows(x, codec.format))

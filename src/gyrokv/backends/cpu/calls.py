@@ -12,8 +12,8 @@ from torch import Tensor
 from ...errors import GyroKVError
 from ...formats import KVFormat
 from ...masks import BlockMap
-from ...quant import Codec, Packed, _saturate, code_values, scale_divisor
-from ...rotation import ROTATIONS, _signs
+from ...quant import Codec, Packed, code_values, saturate, scale_divisor
+from ...rotation import ROTATIONS, sign_table
 from ...spec import AttentionSpec, alibi_slopes
 from ...view import KVView
 from . import native
@@ -104,8 +104,8 @@ def attend(
         q = q.contiguous()
     batch, q_heads, q_len, k_dim = q.shape
     v_dim = view.v_codec.padded
-    out = torch.empty((batch, q_heads, q_len, v_dim), dtype=torch.float32)
-    lse = torch.empty((batch, q_heads, q_len), dtype=torch.float32)
+    out = q.new_empty((batch, q_heads, q_len, v_dim), dtype=torch.float32)
+    lse = q.new_empty((batch, q_heads, q_len), dtype=torch.float32)
     runs = _runs(view)
     slopes = _slopes(q_heads, spec.alibi) if spec.alibi else None
     sinks = None if sinks is None else sinks.to(torch.float32).contiguous()
@@ -165,7 +165,7 @@ def _broadcast_strides(t: Tensor) -> tuple[int, ...]:
 
 @cache
 def _slopes(q_heads: int, max_bias: float) -> Tensor:
-    return alibi_slopes(q_heads, max_bias).to(torch.float32)
+    return alibi_slopes(q_heads, max_bias).to("cpu", torch.float32)
 
 
 def _check(status: int) -> None:
@@ -177,41 +177,42 @@ def _check(status: int) -> None:
 
 # -- encoding
 
-_encoders: dict[tuple[int, int, str], tuple[KVFormat, dict, tuple]] = {}
+_encoders: dict[tuple[int, int, str], tuple[KVFormat, native.Encode, tuple]] = {}  # by identity, as above
 
 
-def encode(x: Tensor, codec: Codec) -> Packed:
-    """:meth:`Codec.encode` for rows that are not dense: heads x ``[B, Hkv, T, D]`` to packed rows, the same bits."""
+def empty_rows(x: Tensor, fmt: KVFormat) -> Packed:
+    """Room for heads x ``[B, Hkv, T, D]`` in a format that is not dense."""
+    words = x.new_empty((*x.shape[:3], fmt.words_per_head(x.shape[3])), dtype=torch.int16)
+    scale_dtype = getattr(torch, fmt.scale_dtype) if fmt.has_levels else torch.float32
+    return Packed(words, x.new_empty((*x.shape[:3], fmt.scales_per_head(x.shape[3])), dtype=scale_dtype))
+
+
+def encode(x: Tensor, codec: Codec, into: Packed, slot: int = 0) -> Packed:
+    """:meth:`Codec.encode` for rows that are not dense: heads x ``[B, Hkv, T, D]`` to ``into`` from ``slot`` on, the
+    same bits. Returns ``into``."""
     library = native.library()
-    fmt = codec.format
-    x = codec._prepare(x)
+    x = codec.prepare(x)
     if x.dtype not in ELEMENTS or x.element_size() == 1:
-        x = _saturate(x, torch.float32)
+        x = saturate(x, torch.float32)
     if x.stride(3) != 1:
         x = x.contiguous()
     batch, heads, tokens, head_dim = x.shape
-    words = torch.empty((batch, heads, tokens, fmt.words_per_head(head_dim)), dtype=torch.int16)
-    scale_dtype = getattr(torch, fmt.scale_dtype) if fmt.has_levels else torch.float32
-    scale = torch.empty((batch, heads, tokens, fmt.scales_per_head(head_dim)), dtype=scale_dtype)
-    settings, _ = _encoder(fmt, head_dim, codec.rotation)
-    call = native.Encode(
-        batch=batch, heads=heads, tokens=tokens, x_kind=ELEMENTS[x.dtype], threads=torch.get_num_threads(),
-        x=x.data_ptr(), x_strides=native.byte_strides(x),
-        words=words.data_ptr(), word_strides=native.byte_strides(words),
-        scale=scale.data_ptr(), scale_strides=native.byte_strides(scale),
-        **settings,
-    )  # fmt: skip
+    call = native.Encode.from_buffer_copy(_encoder(codec.format, head_dim, codec.rotation))
+    call.batch, call.heads, call.tokens, call.threads = batch, heads, tokens, torch.get_num_threads()
+    call.x, call.x_kind, call.x_strides = x.data_ptr(), ELEMENTS[x.dtype], native.byte_strides(x)
+    call.words, call.scale, call.word_strides, call.scale_strides = _from(_rows(into), slot)
     _check(library.encode(ctypes.byref(call), library.level.index))
-    return Packed(words, scale)
+    return into
 
 
-def _encoder(fmt: KVFormat, head_dim: int, rotation: str) -> tuple[dict, tuple]:
-    """What an Encode holds besides the data, and the tensors that it points to."""
+def _encoder(fmt: KVFormat, head_dim: int, rotation: str) -> native.Encode:
+    """An Encode that lacks only the data. The tensors that it points to live as long as the process."""
     key = (id(fmt), head_dim, rotation)
     found = _encoders.get(key)
     if found is None:
-        found = _encoders.setdefault(key, (fmt, *_encoder_settings(fmt, head_dim, rotation)))
-    return found[1:]
+        settings, tensors = _encoder_settings(fmt, head_dim, rotation)
+        found = _encoders.setdefault(key, (fmt, native.Encode(**settings), tensors))
+    return found[1]
 
 
 def _encoder_settings(fmt: KVFormat, head_dim: int, rotation: str) -> tuple[dict, tuple]:
@@ -228,12 +229,12 @@ def _encoder_settings(fmt: KVFormat, head_dim: int, rotation: str) -> tuple[dict
     )  # fmt: skip
     tensors = {}
     if row.mixes:
-        tensors = {side: _signs(signs, group) for side, signs in zip(("before", "after"), row.signs)}
+        tensors = {side: sign_table(signs, group) for side, signs in zip(("before", "after"), row.signs)}
     if fmt.has_levels:
         settings |= dict(rule=_RULES[fmt.scale], scale_type=_SCALES[getattr(torch, fmt.scale_dtype)])
         settings |= dict(low=fmt.levels[0], high=fmt.levels[-1])
         tensors |= dict(levels=fmt.level_values, boundaries=fmt.boundaries)
     else:
         settings |= dict(rule=native.RULE_FLOAT8, scale_type=native.SCALE_NONE)
-    tensors = {name: t.contiguous() for name, t in tensors.items()}
+    tensors = {name: t.cpu().contiguous() for name, t in tensors.items()}
     return settings | {name: t.data_ptr() for name, t in tensors.items()}, tuple(tensors.values())

@@ -38,9 +38,8 @@ INLINE void store_factors(vi q, char* row, int64_t stride, int64_t at, int terms
     } else if (terms == 1) {
         store_bytes(row + at, q);
     } else {
-        vi high = (q + 128) >> 8;
-        store_bytes(row + at, high);
-        store_bytes(row + stride + at, q - (high << 8));
+        store_bytes(row + at, (q + 128) >> 8);
+        store_bytes(row + stride + at, q);  // its low byte is what the high part leaves
     }
 }
 INLINE void store_bfloats(vf x, char* row, int64_t stride, int64_t at, int terms) {
@@ -59,12 +58,22 @@ struct Query {
     int64_t stride;   // bytes; a row of q is `terms` rows of A
     float* scale;     // [rows][groups], with the scale of the scores in it
     int32_t* sum;     // [rows][groups]: sum of the integers, when panels have an offset
+    char* lines;      // A transposed, where rows of K are multiplied as they are stored; else null
 };
 
 INLINE int64_t query_stride(const Attend& call) { return round_up(call.k_dim, 64) * 4 + 64; }
 INLINE int64_t query_bytes(const Attend& call, int rows) {
     const int64_t groups = round_up(call.k_dim, 32) / 32;
-    return round_up(rows * (2 * query_stride(call) + groups * 8), 64);
+    return round_up(std::max(rows, 8) * (2 * query_stride(call) + groups * 8), 64) + 16 * query_stride(call);
+}
+
+// With few query rows the matrix unit takes bfloat16 rows of K from where they are, and no panels are made.
+INLINE bool multiplies_stored(const Format& f, int rows) {
+#if defined(__AMX_INT8__)
+    return f.kind == BF16 && f.dim % 32 == 0 && rows <= 16;
+#else
+    return false;
+#endif
 }
 
 inline Query pack_query(const Attend& call, const Unit& unit, const Format& f, char* to) {
@@ -114,6 +123,12 @@ inline Query pack_query(const Attend& call, const Unit& unit, const Format& f, c
             made.sum[r * made.groups + g] = reduce_add(sum);
         }
     }
+    made.lines = nullptr;
+    if (multiplies_stored(f, unit.rows * made.terms)) {
+        Ahead none;
+        made.lines = to + query_bytes(call, unit.rows) - 16 * query_stride(call);
+        transpose_tokens(made.a, made.stride, 2 * f.dim, made.lines, none);
+    }
     return made;
 }
 
@@ -121,6 +136,8 @@ inline Query pack_query(const Attend& call, const Unit& unit, const Format& f, c
 struct Block {
     const Format *k_format, *v_format;
     Panels k, v;
+    Rows k_rows;                     // in place of k, where rows are multiplied as they are stored
+    const Tables* k_tables;
     const float *k_scale, *v_scale;  // [scale][tokens]
     int64_t position;
     int count, tokens;               // tokens: count padded to whole steps
@@ -132,6 +149,7 @@ struct Workspace {
     float* scores;    // [rows][SCORE_STRIDE]; then the softmax weights
     float* most;      // [rows][LANES]: largest scores
     char* weights;    // A of the values
+    char* plain;      // rows of a few tokens
     float* rescale;   // [rows]
     MatrixUnit unit;
     Ahead ahead;
@@ -147,6 +165,22 @@ INLINE vi joined(const char* c, int64_t row, int64_t at, int64_t stride, int ter
     return (high << 8) + load<vi>(c + ((row * terms + 1) * stride + at) * 4);
 }
 
+// Products of all rows of q with rows of K as they are stored.
+inline void score_stored(Workspace& work, const Query& query, const Block& block, int tokens) {
+#if defined(__AMX_INT8__)
+    for (int t = 0; t < tokens; t += 64) {
+        PlainRows rows[4];
+        for (int i = 0; i < 4; ++i) {
+            const int64_t stride = block.k_rows.word_strides[2], at = t + 16 * i;
+            rows[i] = plain_rows(*block.k_format, *block.k_tables, block.k_rows.words + at * stride, stride,
+                                 int(std::clamp<int64_t>(block.count - at, 0, 16)), work.plain + i * 16 * ROW_BYTES);
+        }
+        work.ahead.tick(work.pause);
+        multiply_stored(work.unit, rows, query.lines, block.k_format->dim / 2, (float*)work.products + t, SCORE_STRIDE, work.ahead);
+    }
+#endif
+}
+
 // Scores [rows][SCORE_STRIDE] of `rows` query rows from `row` on, for `tokens` tokens (a multiple of LANES), and the
 // largest of each lane.
 inline void score_rows(Workspace& work, const Query& query, const Block& block, int row, int rows, int tokens) {
@@ -155,8 +189,12 @@ inline void score_rows(Workspace& work, const Query& query, const Block& block, 
                  SCORE_STRIDE, false};
     const char* a = query.a + int64_t(row) * terms * query.stride;
     if (query.element != INT8) {
-        p.a = a, p.b = block.k.data, p.lines = int(block.k.panel / LINE);
-        multiply(work.unit, p);
+        if (query.lines) {
+            score_stored(work, query, block, tokens);
+        } else {
+            p.a = a, p.b = block.k.data, p.lines = int(block.k.panel / LINE);
+            multiply(work.unit, p);
+        }
         work.ahead.tick(work.pause);
         for (int r = 0; r < rows; ++r) {
             const float scale = query.scale[row + r];
@@ -479,8 +517,7 @@ struct Layout {  // of the scratch memory
     }
 };
 
-inline size_t attend_memory(const Attend& call, int rows, Workspace* work, char** queries, char** panels, char** plain,
-                            float** scales, char* base) {
+inline size_t attend_memory(const Attend& call, int rows, Workspace* work, char** queries, char** panels, float** scales, char* base) {
     Layout layout(base);
     const int64_t tokens = tokens_per_block(call, rows), dims[2] = {round_up(call.k_dim, 64), round_up(call.v_dim, 64)};
     char* products = layout.take(int64_t(ROWS_PER_MMA) * SCORE_STRIDE * 4);
@@ -494,24 +531,24 @@ inline size_t attend_memory(const Attend& call, int rows, Workspace* work, char*
         sides[i][0] = layout.take(tokens * dims[i] * 4 + dims[i] / LANES * 2 * LINE);
         sides[i][1] = layout.take(tokens * dims[i] / 32 * 4);
     }
-    char* rows_scratch = layout.take(ROWS_AT_ONCE * int64_t(ROW_BYTES) * 2);
+    char* rows_scratch = layout.take(4 * ROWS_AT_ONCE * int64_t(ROW_BYTES));
     if (base) {
         work->products = products, work->scores = (float*)scores, work->weights = weights, work->most = (float*)most, work->rescale = (float*)rescale;
-        *queries = first_query, *plain = rows_scratch;
+        *queries = first_query, work->plain = rows_scratch;
         for (int i = 0; i < 2; ++i) panels[i] = sides[i][0], scales[i] = (float*)sides[i][1];
     }
     return layout.used;
 }
 
 inline size_t attend_scratch(const Attend& call, int rows) {
-    return attend_memory(call, rows, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr);
+    return attend_memory(call, rows, nullptr, nullptr, nullptr, nullptr, nullptr);
 }
 
 inline void attend(const Attend& call, const Unit& unit, char* scratch) {
     Workspace work;
-    char *next_query, *panels[2], *plain;
+    char *next_query, *panels[2];
     float* scales[2];
-    attend_memory(call, unit.rows, &work, &next_query, panels, &plain, scales, scratch);
+    attend_memory(call, unit.rows, &work, &next_query, panels, scales, scratch);
     std::fill(unit.out, unit.out + int64_t(unit.rows) * call.v_dim, 0.0f);
     std::fill(unit.top, unit.top + unit.rows, -INFINITE);
     std::fill(unit.total, unit.total + unit.rows, 0.0f);
@@ -551,8 +588,11 @@ inline void attend(const Attend& call, const Unit& unit, char* scratch) {
             const int making = panel_ticks(kf, vf_, block.tokens);
             work.ahead.aim(kf, k, vf_, v, slot + block.count, next, 2 * making);
             work.pause = making / (2 * unit.rows + 2);
-            block.k = k_panels(kf, k_tables, k, slot, block.count, block.tokens, panels[0], plain, work.ahead);
-            block.v = v_panels(vf_, v_tables, v, slot, block.count, block.tokens, panels[1], plain, work.ahead);
+            block.k_rows = k, block.k_tables = &k_tables;
+            block.k_rows.words += slot * k.word_strides[2];
+            if (!query.lines)
+                block.k = k_panels(kf, k_tables, k, slot, block.count, block.tokens, panels[0], work.plain, work.ahead);
+            block.v = v_panels(vf_, v_tables, v, slot, block.count, block.tokens, panels[1], work.plain, work.ahead);
             expand_scales(kf, k, slot, block.count, block.tokens, scales[0]);
             expand_scales(vf_, v, slot, block.count, block.tokens, scales[1]);
             block.k_scale = scales[0], block.v_scale = scales[1];

@@ -23,6 +23,7 @@ INLINE int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step 
 struct Tables {
     alignas(64) uint8_t plane[2][256];
     explicit Tables(const Format& f) {
+        if (f.kind != CODES) return;
         for (int p = 0; p < 2; ++p)
             for (int i = 0; i < 256; ++i) plane[p][i] = uint8_t(f.table[p][i & ((1 << f.bits) - 1)]) ^ uint8_t(ZERO);
     }

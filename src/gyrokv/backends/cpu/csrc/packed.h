@@ -231,13 +231,15 @@ INLINE void v_lines_packed(const Format& f, const Decoder<bits, look_up>& decode
                     for (int j = 0; j < F::repeats; ++j) write(h, q, wide(j * per_repeat + n), next, j, j * per_repeat + n);
                 }
             } else {  // a line takes the next field's words `again` times, each time further codes of them
-                const int again = LANES / next_words;
                 const vu all = load<vu>(next_at);
-                vu next = again == 2 ? shuffle<[](int i) constexpr { return i % (LANES / 2); }>(all, all)
-                                     : shuffle<[](int i) constexpr { return i % (LANES / 4); }>(all, all);
-                vu shift;
-                for (int k = 0; k < LANES; ++k) shift[k] = k / next_words * F::next;
-                next >>= shift;
+                vu next;
+                if (next_words * 2 == LANES)
+                    next = shuffle<[](int i) constexpr { return i % (LANES / 2); }>(all, all) >>
+                           lanes<[](int i) constexpr { return i / (LANES / 2) * F::next; }>();
+                else
+                    next = shuffle<[](int i) constexpr { return i % (LANES / 4); }>(all, all) >>
+                           lanes<[](int i) constexpr { return i / (LANES / 4) * F::next; }>();
+                const int again = LANES / next_words;
                 for (int i = 0; i * again < F::repeats; ++i)
                     write(h, q, wide(i), (words)next >> uint16_t(i * again * F::next), 0, i);
             }

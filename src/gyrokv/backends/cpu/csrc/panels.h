@@ -92,47 +92,55 @@ INLINE int panel_ticks(const Format& k, const Format& v, int tokens) {
     return int(tokens / LANES * k_bytes / 16 + tokens / 16 * v_ticks);
 }
 
+// Half precision scales of whole vectors of tokens, `n` per token, in rows without gaps.
+template <int n>
+INLINE int expand_halves(const char* from, int count, int tokens, float* to) {
+    int t = 0;
+    for (; t + LANES <= count; t += LANES, from += 2 * n * LANES) {
+        vf x[n];
+        for (int i = 0; i < n; ++i) x[i] = half_to_float(from + i * 2 * LANES);
+#pragma GCC unroll 4
+        for (int part = n / 2; part; part /= 2) {  // even places to the front, odd ones behind, log2(n) times
+            vf y[n];
+#pragma GCC unroll 8
+            for (int i = 0; i < n / 2; ++i) {
+                const int block = i / part * 2 * part, k = i % part;
+                y[block + k] = unzip<0>(x[block + 2 * k], x[block + 2 * k + 1]);
+                y[block + part + k] = unzip<1>(x[block + 2 * k], x[block + 2 * k + 1]);
+            }
+            for (int i = 0; i < n; ++i) x[i] = y[i];
+        }
+#pragma GCC unroll 16
+        for (int g = 0; g < n; ++g) {  // x[i] holds the scale whose number is i with its bits reversed
+            int source = 0;
+            for (int bit = 1; bit < n; bit *= 2) source = source * 2 + (g & bit ? 1 : 0);
+            store(to + int64_t(g) * tokens + t, x[source]);
+        }
+    }
+    return t;
+}
+
 // Scales of a block as [scale][tokens] floats; zero from `count` on.
 inline void expand_scales(const Format& f, const Rows& rows, int64_t first, int count, int tokens, float* to) {
-    const int n = f.dim / f.group;
     if (f.scale_type == SCALE_NONE) return;
+    const int n = f.dim / f.group, size = f.scale_type == SCALE_F16 ? 2 : 4;
     const int64_t stride = rows.scale_strides[2];
     const char* from = rows.scale + first * stride;
-    auto one = [&](const char* p) {
-        float x;
-        if (f.scale_type == SCALE_F32) {
-            std::memcpy(&x, p, 4);
-        } else {
-            alignas(64) uint16_t half[LANES] = {};
-            std::memcpy(half, p, 2);
-            x = half_to_float(half)[0];
-        }
-        return x;
-    };
-    const bool dense = f.scale_type == SCALE_F16 && stride == 2 * n && (n & (n - 1)) == 0 && n <= 16;
     int t = 0;
-    if (dense)
-        for (; t + LANES <= count; t += LANES) {
-            vf x[16], y[16];
-            for (int i = 0; i < n; ++i) x[i] = half_to_float(from + int64_t(t) * stride + i * 2 * LANES);
-            for (int half = n / 2; half; half /= 2) {  // even places to the front, odd ones behind, log2(n) times
-                for (int i = 0; i < n / 2; ++i) {
-                    const int block = i / half, k = i % half;
-                    vf a = x[block * 2 * half + 2 * k], b = x[block * 2 * half + 2 * k + 1];
-                    y[block * 2 * half + k] = unzip<0>(a, b);
-                    y[block * 2 * half + half + k] = unzip<1>(a, b);
-                }
-                std::copy(y, y + n, x);
-            }
-            for (int g = 0; g < n; ++g) {  // x[i] holds the scale whose number is i with its bits reversed
-                int source = 0;
-                for (int bit = 1; bit < n; bit *= 2) source = source * 2 + (g & bit ? 1 : 0);
-                store(to + int64_t(g) * tokens + t, x[source]);
-            }
-        }
-    const int size = f.scale_type == SCALE_F16 ? 2 : 4;
+    if (f.scale_type == SCALE_F16 && stride == 2 * n) {
+        if (n == 1) t = expand_halves<1>(from, count, tokens, to);
+        if (n == 2) t = expand_halves<2>(from, count, tokens, to);
+        if (n == 4) t = expand_halves<4>(from, count, tokens, to);
+        if (n == 8) t = expand_halves<8>(from, count, tokens, to);
+        if (n == 16) t = expand_halves<16>(from, count, tokens, to);
+    }
     for (; t < count; ++t)
-        for (int g = 0; g < n; ++g) to[int64_t(g) * tokens + t] = one(from + t * stride + g * size);
+        for (int g = 0; g < n; ++g) {
+            const char* at = from + t * stride + g * size;
+            alignas(64) char one[2 * LANES] = {};
+            std::memcpy(one, at, size);
+            to[int64_t(g) * tokens + t] = size == 2 ? half_to_float(one)[0] : *(const float*)one;
+        }
     for (int g = 0; g < n; ++g) std::fill(to + int64_t(g) * tokens + count, to + int64_t(g) * tokens + tokens, 0.0f);
 }
 

@@ -59,6 +59,12 @@ INLINE vi broadcast4(const void* p) {  // four bytes to every lane
     return splat(x);
 }
 
+// A constant whose lanes are f(0), f(1), ...
+template <auto f>
+INLINE vu lanes() {
+    return []<size_t... i>(std::index_sequence<i...>) { return vu{uint32_t(f(int(i)))...}; }(std::make_index_sequence<LANES>{});
+}
+
 // Permutations whose index is a constexpr function of the lane.
 template <auto index, class V, size_t... i>
 INLINE V shuffle_(V a, V b, std::index_sequence<i...>) {
@@ -208,15 +214,10 @@ INLINE vf tanh(vf x) {  // absolute error below 3e-7
 // Factor: one part of q or of a weight. Where int8 parts are native, 16 bits are split in two (hi, lo); elsewhere a
 // 16-bit factor is multiplied at once.
 #if defined(__AVX512VNNI__)
-constexpr int FACTOR_BITS = 8;
-#if defined(__AMX_INT8__)
-constexpr int ZERO = 0;
-#else
-constexpr int ZERO = 128;
+constexpr int FACTOR_BITS = 8, ZERO = 128;
 INLINE vi dot(vi sum, line b, const void* a) {
     return (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)b, (__m512i)broadcast4(a));
 }
-#endif
 #elif defined(__ARM_FEATURE_DOTPROD)
 constexpr int FACTOR_BITS = 8, ZERO = 0;
 INLINE vi dot(vi sum, line b, const void* a) {
