@@ -261,7 +261,8 @@ class Bench:
                     what = f"{name} {form} d{dim} {'causal' if causal else 'full'}"
                     self.add(what, time, groups=GROUP, flop=flop, gflop_s=flop / time["us"] / 1e3, **row)
             for point in group:
-                layer, q = filled(point), torch.randn(1, KV_HEADS * GROUP, q_len, dim)
+                layer = filled(point)
+                q = torch.randn(1, KV_HEADS * GROUP, q_len, dim).to(torch.bfloat16)  # as models have it
                 time = self.timed(lambda i, q=q, layer=layer, point=point: point.attend(q, layer, self.backend))
                 ratios = {name: us / time["us"] for name, us in best.items()}
                 row = asdict(point) | {"by": "gyrokv", "flop": flop}
