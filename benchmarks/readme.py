@@ -22,7 +22,7 @@ EXAMPLES = {
     "causal": {"causal": True}, "window": {"window": 7}, "softcap": {"softcap": 30.0},
     "mask": {"mask": "bool"}, "alibi": {"alibi": 8.0, "mask": "additive"},
     "block_map": {"block_map": True, "mask": "bool"}, "sinks": {"sinks": True}, "starts": {"starts": True},
-    "ring": {"ring": True, "window": 7}, "unquantised": {"unquantised": True},
+    "ring": {"ring": True, "window": 7}, "unquantised": {"unquantised": True}, "fast": {"fast": True},
 }  # fmt: skip
 MEANING = {
     "causal": "causal, bottom right",
@@ -35,6 +35,7 @@ MEANING = {
     "starts": "ragged batches (left padding)",
     "ring": "ring buffers",
     "unquantised": "dense first and recent tokens",
+    "fast": "`fast=True` (rounding to 8 bits is allowed)",
 }
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from gyrokv import BACKENDS
+from gyrokv.backends.cpu import forced, native
 from gyrokv.cases import Case
 from gyrokv.testing import Problem, inputs, poisoned_memory
 
@@ -53,6 +54,18 @@ def backend_here():
         return BACKENDS[name]
 
     return check
+
+
+@pytest.fixture
+def level(request: pytest.FixtureRequest, backend_here):
+    """The CPU backend on the instruction set named by ``request.param``, after a skip if it cannot run here."""
+    backend_here("cpu")
+    lacks = {found.name: found.lacks for found in native.library().levels}
+    why = lacks.get(request.param, "the compiler does not know it")
+    if why:
+        pytest.skip(f"{request.param}: {why}")
+    with forced(request.param):
+        yield request.param
 
 
 @lru_cache(maxsize=4)

@@ -129,40 +129,46 @@ def _run(command: Sequence[str]) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
 
 
-def build(output: str | Path = LIBRARY, extra_flags: Sequence[str] = ()) -> Built:
+def known_levels() -> tuple[str, ...]:
+    """The instruction sets that there are kernels for on this architecture, best first."""
+    return tuple(_LEVELS[_architecture()])
+
+
+def build(output: str | Path = LIBRARY, extra_flags: Sequence[str] = (), levels: Sequence[str] | None = None) -> Built:
     """Compile and link ``output``; ``extra_flags`` come last on every command (as for sanitizers).
 
-    An existing file is replaced at once, so that processes that have loaded it keep it. Raises BuildError.
+    ``levels``: which of :func:`known_levels`, default all; one takes a few seconds. An existing file is replaced at
+    once, so that processes that have loaded it keep it. Raises BuildError.
     """
     output = Path(output)
     command = find_compiler()
-    levels = dict(_LEVELS[_architecture()])
+    flags_of = {name: flags for name, flags in _LEVELS[_architecture()].items() if levels is None or name in levels}
     left_out = {}
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
 
         def compile_level(name: str) -> str:
-            if said := _accepts(command, _PROBES[name], ("-O1", *levels[name])):
+            if said := _accepts(command, _PROBES[name], ("-O1", *flags_of[name])):
                 return f"the compiler does not know it: {said}"
-            flags = (*_SHARED, *levels[name], f"-DGYROKV_ISA={name}")
+            flags = (*_SHARED, *flags_of[name], f"-DGYROKV_ISA={name}")
             _compile(command, "kernels.cpp", Path(folder) / f"{name}.o", (*flags, *extra_flags))
             return ""
 
-        for name, said in zip(tuple(levels), pool.map(compile_level, levels)):
+        for name, said in zip(tuple(flags_of), pool.map(compile_level, flags_of)):
             if said:
                 left_out[name] = said
-                del levels[name]
+                del flags_of[name]
         about = "; ".join(f"{name}: {said}" for name, said in left_out.items())
         defines = (
-            f"-DGYROKV_LEVELS={''.join(f'X({name})' for name in levels)}",
+            f"-DGYROKV_LEVELS={''.join(f'X({name})' for name in flags_of)}",
             f"-DGYROKV_DIGEST={_quoted(digest())}",
             f"-DGYROKV_LEFT_OUT={_quoted(about)}",
         )
         _compile(command, "core.cpp", Path(folder) / "core.o", (*_SHARED, *defines, *extra_flags))
         # least first: of a function that the compiler put into several objects (from a header of the standard
         # library, say) the linker takes the first, which must run on every CPU
-        objects = [str(Path(folder) / f"{name}.o") for name in ("core", *reversed(levels))]
+        objects = [str(Path(folder) / f"{name}.o") for name in ("core", *reversed(flags_of))]
         _link(command, objects, output, extra_flags)
-    return Built(output, shlex.join(command), tuple(levels), left_out)
+    return Built(output, shlex.join(command), tuple(flags_of), left_out)
 
 
 def _architecture() -> str:

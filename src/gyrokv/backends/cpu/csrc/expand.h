@@ -136,19 +136,12 @@ inline void unpack_codes(const Format& f, const Tables& tables, const Span& rows
 #undef GYROKV_UNPACK
 }
 
-// fp8 e4m3 has the exponent range of half precision but for a factor of 2^8.
-INLINE vf fp8_to_float(const void* p) {
-    vi code = __builtin_convertvector(load<vec<int8_t, LANES>>(p), vi);
-    alignas(64) uint16_t half[LANES];
-    store(half, __builtin_convertvector(((code & 0x7f) << 7) | (code & 0x8000), vec<uint16_t, 2 * LANES>));
-    return half_to_float(half) * 256.0f;
-}
-
 INLINE int size_of_kind(int kind) { return kind == F32 ? 4 : kind == FP8_E4M3 ? 1 : 2; }
 
-// LANES values from index i of a row of `dim`, zeros after its end. Reads only the row.
-INLINE vf load_values(int kind, const char* row, int i, int dim) {
-    const int size = size_of_kind(kind);
+// LANES values of a F32, F16 or BF16 row of `dim` from index i on, zeros after its end. Reads only the row.
+template <int kind>
+INLINE vf load_values(const char* row, int i, int dim) {
+    constexpr int size = kind == F32 ? 4 : 2;
     alignas(64) char tail[LINE];
     const char* from = row + i * size;
     if (i + LANES > dim) {
@@ -156,24 +149,55 @@ INLINE vf load_values(int kind, const char* row, int i, int dim) {
         if (i < dim) std::memcpy(tail, from, (dim - i) * size);
         from = tail;
     }
-    return kind == F32 ? load<vf>(from) : kind == F16 ? half_to_float(from) : kind == BF16 ? bfloat_to_float(from) : fp8_to_float(from);
+    if constexpr (kind == F32) return load<vf>(from);
+    if constexpr (kind == F16) return half_to_float(from);
+    return bfloat_to_float(from);
+}
+INLINE vf load_values(int kind, const char* row, int i, int dim) {
+    return kind == F32 ? load_values<F32>(row, i, dim) : kind == F16 ? load_values<F16>(row, i, dim) : load_values<BF16>(row, i, dim);
 }
 
-// A dense or fp8 row as bfloat16 or float32, with zeros up to whole lines.
-INLINE void convert_row(const Format& f, const char* row, char* to) {
-    alignas(64) uint8_t codes[640];
-    if (f.kind == FP8_E4M3) {
-        unpack_field<8, 0, 0>({row, 0, codes, 0, 1}, f.dim / 2, nullptr);
-        row = (const char*)codes;
-    }
-    const Element e = element_of(f);
-    const int padded = int(round_up(int64_t(f.dim) * size_of(e), LINE)) / size_of(e);
+// A dense row times `factor` as bfloat16 or float32, with zeros up to whole lines.
+template <int kind, Element e>
+INLINE void convert_values(int dim, const char* row, char* to, float factor = 1.0f) {
+    const int padded = int(round_up(int64_t(dim) * size_of(e), LINE)) / size_of(e);
     for (int i = 0; i < padded; i += LANES) {
-        vf x = load_values(f.kind, row, i, f.dim);
-        if (e == BFLOAT)  // exact: both kinds have at most 8 significant bits
+        vf x = load_values<kind>(row, i, dim);
+        if (factor != 1.0f) x *= factor;
+        if constexpr (e == BFLOAT)
             store(to + 2 * i, to_bfloat(x));
         else
             store(to + 4 * i, x);
+    }
+}
+
+// A dense or fp8 row as it is multiplied. Exact: rows become bfloat16 only if they have at most 8 significant bits.
+INLINE void convert_row(const Format& f, const char* row, char* to) {
+    constexpr Element short_row = BFLOAT_DOT ? BFLOAT : FLOAT;
+    if (f.kind == F32) return convert_values<F32, FLOAT>(f.dim, row, to);
+    if (f.kind == F16) return convert_values<F16, FLOAT>(f.dim, row, to);
+    if (f.kind == BF16) return convert_values<BF16, short_row>(f.dim, row, to);
+    const int words = f.dim / 2;
+    auto each_value = [&](auto convert) {  // the second half after the first, whose last vector may run into it
+        for (int odd = 0; odd < 2; ++odd)
+            for (int i = 0; i < words; i += LINE / 2) {
+                vec<uint16_t> w = {};
+                if (i + LINE / 2 <= words)
+                    w = load<vec<uint16_t>>(row + 2 * i);
+                else
+                    std::memcpy(&w, row + 2 * i, 2 * (words - i));
+                convert(odd * words + i, odd ? w >> 8 : w & 0xff);
+            }
+    };
+    alignas(64) uint16_t values[640 + LINE];
+    if constexpr (BFLOAT_DOT) {
+        each_value([&](int at, vec<uint16_t> code) { store(values + at, fp8_to_bfloat(code)); });
+        const int64_t bytes = 2 * int64_t(f.dim);
+        std::memcpy(to, values, bytes);
+        std::memset(to + bytes, 0, round_up(bytes, LINE) - bytes);
+    } else {  // e4m3 has the exponent range of half precision but for a factor of 2^8
+        each_value([&](int at, vec<uint16_t> code) { store(values + at, (code & 0x7f) << 7 | (code & 0x80) << 8); });
+        convert_values<F16, short_row>(f.dim, (const char*)values, to, 256.0f);
     }
 }
 

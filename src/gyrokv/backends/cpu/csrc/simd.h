@@ -272,6 +272,19 @@ constexpr bool BFLOAT_DOT = false;
 INLINE vf dot_bfloat(vf sum, line, const void*) { return sum; }
 #endif
 
+// fp8 e4m3 in the low bytes of 16-bit lanes to bfloat16.
+#if defined(__AVX512BF16__)
+INLINE vec<uint16_t> fp8_to_bfloat(vec<uint16_t> code) {
+    const vec<uint16_t> size = code & 0x7f, sign = (code & 0x80) << 8;
+    const __m512i small = _mm512_broadcast_i32x4(  // multiples of 2^-9
+        _mm_setr_epi16(0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60));
+    const vec<uint16_t> tiny = (vec<uint16_t>)_mm512_permutexvar_epi16((__m512i)size, small);
+    return sign | (size < 8 ? tiny : (size << 4) + (120 << 7));
+}
+#else
+INLINE vec<uint16_t> fp8_to_bfloat(vec<uint16_t> code) { return code; }
+#endif
+
 // -- look-up of bytes
 //
 // table: 256 bytes, of which 2^bits count, repeated up to 16, 64 or 256. Vectors of 8 to LINE bytes.
