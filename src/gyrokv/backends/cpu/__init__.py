@@ -43,15 +43,21 @@ def why_not(spec: AttentionSpec) -> list[str]:
         reasons.append(f"device={spec.device} (it runs on the CPU)")
     if spec.dtype == torch.float64:
         reasons.append("dtype=torch.float64 (it computes in float32)")
-    for side, fmt in (("k", spec.k_format), ("v", spec.v_format)):
-        reasons += [f"{side}_format={fmt.name} {reason}" for reason in _why_not_format(fmt)]
+    return (
+        reasons + _why_not_format("k", spec.k_format, spec.head_dim) + _why_not_format("v", spec.v_format, spec.head_dim_v)
+    )
+
+
+def _why_not_format(side: str, fmt: KVFormat, head_dim: int) -> list[str]:
+    what = f"{side}_format={fmt.name}"
+    if not fmt.has_levels:
+        return [] if fmt.dtype in calls.ELEMENTS else [f"{what} (it knows no {fmt.dtype})"]
+    _, group = fmt.layout(head_dim)
+    span = min(group, fmt.scale_span or group)
+    reasons = [f"{what} (groups of {span} values at head_dim={head_dim}; it takes multiples of 32)"] if span % 32 else []
+    if fmt.scale_dtype not in calls.SCALES:
+        reasons.append(f"{what} (scale_dtype={fmt.scale_dtype}; it knows {list(calls.SCALES)})")
     return reasons
-
-
-def _why_not_format(fmt: KVFormat) -> list[str]:
-    if not fmt.has_levels and fmt.dtype not in calls.ELEMENTS:
-        return [f"(it knows no {fmt.dtype})"]
-    return []
 
 
 def tile(spec: AttentionSpec) -> tuple[int, int]:
@@ -67,7 +73,7 @@ def attend(
 def why_not_append(layer: LayerCache) -> list[str]:
     reasons = [] if layer.device.type == "cpu" else [f"device={layer.device} (it runs on the CPU)"]
     for side, codec in (("k", layer.k_codec), ("v", layer.v_codec)):
-        reasons += [f"{side}_format={codec.format.name} {reason}" for reason in _why_not_format(codec.format)]
+        reasons += _why_not_format(side, codec.format, codec.head_dim)
     return reasons
 
 

@@ -24,7 +24,7 @@ ELEMENTS = {
     torch.bfloat16: native.BF16,
     torch.float8_e4m3fn: native.FP8_E4M3,
 }
-_SCALES = {torch.float16: native.SCALE_F16, torch.float32: native.SCALE_F32}
+SCALES = {"float16": native.SCALE_F16, "float32": native.SCALE_F32}
 _MASKS = {
     torch.bool: native.MASK_BOOL,
     torch.float32: native.MASK_F32,
@@ -50,7 +50,7 @@ def _format(fmt: KVFormat, head_dim: int, padded: int) -> native.Format:
     planes, factor, table = _planes(fmt)
     _, group = fmt.layout(head_dim)
     whole = native.Format(
-        native.CODES, fmt.bits, padded, min(group, fmt.scale_span or group), _SCALES[getattr(torch, fmt.scale_dtype)],
+        native.CODES, fmt.bits, padded, min(group, fmt.scale_span or group), SCALES[fmt.scale_dtype],
         planes, factor / scale_divisor(fmt, head_dim), int(table[0] == list(range(-128, 128))),
     )  # fmt: skip
     for plane in range(planes):
@@ -231,7 +231,7 @@ def _encoder_settings(fmt: KVFormat, head_dim: int, rotation: str) -> tuple[dict
     if row.mixes:
         tensors = {side: sign_table(signs, group) for side, signs in zip(("before", "after"), row.signs)}
     if fmt.has_levels:
-        settings |= dict(rule=_RULES[fmt.scale], scale_type=_SCALES[getattr(torch, fmt.scale_dtype)])
+        settings |= dict(rule=_RULES[fmt.scale], scale_type=SCALES[fmt.scale_dtype])
         settings |= dict(low=fmt.levels[0], high=fmt.levels[-1])
         tensors |= dict(levels=fmt.level_values, boundaries=fmt.boundaries)
     else:

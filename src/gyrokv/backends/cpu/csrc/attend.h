@@ -300,13 +300,11 @@ INLINE void soften(const Block& block, float* scores, float top, int terms, bool
     vf added = {}, most = {};
     for (int t = row.begin; t < row.end; t += LANES) {
         vf w = exp2(load<vf>(scores + t) - top);
-        if (e == BFLOAT && terms == 1) {  // packed at once; the sum is of what is multiplied
-            const vh rounded = to_bfloat(w);
-            store(a + 2 * t, rounded);
-            added += to_float(rounded);
+        added += w;
+        if (e == BFLOAT && terms == 1) {  // packed at once
+            store(a + 2 * t, to_bfloat(w));
             continue;
         }
-        added += w;
         if (e == INT8 && one_group) {
             w *= load<vf>(block.v_scale + t);
             most = max(most, (vf)((vi)w & 0x7fffffff));
@@ -441,6 +439,8 @@ inline void attend_rows(const Attend& call, const Unit& unit, Workspace& work, c
     float *top = unit.top + row, *total = unit.total + row;
     Row state[ROWS_PER_MMA];
     bool any = false;
+    // a single bfloat16 holds the largest weight exactly if it is 1
+    const float slack = e == BFLOAT && terms == 1 ? 0.0f : SLACK;
     for (int r = 0; r < rows; ++r) {
         vf most = load<vf>(work.most + r * LANES);
         if (call.mask || call.softcap || seen[r].first > 0 || seen[r].stop < stop || stop % LANES) {
@@ -463,7 +463,7 @@ inline void attend_rows(const Attend& call, const Unit& unit, Workspace& work, c
             continue;
         }
         any = true;
-        if (highest > top[r] + SLACK) {
+        if (highest > top[r] + slack) {
             work.rescale[r] = exp2(splat(top[r] - highest))[0];
             total[r] *= work.rescale[r];
             top[r] = highest;

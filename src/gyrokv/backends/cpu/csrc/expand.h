@@ -51,14 +51,14 @@ INLINE void unpack_part(const Span& rows, int words, int first, const uint8_t* t
     for (int t = 0; t < rows.count; ++t, from += rows.from_stride, to += rows.to_stride) {
         const auto x = load<vec<uint16_t, bytes>>(from);
         for (int s = 0; s < 8 / width; ++s) {
-            B code = (B)((x >> uint16_t(s * width)) & mask);
+            B code = (B)(shift_right(x, s * width) & mask);
             if constexpr (entries > 0) code = lookup<entries, bytes>(code, table);
             code = shuffle<[](int i) constexpr { return i < bytes / 2 ? 2 * i : 2 * i - bytes + 1; }>(code, code);
             uint8_t *even = to + s * words, *odd = even + 8 / width * words;
             H a = half<0, uint8_t, bytes>(code), b = half<1, uint8_t, bytes>(code);
             if constexpr (low > 0) {
-                a = load<H>(even) | (H)(a << uint8_t(low));
-                b = load<H>(odd) | (H)(b << uint8_t(low));
+                a = load<H>(even) | shift_left(a, low);
+                b = load<H>(odd) | shift_left(b, low);
             }
             store(even, a);
             store(odd, b);

@@ -48,12 +48,12 @@ struct Fields {
 template <int bits>
 INLINE line codes_at(words wide, words next, int s, int place) {
     using F = Fields<bits>;
-    auto mask = [](int width, int at) { return words{} + uint16_t((((1 << width) - 1) << at) * 0x0101); };
+    auto mask = [](int width, int at) { return splat_of<words>((((1 << width) - 1) << at) * 0x0101); };
     words code = wide;
-    if constexpr (F::wide < 8) code = (s ? wide >> uint16_t(s * F::wide) : wide) & mask(F::wide, 0);
+    if constexpr (F::wide < 8) code = shift_right(wide, s * F::wide) & mask(F::wide, 0);
     if constexpr (F::next > 0) {
         const int shift = place * F::next - F::wide;
-        words high = shift > 0 ? next >> uint16_t(shift) : shift < 0 ? next << uint16_t(-shift) : next;
+        words high = shift > 0 ? shift_right(next, shift) : shift_left(next, -shift);
         code |= high & mask(F::next, F::wide);
     }
     return (line)code;
@@ -78,7 +78,7 @@ struct Decoder {
 // Bytes 0 and 2 of both (`odd` = 0), or 1 and 3: as 0 of a, 0 of b, 2 of a, 2 of b.
 template <int odd>
 INLINE words sort_bytes(line a, line b) {
-    const words x = (words)a, y = (words)b, low = words{} + uint16_t(0xff);
+    const words x = (words)a, y = (words)b, low = splat_of<words>(0xff);
     if constexpr (odd == 0) return (x & low) | (y << 8);
     return (x >> 8) | (y & ~low);
 }
@@ -241,7 +241,7 @@ INLINE void v_lines_packed(const Format& f, const Decoder<bits, look_up>& decode
                            lanes<[](int i) constexpr { return i / (LANES / 4) * F::next; }>();
                 const int again = LANES / next_words;
                 for (int i = 0; i * again < F::repeats; ++i)
-                    write(h, q, wide(i), (words)next >> uint16_t(i * again * F::next), 0, i);
+                    write(h, q, wide(i), shift_right((words)next, i * again * F::next), 0, i);
             }
         }
 }

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #if defined(__x86_64__)
@@ -63,6 +64,21 @@ INLINE vi broadcast4(const void* p) {  // four bytes to every lane
 template <auto f>
 INLINE vu lanes() {
     return []<size_t... i>(std::index_sequence<i...>) { return vu{uint32_t(f(int(i)))...}; }(std::make_index_sequence<LANES>{});
+}
+
+// The same value in every lane. A parameter of the lane's own type, because a scalar expression is an int, and that is
+// a truncation to compilers that do not fold it.
+template <class V>
+INLINE V splat_of(std::remove_cvref_t<decltype(V{}[0])> x) {
+    return V{} + x;
+}
+template <class V>
+INLINE V shift_right(V x, int n) {
+    return x >> splat_of<V>(n);
+}
+template <class V>
+INLINE V shift_left(V x, int n) {
+    return x << splat_of<V>(n);
 }
 
 // Permutations whose index is a constexpr function of the lane.
