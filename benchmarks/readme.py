@@ -114,6 +114,48 @@ def quality_table() -> str:
     return "\n".join(parts)
 
 
+def cpu_table() -> str:
+    """Decode and prefill of the CPU kernels, as recorded in results/cpu.json."""
+    record = json.loads((RESULTS / "cpu.json").read_text())
+    machine, rows = record["environment"], record["rows"]
+    ours = [r for r in rows if r.get("by") == "gyrokv" and not r.get("fast") and not r.get("level") and r.get("groups") == 4]
+
+    def find(part: str, formats: str, dim: int, kv_len: int, causal: bool) -> dict | None:
+        wanted = dict(part=part, formats=formats, head_dim=dim, kv_len=kv_len, causal=causal)
+        return next((r for r in ours if all(r[key] == value for key, value in wanted.items())), None)
+
+    def torch_us(part: str, dim: int, kv_len: int) -> float:
+        same = [r for r in rows if r["part"] == part and r["by"].startswith("torch") and r["head_dim"] == dim]
+        return min(r["us"] for r in same if r["kv_len"] == kv_len and not r.get("causal"))
+
+    dims = sorted({r["head_dim"] for r in ours if r["part"] == "decode" and r["kv_len"] == 16384})
+    names = list(dict.fromkeys(r["formats"] for r in ours if r["part"] == "decode"))
+    lines = ["| K / V | " + " | ".join(f"head_dim {d}: ms, GB/s" for d in dims) + " |", "|---|" + "---|" * len(dims)]
+    lines.append("| PyTorch, its best | " + " | ".join(f"{torch_us('decode', d, 16384) / 1e3:.2f}" for d in dims) + " |")
+    for name in names:
+        found = [find("decode", name, d, 16384, True) for d in dims]
+        cells = ["–" if r is None else f"{r['us'] / 1e3:.2f}, {r['gb_s']:.1f}" for r in found]
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    prefill = [r for r in ours if r["part"] == "prefill" and not r["causal"]]
+    dims = sorted({r["head_dim"] for r in prefill})
+    lines += ["", "Prefill, 512 queries on 4,096 tokens, every key seen, bfloat16 queries, GFLOP/s:", ""]
+    lines += ["| K / V | " + " | ".join(f"head_dim {d}" for d in dims) + " |", "|---|" + "---|" * len(dims)]
+    flop = {r["head_dim"]: r["flop"] for r in prefill}
+    best = [f"{flop[d] / torch_us('prefill', d, 4096) / 1e3:.0f}" for d in dims]
+    lines.append(f"| PyTorch, its best | {' | '.join(best)} |")
+    for name in dict.fromkeys(r["formats"] for r in prefill):
+        cells = [f"{find('prefill', name, d, 4096, False)['gflop_s']:.0f}" for d in dims]
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    ceiling = record["ceiling"]["gb_s"]
+    lines += [
+        "",
+        f"Measured {record['when'][:10]} on {machine['cpu']} ({record['threads']} threads, which read memory at "
+        f"{ceiling:.1f} GB/s), torch {machine['packages']['torch']}, commit `{machine['commit'][:10]}`, with "
+        f"`{record['command']}`.",
+    ]
+    return "\n".join(lines)
+
+
 def gpu_line() -> str:
     """The last run of the tests on an accelerator, as recorded in results/gpu_tests.json."""
     record = json.loads((RESULTS / "gpu_tests.json").read_text())
@@ -126,7 +168,9 @@ def gpu_line() -> str:
     )
 
 
-SECTIONS = {"formats": formats_table, "support": features_table, "quality": quality_table, "gpu": gpu_line}
+SECTIONS = {
+    "formats": formats_table, "support": features_table, "quality": quality_table, "cpu": cpu_table, "gpu": gpu_line,
+}  # fmt: skip
 
 
 def render(text: str) -> str:

@@ -67,10 +67,10 @@ INLINE int64_t query_bytes(const Attend& call, int rows) {
     return round_up(std::max(rows, 8) * (2 * query_stride(call) + groups * 8), 64) + 16 * query_stride(call);
 }
 
-// With few query rows the matrix unit takes bfloat16 rows of K from where they are, and no panels are made.
+// With few query rows the matrix unit takes rows of K as they are, or as bfloat16, and no panels are made.
 INLINE bool multiplies_stored(const Format& f, int rows) {
 #if defined(__AMX_INT8__)
-    return f.kind == BF16 && f.dim % 32 == 0 && rows <= 16;
+    return element_of(f) == BFLOAT && f.dim % 32 == 0 && rows <= 16;
 #else
     return false;
 #endif
