@@ -1,0 +1,129 @@
+// q of a unit as operand A of the scores: integers of 16 bits per row and group of K's scale, bfloat16 or float32.
+#pragma once
+#include <limits>
+
+#include "mma.h"
+
+namespace gyrokv {
+namespace GYROKV_ISA {
+
+constexpr float INFINITE = std::numeric_limits<float>::infinity();
+constexpr float LOG2E = 1.44269504f, LN2 = 0.69314718f;
+constexpr float LOWEST = -65504.0f;  // a mask value up to this means masked
+constexpr float SLACK = 8.0f;        // a new maximum within 2^8 of the old one rescales nothing
+constexpr int MOST_TOKENS = 256;     // per block; products of 16 and 8 bits of so many still fit 32
+constexpr int COLUMNS = 128;         // of the output per product
+// Rows of operands start a line apart from powers of two, so that they spread over the sets of a cache.
+constexpr int SCORE_STRIDE = MOST_TOKENS + 16, VALUE_STRIDE = COLUMNS + 16;  // elements
+
+INLINE int terms_of(Element e, const Attend& call, bool exact) {
+    if (e == INT8) return FACTOR_BYTES == 2 ? 1 : call.terms;
+    return e == BFLOAT && !exact ? 2 : 1;
+}
+INLINE bool bfloat_query(const Attend& call) { return call.q_kind == BF16; }
+INLINE float largest_factor(int terms) { return FACTOR_BYTES == 2 || terms == 2 ? 32512.0f : 127.0f; }
+
+// Integers to where A keeps them: `at` elements (a multiple of LANES) into rows `stride` bytes apart.
+INLINE void store_factors(vi q, char* row, int64_t stride, int64_t at, int terms) {
+    if constexpr (FACTOR_BYTES == 2) {  // of each four: 0, 2 and 1, 3
+        constexpr auto index = [](int i) constexpr { return i / 4 * 4 + (i % 4 == 1 ? 2 : i % 4 == 2 ? 1 : i % 4); };
+        store_words(row + 2 * at, shuffle<index>(q, q));
+    } else if (terms == 1) {
+        store_bytes(row + at, q);
+    } else {
+        store_bytes(row + at, (q + 128) >> 8);
+        store_bytes(row + stride + at, q);  // its low byte is what the high part leaves
+    }
+}
+INLINE void store_bfloats(vf x, char* row, int64_t stride, int64_t at, int terms) {
+    const vh high = to_bfloat(x);
+    store(row + 2 * at, high);
+    if (terms == 2) store(row + stride + 2 * at, to_bfloat(x - to_float(high)));
+}
+
+// q of a unit as the operand A of scores with one kind of K.
+struct Query {
+    Element element;
+    int group, groups, terms;
+    bool sorted;      // each four values as 0, 2, 1, 3, like lines of packed rows
+    float factor;     // of the format, which is in the scale
+    char* a;
+    int64_t stride;   // bytes; a row of q is `terms` rows of A
+    float* scale;     // [rows][groups], with the scale of the scores in it
+    int32_t* sum;     // [rows][groups]: sum of the integers, when panels have an offset
+    char* lines;      // A transposed, where rows of K are multiplied as they are stored; else null
+};
+
+INLINE int64_t query_stride(const Attend& call) { return round_up(call.k_dim, 64) * 4 + 64; }
+INLINE int64_t query_bytes(const Attend& call, int rows) {
+    const int64_t groups = round_up(call.k_dim, 32) / 32;
+    return round_up(std::max(rows, 8) * (2 * query_stride(call) + groups * 8), 64) + 16 * query_stride(call);
+}
+
+// With few query rows the matrix unit takes rows of K as they are, or as bfloat16, and no panels are made.
+INLINE bool multiplies_stored(const Format& f, int rows) {
+#if defined(__AMX_INT8__)
+    return element_of(f) == BFLOAT && f.dim % 32 == 0 && rows <= 16;
+#else
+    return false;
+#endif
+}
+
+inline Query pack_query(const Attend& call, const Unit& unit, const Format& f, char* to) {
+    Query made;
+    made.element = element_of(f);
+    made.group = made.element == INT8 ? f.group : f.dim;
+    made.groups = f.dim / made.group;
+    made.terms = terms_of(made.element, call, bfloat_query(call));
+    made.factor = f.factor;
+    made.sorted = packed_tokens(f);
+    made.a = to;
+    made.stride = query_stride(call);
+    made.scale = (float*)(to + unit.rows * 2 * made.stride);
+    made.sum = (int32_t*)(made.scale + unit.rows * made.groups);
+    const int per_kv = call.q_heads / call.kv_heads;
+    const float base = (call.softcap ? call.scale / call.softcap : call.scale * LOG2E) * f.factor;
+    alignas(64) float q[640] = {};
+    for (int r = 0; r < unit.rows; ++r) {
+        const int row = unit.row_first + r, head = unit.kv_head * per_kv + row % per_kv, token = row / per_kv;
+        const char* from = call.q + unit.batch * call.q_strides[0] + head * call.q_strides[1] + token * call.q_strides[2];
+        for (int i = 0; i < call.k_dim; i += LANES) store(q + i, load_values(call.q_kind, from, i, call.k_dim));
+        if (made.sorted)
+            for (int i = 1; i < call.k_dim; i += 4) std::swap(q[i], q[i + 1]);
+        char* a = made.a + int64_t(r) * made.terms * made.stride;
+        for (int g = 0; g < made.groups; ++g) {
+            const float* part = q + g * made.group;
+            float scale = 1.0f;
+            const int end = g + 1 == made.groups ? int(round_up(call.k_dim, 64)) - g * made.group : made.group;
+            vi sum = {};
+            if (made.element == INT8) {
+                vf most = {};
+                for (int i = 0; i < made.group; i += LANES) most = max(most, (vf)((vi)load<vf>(part + i) & 0x7fffffff));
+                const float largest = largest_factor(made.terms), size = reduce_max(most);
+                scale = size / largest;
+                const float inverse = size > 1e-30f ? largest / size : 0.0f;
+                for (int i = 0; i < made.group; i += LANES) {
+                    vi x = round_int(load<vf>(part + i) * inverse);
+                    sum += x;
+                    store_factors(x, a, made.stride, g * made.group + i, made.terms);
+                }
+            } else if (made.element == BFLOAT) {
+                for (int i = 0; i < end; i += LANES) store_bfloats(load<vf>(part + i), a, made.stride, i, made.terms);
+            } else {
+                std::memcpy(a, part, end * 4);
+            }
+            made.scale[r * made.groups + g] = scale * base;
+            made.sum[r * made.groups + g] = reduce_add(sum);
+        }
+    }
+    made.lines = nullptr;
+    if (multiplies_stored(f, unit.rows * made.terms)) {
+        Ahead none;
+        made.lines = to + query_bytes(call, unit.rows) - 16 * query_stride(call);
+        transpose_tokens(made.a, made.stride, 2 * f.dim, made.lines, none);
+    }
+    return made;
+}
+
+}  // namespace GYROKV_ISA
+}  // namespace gyrokv
