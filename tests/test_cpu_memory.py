@@ -66,14 +66,12 @@ def in_a_child(body: Callable[[], None]) -> str:
     readable, writable = os.pipe()
     child = os.fork()
     if child == 0:
+        finished = False
         try:
             body()
-            said = b""
-        except BaseException:
-            said = traceback.format_exc()[-4000:].encode()
-            raise
+            finished = True
         finally:
-            os.write(writable, said)
+            os.write(writable, b"" if finished else traceback.format_exc()[-4000:].encode())
             os._exit(0)  # without pytest's own ending
     os.close(writable)
     with os.fdopen(readable) as pipe:

@@ -15,7 +15,7 @@ namespace GYROKV_ISA {
 // A block of tokens, ready to be multiplied.
 struct Block {
     const Format *k_format, *v_format;
-    Panels k, v;
+    Panels k = {}, v;
     Rows k_rows;                     // in place of k, where rows are multiplied as they are stored
     const Tables* k_tables;
     const float *k_scale, *v_scale;  // [scale][tokens]

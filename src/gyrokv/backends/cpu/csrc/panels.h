@@ -61,7 +61,7 @@ inline void v_panels_of(const PlainRows& plain, int p, int64_t bytes, char* to, 
 inline Panels v_panels(const Format& f, const Tables& tables, const Rows& rows, int64_t first, int count, int tokens, char* to,
                        char* scratch, Ahead& ahead) {
     const Element e = element_of(f);
-    const int64_t panel = int64_t(tokens) * size_of(e) / 4 * LINE + LINE;  // a line more: see attend.h on strides
+    const int64_t panel = int64_t(tokens) * size_of(e) / 4 * LINE + LINE;  // a line more: see query.h on strides
     Panels made = {to, panel, v_panels(f) * panel, int(v_panels(f))};
     if (packed_values(f)) {
         packed_panels(f, tables, false, rows.words + first * rows.word_strides[2], rows.word_strides[2], count, tokens, to, panel,
