@@ -140,7 +140,8 @@ def cpu_table() -> str:
     dims = sorted({r["head_dim"] for r in prefill})
     lines += [
         "",
-        "Prefill, 512 queries on 4,096 tokens, every key seen, bfloat16 queries (so weights on dense rows and outputs are rounded to bfloat16), GFLOP/s:",
+        "Prefill, 512 queries on 4,096 tokens, every key seen, bfloat16 queries (outputs, and weights on bfloat16 and fp8 "
+        "rows, are rounded to bfloat16), GFLOP/s:",
         "",
     ]
     lines += ["| K / V | " + " | ".join(f"head_dim {d}" for d in dims) + " |", "|---|" + "---|" * len(dims)]
