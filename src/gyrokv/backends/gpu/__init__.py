@@ -1,0 +1,67 @@
+"""Flash decoding on NVIDIA GPUs: packed rows expand straight into operands of the tensor cores.
+
+CUDA C++ in ``csrc/``, compiled for one problem at a time by the run-time compiler that comes with torch (``nvrtc.py``);
+``plan.py`` says with which constants, ``calls.py`` launches.
+
+``BOUND``: q is rounded to half precision per row, relative to its largest value (two halves where the output is
+float32; bfloat16 where K is), weights to half precision relative to their largest (two bfloat16 where V is bfloat16 or
+float32), levels of tables that are not integers to half precision: relative errors of 2**-12 each, which add up like
+random walks.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...masks import BlockMap
+from ...spec import AttentionSpec, features
+from ...view import KVView
+from . import calls, nvrtc, plan
+
+__all__ = ["BOUND", "UNDERSTANDS", "attend", "missing", "name", "tile", "why_not"]
+
+name = "gpu"
+UNDERSTANDS = frozenset(f.name for f in features())
+BOUND = 1e-3
+_TILE = 64  # tokens and keys that share a state of a block map
+_GRID = 65535  # most blocks along y and z
+_LENGTH = 2**30
+
+
+def missing() -> list[str]:
+    """Why this machine cannot run it."""
+    if not torch.cuda.is_available():
+        return ["no NVIDIA GPU that torch can use"]
+    if torch.version.hip:
+        return ["an NVIDIA GPU (this is an AMD one; its kernels have not been tried)"]
+    capability = torch.cuda.get_device_capability()
+    reasons = [] if capability >= (8, 0) else [f"compute capability 8.0 (this GPU has {capability[0]}.{capability[1]})"]
+    return reasons if nvrtc.compiler_version() else [*reasons, "NVIDIA's run-time compiler, libnvrtc (it comes with torch)"]
+
+
+def why_not(spec: AttentionSpec) -> list[str]:
+    reasons = []
+    if spec.device != "cuda":
+        reasons.append(f"device={spec.device} (it runs on cuda)")
+    if spec.dtype not in calls.Q_TYPES:
+        reasons.append(f"dtype={spec.dtype} (it takes {[str(d) for d in calls.Q_TYPES]})")
+    for side, fmt, head_dim in (("k", spec.k_format, spec.head_dim), ("v", spec.v_format, spec.head_dim_v)):
+        why = plan.why_not_row(fmt, head_dim)
+        reasons += [f"{side}_format={fmt.name} ({why})"] if why else []
+    for size, value in (("batch", spec.batch), ("kv_heads", spec.kv_heads)):
+        if value > _GRID:
+            reasons.append(f"{size}={value} (it takes at most {_GRID})")
+    if spec.kv_len >= _LENGTH:
+        reasons.append(f"kv_len={spec.kv_len} (it takes less than {_LENGTH})")
+    return reasons
+
+
+def tile(spec: AttentionSpec) -> tuple[int, int]:
+    return min(spec.q_len, _TILE), _TILE
+
+
+def attend(
+    q: Tensor, view: KVView, spec: AttentionSpec, mask: Tensor | None, block_map: BlockMap | None, sinks: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return calls.attend(q, view, spec, mask, sinks)

@@ -1,0 +1,209 @@
+"""Tensors, formats and views as the kernels read them: one structure per launch (csrc/params.cuh)."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_float, c_int, c_int64, c_uint32, c_void_p
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from ...formats import KVFormat
+from ...quant import Packed, code_values
+from ...spec import AttentionSpec, alibi_slopes
+from ...view import KVView, Segment
+from . import plan
+from .nvrtc import Kernel
+
+Q_TYPES = {torch.float16: plan.F16, torch.bfloat16: plan.BF16, torch.float32: plan.F32}
+_MASKS = {torch.bool: 1, torch.float32: 2, torch.float16: 3, torch.bfloat16: 4}
+_FAR = 2**62  # positions: no limit
+_MERGE_THREADS = 128
+
+
+class Side(ctypes.Structure):
+    _fields_ = [("words", c_void_p), ("scale", c_void_p), ("word_strides", c_int64 * 3), ("scale_strides", c_int64 * 3)]
+
+
+class Attend(ctypes.Structure):
+    _fields_ = [
+        ("q", c_void_p), ("q_strides", c_int64 * 3), ("k", Side), ("v", Side), ("out", c_void_p), ("top", c_void_p),
+        ("slopes", c_void_p), ("mask", c_void_p), ("mask_strides", c_int64 * 4), ("starts", c_void_p),
+        ("k_table", c_void_p), ("v_table", c_void_p), ("pages", c_void_p), ("lengths", c_void_p),
+        ("lengths_batch", c_int64), ("pages_batch", c_int64), ("page_slots", c_int64),
+        ("length", c_int64), ("base", c_int64), ("first", c_int64), ("stop", c_int64), ("trail", c_int64),
+        ("keep", c_int64), ("kv_first", c_int64), ("window", c_int64),
+        ("capacity", c_int), ("q_heads", c_int), ("kv_heads", c_int), ("q_len", c_int), ("groups", c_int),
+        ("causal", c_int), ("splits", c_int), ("split_base", c_int), ("splits_total", c_int), ("row_tiles", c_int),
+        ("scale", c_float), ("softcap", c_float), ("k_factor", c_float), ("v_factor", c_float),
+        ("k_low", c_uint32), ("k_high", c_uint32), ("v_low", c_uint32), ("v_high", c_uint32),
+    ]  # fmt: skip
+
+
+class Merge(ctypes.Structure):
+    _fields_ = [
+        ("part", c_void_p), ("top", c_void_p), ("sinks", c_void_p), ("out", c_void_p), ("lse", c_void_p),
+        ("q_heads", c_int), ("q_len", c_int), ("splits", c_int), ("dim", c_int),
+    ]  # fmt: skip
+
+
+# -- rows
+
+
+class Rows:
+    """One side of a segment: tensors that kernels can address, and how."""
+
+    def __init__(self, packed: Packed, row: plan.Row) -> None:
+        self.row = row
+        words, scale = packed
+        self.copy = _alignment(words, row.bytes)
+        if not self.copy:
+            words = words.contiguous()
+            self.copy = _alignment(words, row.bytes)
+        need = 4 if row.wide_scale or row.scales % 2 == 0 else 2
+        if row.span and _alignment(scale, row.scale_bytes, (4, 2)) < need:
+            scale = scale.contiguous()
+        self.words, self.scale = words, scale
+        self.word_strides, self.scale_strides = _byte_strides(words), _byte_strides(scale) if row.span else (0, 0, 0)
+        self.stride = row.bytes if self.word_strides[2] == row.bytes else 0
+        self.scale_stride = row.scale_bytes if self.scale_strides[2] == row.scale_bytes else 0
+
+    @property
+    def side(self) -> Side:
+        scale = self.scale.data_ptr() if self.row.span else 0
+        return Side(self.words.data_ptr(), scale, self.word_strides, self.scale_strides)
+
+
+def _byte_strides(t: Tensor) -> tuple[int, ...]:
+    size = t.element_size()
+    return tuple(stride * size for stride in t.stride()[:3])
+
+
+def _alignment(t: Tensor, row_bytes: int, sizes: tuple[int, ...] = (16, 8, 4)) -> int:
+    """The largest of ``sizes`` that every row of ``t [B, H, T, N]`` is aligned to, 0 for none."""
+    if t.shape[3] > 1 and t.stride(3) != 1:
+        return 0
+    bits = t.data_ptr() | row_bytes
+    for stride, count in zip(_byte_strides(t), t.shape):
+        if count > 1:
+            bits |= stride
+    return next((size for size in sizes if bits % size == 0), 0)
+
+
+_tables: dict[tuple[int, torch.device], tuple[KVFormat, Tensor]] = {}  # by identity: hashing a row hashes its levels
+
+
+def _table(fmt: KVFormat, row: plan.Row, device: torch.device) -> Tensor | None:
+    """Values by code over the largest, float32, of rows that look them up."""
+    if row.kind != plan.TABLE:
+        return None
+    key = (id(fmt), device)
+    if key not in _tables:
+        values = code_values(fmt)
+        _tables[key] = fmt, (values / values.abs().max()).to(device)
+    return _tables[key][1]
+
+
+# -- attention
+
+
+@cache
+def _slopes(q_heads: int, max_bias: float, device: torch.device) -> Tensor:
+    return alibi_slopes(q_heads, max_bias).to(device, torch.float32)
+
+
+@cache
+def _kernel(name: str, defines: tuple, device: int, shared: int) -> Kernel:
+    return Kernel(name, dict(defines), device, shared)
+
+
+@cache
+def _processors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
+def _shared_memory(device: int) -> int:
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+def _pointer(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _strides(t: Tensor) -> tuple[int, ...]:
+    """In elements, 0 for axes of one."""
+    return tuple(0 if size == 1 else stride for size, stride in zip(t.shape, t.stride()))
+
+
+class _Part:
+    """A segment's launch: its kernel, how many splits, the structure."""
+
+    def __init__(self, segment: Segment, view: KVView, q: Tensor, spec: AttentionSpec, mask: Tensor | None) -> None:
+        k_codec, v_codec, device = view.k_codec, view.v_codec, q.device
+        k = Rows(segment.k, plan.row_of(segment.k_format, k_codec.head_dim, k_codec.padded))
+        v = Rows(segment.v, plan.row_of(segment.v_format, v_codec.head_dim, v_codec.padded))
+        columns = spec.groups * spec.q_len
+        problem = plan.Problem(
+            k.row, v.row, columns, Q_TYPES[q.dtype], spec.dtype == torch.float32, spec.softcap > 0,
+            _MASKS[mask.dtype] if mask is not None else 0, spec.alibi > 0, False,
+            k.row.kind == plan.TABLE and segment.k_format is segment.v_format, k.copy, v.copy, k.stride, v.stride,
+            k.scale_stride, v.scale_stride,
+        )  # fmt: skip
+        self.plan = plan.plan(problem, _shared_memory(device.index))
+        self.kernel = _kernel("attend", self.plan.defines, device.index, self.plan.shared)
+        self.row_tiles = -(-columns // self.plan.rows)
+        seen = segment.stop - segment.first
+        if spec.window:
+            seen = min(seen, spec.window + spec.q_len)
+        tiles = -(-seen // self.plan.tile) + 1
+        units = spec.batch * spec.kv_heads * self.row_tiles
+        self.splits = plan.splits(units, tiles, self.plan.warps, _processors(device.index))
+        self.held = k, v, _table(segment.k_format, k.row, device), _table(segment.v_format, v.row, device)
+        self.call = Attend(
+            q=q.data_ptr(), q_strides=_strides(q)[:3], k=k.side, v=v.side,
+            k_table=_pointer(self.held[2]), v_table=_pointer(self.held[3]),
+            length=view.length, base=segment.base, first=segment.first, stop=segment.stop, trail=0, keep=_FAR,
+            kv_first=view.first, window=spec.window or 0, capacity=segment.capacity, q_heads=spec.q_heads,
+            kv_heads=spec.kv_heads, q_len=spec.q_len, groups=spec.groups, causal=spec.causal, splits=self.splits,
+            row_tiles=self.row_tiles, scale=spec.scale, softcap=spec.softcap, k_factor=k.row.factor,
+            v_factor=v.row.factor, k_low=k.row.low, k_high=k.row.high, v_low=v.row.low, v_high=v.row.high,
+        )  # fmt: skip
+        if mask is not None:
+            self.call.mask, self.call.mask_strides = mask.data_ptr(), _strides(mask)
+
+
+def attend(
+    q: Tensor, view: KVView, spec: AttentionSpec, mask: Tensor | None, sinks: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The contract's ``attend``. Tensors that structures point to are held by the locals of this function."""
+    if q.stride(3) != 1:
+        q = q.contiguous()
+    batch, q_heads, q_len, _ = q.shape
+    device, v_dim = q.device, view.v_codec.padded
+    out = torch.empty((batch, q_heads, q_len, v_dim), dtype=torch.float32, device=device)
+    lse = torch.empty((batch, q_heads, q_len), dtype=torch.float32, device=device)
+    sinks = None if sinks is None else sinks.to(torch.float32).contiguous()
+    starts = None if view.starts is None else view.starts.contiguous()
+    slopes = _slopes(q_heads, spec.alibi, device) if spec.alibi else None
+    stream = torch.cuda.current_stream(device).cuda_stream
+    with torch.cuda.device(device):
+        parts = [_Part(segment, view, q, spec, mask) for segment in view.segments]
+        total = sum(part.splits for part in parts)
+        partial = torch.empty((batch, q_heads, q_len, total, v_dim), dtype=torch.float32, device=device)
+        top = torch.empty((batch, q_heads, q_len, total, 2), dtype=torch.float32, device=device)
+        base = 0
+        for part in parts:
+            call = part.call
+            call.out, call.top, call.split_base, call.splits_total = partial.data_ptr(), top.data_ptr(), base, total
+            call.slopes, call.starts = _pointer(slopes), _pointer(starts)
+            grid = (part.row_tiles * part.splits, spec.kv_heads, batch)
+            part.kernel.launch(grid, part.plan.warps * 32, stream, call)
+            base += part.splits
+        merge = Merge(
+            partial.data_ptr(), top.data_ptr(), _pointer(sinks), out.data_ptr(), lse.data_ptr(), q_heads, q_len, total, v_dim
+        )
+        rows = batch * q_heads * q_len
+        _kernel("merge", (), device.index, 0).launch((rows, 1, 1), _MERGE_THREADS, stream, merge)
+    return out, lse

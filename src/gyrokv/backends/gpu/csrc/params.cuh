@@ -1,0 +1,42 @@
+// Arguments of the kernels, as the host lays them out (calls.py).
+#pragma once
+#include "ptx.cuh"
+
+struct Side {
+  const char* words;  // of batch 0, head 0, slot 0
+  const char* scale;
+  i64 words_batch, words_head, words_slot;  // bytes; of a paged cache: from page to page in place of batches
+  i64 scale_batch, scale_head, scale_slot;
+};
+
+struct Attend {
+  const char* q;
+  i64 q_batch, q_head, q_token;  // elements
+  Side k, v;
+  float* out;           // [B, Hq, Tq, splits_total, DV], relative to exp2(top)
+  float2* top;          // [B, Hq, Tq, splits_total]: the largest score in units of log2, the sum of weights
+  const float* slopes;  // [Hq] or null
+  const char* mask;
+  i64 mask_batch, mask_head, mask_token, mask_key;  // elements
+  const i64* starts;                                // [B] or null
+  const float* k_table;                             // values by code, of rows that look them up
+  const float* v_table;
+  const int* pages;      // [B, pages_batch]: the page of each page_slots slots
+  const i64* lengths;    // [B or 1]: tokens of each sequence, in place of length; or null
+  i64 lengths_batch, pages_batch, page_slots;
+  // Positions. Live here: max(first, length - keep, length - window ...) <= p < min(stop, length - trail)
+  i64 length, base, first, stop, trail, keep, kv_first, window;  // window 0: none
+  int capacity, q_heads, kv_heads, q_len, groups, causal;
+  int splits, split_base, splits_total, row_tiles;
+  float scale, softcap, k_factor, v_factor;
+  u32 k_low, k_high, v_low, v_high;  // tables of bytes
+};
+
+struct Merge {
+  const float* part;
+  const float2* top;
+  const float* sinks;  // [Hq] or null
+  float* out;          // [B, Hq, Tq, DV]
+  float* lse;          // [B, Hq, Tq]
+  int q_heads, q_len, splits, dim;
+};

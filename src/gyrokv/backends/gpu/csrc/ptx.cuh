@@ -1,0 +1,136 @@
+// Instructions that C++ has no word for, and the integer types of this backend.
+#pragma once
+
+typedef unsigned u32;
+typedef unsigned short u16;
+typedef unsigned char u8;
+typedef long long i64;
+typedef unsigned long long u64;
+
+#define INLINE __device__ __forceinline__
+#ifndef INFINITY
+#define INFINITY __int_as_float(0x7F800000)
+#endif
+
+INLINE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+INLINE u32 prmt(u32 a, u32 b, u32 selector) {
+  u32 d;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(selector));
+  return d;
+}
+
+INLINE u32 add_f16x2(u32 a, u32 b) {
+  u32 d;
+  asm("add.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  return d;
+}
+
+INLINE u32 fma_f16x2(u32 a, u32 b, u32 c) {
+  u32 d;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+
+// two float8 e4m3 in the low half of x
+INLINE u32 f16x2_of_e4m3(u32 x) {
+  u32 d;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(d) : "h"((u16)x));
+  return d;
+}
+
+// low half: a, high half: b
+INLINE u32 f16x2(float a, float b) {
+  u32 d;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(b), "f"(a));
+  return d;
+}
+
+INLINE u32 bf16x2(float a, float b) {
+  u32 d;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(b), "f"(a));
+  return d;
+}
+
+INLINE float f32_of_f16(u32 low) {
+  float d;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(d) : "h"((u16)low));
+  return d;
+}
+
+INLINE float f32_of_bf16(u32 low) { return __uint_as_float(low << 16); }
+
+// a pair of floats as the sum of two pairs of bfloat16
+INLINE void split_bf16(float a, float b, u32& high, u32& low) {
+  high = bf16x2(a, b);
+  low = bf16x2(a - __uint_as_float(high << 16), b - __uint_as_float(high & 0xFFFF0000u));
+}
+
+INLINE float exp2_fast(float x) {
+  float d;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(d) : "f"(x));
+  return d;
+}
+
+// c[16 x 8] += a[16 x 16] b[16 x 8]; lane 4 g + t holds rows g, g + 8 and columns 2 t, 2 t + 1 of c
+template <bool BF16>
+INLINE void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  if (BF16)
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  else
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// transposes an 8 x 8 matrix of 16-bit values that the warp holds, two of a row per lane
+INLINE u32 transpose8(u32 x) {
+  u32 d;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(x));
+  return d;
+}
+
+// N 32-bit words from shared memory in one load
+template <int N>
+INLINE void load_shared(u32 address, u32* x) {
+  static_assert(N == 1 || N == 2 || N == 4, "1, 2 or 4 words");
+  if (N == 4)
+    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(address));
+  else if (N == 2)
+    asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(x[0]), "=r"(x[1]) : "r"(address));
+  else
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x[0]) : "r"(address));
+}
+
+INLINE u32 load_shared_u16(u32 address) {
+  u16 x;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(x) : "r"(address));
+  return x;
+}
+
+// SIZE bytes from global to shared memory, asynchronously
+template <int SIZE>
+INLINE void copy_async(u32 to, const void* from) {
+  if (SIZE == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from));
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(from), "n"(SIZE));
+}
+
+// the same; zeros instead unless valid
+template <int SIZE>
+INLINE void copy_async(u32 to, const void* from, bool valid) {
+  int size = valid ? SIZE : 0;
+  if (SIZE == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(size));
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(from), "n"(SIZE), "r"(size));
+}
+
+INLINE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// all but the last N groups of copies have arrived
+template <int N>
+INLINE void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}

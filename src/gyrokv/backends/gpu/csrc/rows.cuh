@@ -1,0 +1,86 @@
+// How rows reach a warp: which slots are live, pages, copies to shared memory, scales.
+// The host defines PAGED.
+#pragma once
+#include "codec.cuh"
+#include "params.cuh"
+
+// Positions relative to the first live one, `offset`, run from 0 to count - 1; slots hold them in order, modulo capacity.
+struct Slots {
+  int first_slot, count, capacity;
+  INLINE int offset(int slot) const { return slot - first_slot + (slot < first_slot ? capacity : 0); }
+  INLINE bool live(int slot) const { return slot < capacity && offset(slot) < count; }
+  // are slots slot .. slot + n - 1 live and of consecutive positions?
+  INLINE bool whole(int slot, int n) const {
+    int low = slot - first_slot;
+    return low >= 0 ? low + n <= count && slot + n <= capacity : low + n <= 0 && low + capacity + n <= count;
+  }
+};
+
+// Where the rows of one head and sequence lie. STRIDE: bytes from slot to slot; 0 if only known when it runs.
+struct Rows {
+  const char* base;
+  i64 slot_stride;  // bytes
+  i64 page_stride;
+  const int* pages;
+  int page_slots;
+
+  template <int STRIDE>
+  INLINE const char* at(int slot) const {
+#if PAGED
+    int page = slot / page_slots;
+    return base + pages[page] * page_stride + (slot - page * page_slots) * (STRIDE ? STRIDE : slot_stride);
+#else
+    return base + (i64)slot * (STRIDE ? STRIDE : slot_stride);
+#endif
+  }
+};
+
+// COUNT rows from slot on to shared memory; zeros where no live row is. A page holds whole tiles.
+template <class R, int COUNT, int PITCH, int COPY, int STRIDE>
+INLINE void copy_rows(u32 to, const Rows& rows, int slot, const Slots& slots, int lane) {
+  constexpr int PER_ROW = R::BYTES_ROW / COPY, ALL = COUNT * PER_ROW;
+  static_assert(R::BYTES_ROW % COPY == 0, "copies of whole rows");
+  const char* from = rows.at<STRIDE>(slot);
+  i64 stride = STRIDE ? STRIDE : rows.slot_stride;
+  if (slots.whole(slot, COUNT)) {
+#pragma unroll
+    for (int i = 0; i < (ALL + 31) / 32; ++i) {
+      int e = i * 32 + lane, row = e / PER_ROW, part = e % PER_ROW;
+      if (32 % PER_ROW == 0) row = i * (32 / PER_ROW) + lane / PER_ROW, part = lane % PER_ROW;
+      if (PER_ROW % 32 == 0) row = i * 32 / PER_ROW, part = i * 32 % PER_ROW + lane;
+      i64 offset = STRIDE == R::BYTES_ROW ? e * COPY : row * stride + part * COPY;
+      if (ALL % 32 == 0 || e < ALL) copy_async<COPY>(to + row * PITCH + part * COPY, from + offset);
+    }
+  } else {
+    for (int e = lane; e < ALL; e += 32) {
+      int row = e / PER_ROW, part = e % PER_ROW;
+      bool live = slots.live(slot + row);
+      copy_async<COPY>(to + row * PITCH + part * COPY, from + (live ? row * stride : 0) + part * COPY, live);
+    }
+  }
+}
+
+template <class R, bool WIDE>
+struct Scales {
+  static constexpr int N = !R::SCALED ? 0 : WIDE ? R::GROUPS : (R::GROUPS + 1) / 2;
+  u32 raw[N ? N : 1];
+
+  INLINE void load(const char* from, bool valid) {
+    if constexpr (R::SCALED) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        if (!valid) raw[i] = 0;
+        else if (!WIDE && R::GROUPS == 1) raw[i] = *(const u16*)from;
+        else if (!WIDE && R::GROUPS % 2) {
+          raw[i] = ((const u16*)from)[2 * i];
+          if (2 * i + 1 < R::GROUPS) raw[i] |= (u32)((const u16*)from)[2 * i + 1] << 16;
+        } else raw[i] = ((const u32*)from)[i];
+      }
+    }
+  }
+  INLINE float at(int group) const {
+    if constexpr (!R::SCALED) return 1.0f;
+    if constexpr (WIDE) return __uint_as_float(raw[group]);
+    else return f32_of_f16(raw[group / 2] >> (group % 2 * 16));
+  }
+};
