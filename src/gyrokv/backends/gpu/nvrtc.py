@@ -175,7 +175,7 @@ class Kernel:
             _check_driver(load(ctypes.byref(self._library), code, None, None, 0, None, None, 0), f"{name}: loading")
             _check_driver(driver.cuLibraryGetKernel(ctypes.byref(kernel), self._library, name.encode()), name)
             _check_driver(driver.cuKernelGetFunction(ctypes.byref(function), kernel), name)
-            if shared > 48 * 1024:
+            if shared:  # more than 48 KiB, with what the kernel declares itself, must be asked for
                 status = driver.cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED, shared)
                 _check_driver(status, f"{name}: {shared} bytes of shared memory")
         self._function, self._launch, self._name, self._shared = function, driver.cuLaunchKernel, name, shared
