@@ -22,6 +22,7 @@ from ...errors import GyroKVError
 
 SOURCES = Path(__file__).with_name("csrc")
 _OPTIONS = ("--std=c++17", "--device-as-default-execution-space", "--extra-device-vectorization")
+_PROGRAMMATIC = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
 
@@ -161,6 +162,17 @@ def architecture(device: int) -> str:
     return f"sm_{major}{minor}" + ("a" if major >= 9 else "")
 
 
+class _LaunchAttribute(ctypes.Structure):  # CUlaunchAttribute
+    _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_char * 4), ("value", ctypes.c_int), ("rest", ctypes.c_char * 60)]
+
+
+class _LaunchConfig(ctypes.Structure):  # CUlaunchConfig
+    _fields_ = [
+        *((name, ctypes.c_uint) for name in ("grid_x", "grid_y", "grid_z", "block_x", "block_y", "block_z", "shared")),
+        ("stream", ctypes.c_void_p), ("attributes", ctypes.POINTER(_LaunchAttribute)), ("count", ctypes.c_uint),
+    ]  # fmt: skip
+
+
 class Kernel:
     """One compiled kernel on one device. ``shared``: bytes of dynamic shared memory per block."""
 
@@ -178,13 +190,15 @@ class Kernel:
             if shared:  # more than 48 KiB, with what the kernel declares itself, must be asked for
                 status = driver.cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED, shared)
                 _check_driver(status, f"{name}: {shared} bytes of shared memory")
-        self._function, self._launch, self._name, self._shared = function, driver.cuLaunchKernel, name, shared
+        overlaps = torch.cuda.get_device_capability(device) >= (9, 0)
+        self._attributes = (_LaunchAttribute * overlaps)(*[_LaunchAttribute(_PROGRAMMATIC, b"", 1)] * overlaps)
+        self._function, self._launch, self._name, self._shared = function, driver.cuLaunchKernelEx, name, shared
 
     def launch(self, grid: tuple[int, int, int], threads: int, stream: int, argument: ctypes.Structure) -> None:
-        """Start on ``stream`` (a CUstream). The kernel takes one structure by value."""
+        """Start on ``stream`` (a CUstream). The kernel takes one structure by value, and waits itself for the kernels
+        before it: where the GPU can, its launch overlaps with their end."""
         arguments = (ctypes.c_void_p * 1)(ctypes.addressof(argument))
-        status = self._launch(
-            self._function, *grid, threads, 1, 1, self._shared, ctypes.c_void_p(stream), arguments, None
-        )
+        config = _LaunchConfig(*grid, threads, 1, 1, self._shared, stream, self._attributes, len(self._attributes))
+        status = self._launch(ctypes.byref(config), self._function, arguments, None)
         if status:
             _check_driver(status, f"{self._name}: launching {grid} x {threads}")

@@ -12,7 +12,6 @@ F16, BF16, F32, FP8, LINEAR, BYTES, TABLE = range(7)  # csrc/codec.cuh
 _DENSE = {"float16": F16, "bfloat16": BF16, "float32": F32, "float8_e4m3fn": FP8}
 SHARED_MEMORY = 227 * 1024  # bytes of a block on compute capability 9.0
 _STATIC = 4096  # bytes that kernels declare themselves, at most
-_DENORMAL = 2.0**24  # bytes are taken for half-precision denormals
 
 
 @dataclass(frozen=True)
@@ -51,8 +50,13 @@ class Row:
         return self.dim if self.kind in (F16, BF16, F32) else self.dim * self._field // 16
 
     @property
+    def planes(self) -> int:
+        """Values of a unit."""
+        return {F16: 1, BF16: 1, F32: 2}.get(self.kind, 16 // self._field)
+
+    @property
     def lut_bytes(self) -> int:
-        return 128 << self.bits if self.kind == TABLE else 0
+        return 256 << self.bits if self.kind == TABLE else 0
 
 
 @cache
@@ -62,12 +66,11 @@ def _table(fmt: KVFormat) -> tuple[int, float, int, int]:
     half = 2 ** (fmt.bits - 1)
     if fmt.coding == "index" and fmt.bits in (4, 8) and list(levels) == list(range(-half, half)):
         return LINEAR, step, 0, 0
-    whole = all(float(level).is_integer() and abs(level) <= 127 for level in levels)
+    whole = all(float(level).is_integer() and abs(level) <= (126 if fmt.bits == 4 else 127) for level in levels)
     by_code = (code_values(fmt).double() / step).round().int().tolist()
     if whole and (fmt.bits in (2, 3) or (fmt.bits == 4 and fmt.coding == "sign_magnitude")):
-        entries = by_code[:8] if fmt.bits == 4 else [level + 128 for level in by_code]
-        text = bytes(entries + [0] * (8 - len(entries)))
-        return BYTES, step * _DENORMAL, int.from_bytes(text[:4], "little"), int.from_bytes(text[4:], "little")
+        text = bytes(level & 255 for level in by_code[:8]).ljust(8, b"\0")
+        return BYTES, step, int.from_bytes(text[:4], "little"), int.from_bytes(text[4:], "little")
     return TABLE, float(code_values(fmt).abs().max()), 0, 0
 
 
@@ -172,25 +175,36 @@ def _pitch(row: Row, copy: int, side: str) -> int:
         vector = _vector(row.words // 2, 4)
         size, lanes = (8, 2 * vector) if row.kind == F32 else (4 * vector, 2 * vector)
         at = [(lane // 4, min((lane % 4) * lanes, row.words - 2) * word) for lane in range(32)]
+    elif row.words % 8 == 0 and row.kind != F32:  # eight words of a token at once
+        size, at = 16, [(lane, 0) for lane in range(32)]
     else:
-        vector = _vector(row.words, 8)
-        size = vector * word
-        at = [(2 * (lane % 4), min((lane // 4) * vector, row.words - vector) * word) for lane in range(32)]
+        size, at = 4, [(2 * (lane % 4), min(lane // 4, row.words - 1) * word) for lane in range(32)]
     unit = max(copy, size, 4)
     first = -(-row.bytes // unit) * unit
     pitches = range(first, first + 144, unit)
     return min(pitches, key=lambda pitch: (_conflicts([r * pitch + b for r, b in at], size), pitch))
 
 
-def _accumulators(problem: Problem, columns: int, tile: int) -> int:
-    """32-bit registers per lane that hold sums."""
-    v, k = problem.v, problem.k
-    terms = 1 if not problem.two_terms else 2
-    offset = v.scales if v.kind == BYTES and v.bits < 4 else 0
-    sums = k.scales if 1 < k.scales <= 9 else 2 if tile == 16 else 1
-    weights = max(v.scales, 1) * 2 * (2 if v.kind in (BF16, F32) else 1)
-    dims = v.dim // 16 if v.words % 8 == 0 else 2 * -(-v.dim // 16)
-    return columns * (4 * (dims + offset) + tile // 16 * (4 + weights)) + tile // 16 * 4 * sums * columns * terms
+def _integers(row: Row, side: str) -> bool:
+    """True when a side is multiplied as bytes. For K, sums of four signs and scales would cost too many products."""
+    return row.kind == BYTES and (side == "v" or row.bits < 4 or row.scales <= 2)
+
+
+def _registers(problem: Problem, rows: int, terms: int, tile: int) -> int:
+    """About how many registers a lane needs: sums, weights, and what every kernel has."""
+    v, k, tiles = problem.v, problem.k, tile // 16
+    columns = -(-rows // 8)
+    per_lane = 1 if terms == 2 and rows <= 4 else 2
+    k_columns = columns if terms == 1 else 1 if rows <= 4 else 2 * columns
+    sums = k.scales if 1 < k.scales <= 9 else 1
+    scores = tiles * 4 * (sums * k_columns + columns)
+    if _integers(v, "v"):
+        out = -(-v.dim // 16) * columns * per_lane
+        work = 2 * tiles * max(v.scales, 1) * columns * per_lane + 16 * columns * per_lane + 24
+    else:
+        out = -(-v.dim // 16) * 4 * columns
+        work = 2 * tiles * max(v.scales, 1) * columns * (2 if v.kind in (BF16, F32) else 1) + 16
+    return out + max(scores, work) + 72
 
 
 def plan(problem: Problem, shared_memory: int = SHARED_MEMORY) -> Plan:
@@ -202,25 +216,25 @@ def plan(problem: Problem, shared_memory: int = SHARED_MEMORY) -> Plan:
 def _plan(problem: Problem, shared_memory: int) -> Plan:
     k, v = problem.k, problem.v
     rows = 4 if problem.columns <= 4 else 8 if problem.columns <= 8 or v.dim > 256 else 16
+    k_int, v_int = _integers(k, "k"), _integers(v, "v")
+    terms = 2 if problem.two_terms or k_int or rows == 4 else 1  # where four rows fill half a product, two terms are free
     columns = -(-rows // 8)
-    terms = 2 if problem.two_terms else 1
-    k_columns = columns if terms == 1 else 1 if rows <= 4 else 2 * columns
+    k_columns = columns if terms == 1 else 1 if rows == 4 else 2 * columns
     k_pitch, v_pitch = _pitch(k, problem.k_copy, "k"), _pitch(v, problem.v_copy, "v")
-    tables = k.lut_bytes + (0 if problem.same_table else v.lut_bytes)
-    sums = k_columns * 8 * max(k.scales, 1) * 4
-    fixed = -(-(tables + _query_bytes(k, k_columns) + sums) // 128) * 128
-    tile = 32 if k_pitch + v_pitch <= 640 and _accumulators(problem, columns, 32) <= 120 else 16
-    registers = 64 + _accumulators(problem, columns, tile)
-    most = 16 if registers <= 120 else 12 if registers <= 160 else 8
-    per_stage, per_warp = tile * (k_pitch + v_pitch), 8 * columns * v.dim * 4
+    fixed = -(-(max(k.lut_bytes, v.lut_bytes) + _query_bytes(k, k_columns, k_int)) // 128) * 128
+    tile = 32 if k_pitch + v_pitch <= 640 and _registers(problem, rows, terms, 32) <= 160 else 16
+    registers = _registers(problem, rows, terms, tile)
+    most = 16 if registers <= 128 else 12 if registers <= 168 else 8
+    per_stage, per_warp = tile * (k_pitch + v_pitch), (4 if rows == 4 and terms == 2 else 8 * columns) * v.dim * 4
     room = shared_memory - _STATIC
     warps = max(1, min(most, (room - fixed) // per_stage, room // per_warp))
-    warps -= warps % 4 if warps > 4 else 0
-    stages = max(1, min(3, (room - fixed) // (per_stage * warps)))
+    stages = max(1, min(2, (room - fixed) // (per_stage * warps)))
     shared = max(fixed + warps * stages * per_stage, warps * per_warp)
     defines = {
-        "K_KIND": k.kind, "K_BITS": k.bits, "K_SPAN": k.span, "K_SCALE32": int(k.wide_scale), "DK": k.dim,
-        "V_KIND": v.kind, "V_BITS": v.bits, "V_SPAN": v.span, "V_SCALE32": int(v.wide_scale), "DV": v.dim,
+        "K_KIND": k.kind, "K_BITS": k.bits, "K_SPAN": k.span, "K_SCALE32": int(k.wide_scale),
+        "K_INT": int(k_int), "DK": k.dim,
+        "V_KIND": v.kind, "V_BITS": v.bits, "V_SPAN": v.span, "V_SCALE32": int(v.wide_scale),
+        "V_INT": int(v_int), "DV": v.dim,
         "ROWS": rows, "TERMS": terms, "Q_TYPE": problem.q_type, "SOFTCAP": int(problem.softcap), "MASK": problem.mask,
         "ALIBI": int(problem.alibi), "PAGED": int(problem.paged), "SAME_TABLE": int(problem.same_table),
         "TILE": tile, "STAGES": stages, "WARPS": warps, "K_PITCH": k_pitch, "V_PITCH": v_pitch,
@@ -231,23 +245,27 @@ def _plan(problem: Problem, shared_memory: int) -> Plan:
     return Plan(tuple(defines.items()), rows, tile, warps, stages, shared)
 
 
-def _query_bytes(k: Row, k_columns: int) -> int:
-    """Shared memory that q takes as operands: pairs of dims x scales that meet in one (``Share`` in csrc/codec.cuh)."""
+def _query_bytes(k: Row, k_columns: int, integers: bool) -> int:
+    """Shared memory that q takes as operands: ``Q_BYTES`` in csrc/score.cuh."""
     vector = _vector(k.words // 2, 4)
     size, words, span = 8 * vector, k.words, k.span or k.dim
-    chunks, planes = -(-words // size), {F16: 1, BF16: 1, F32: 2}.get(k.kind, 16 // k._field)
+    chunks, planes = -(-words // size), k.planes
 
     def scale(chunk: int, plane: int, last: bool) -> int:
         word = min((chunk + 1) * size, words) - 1 if last else chunk * size
         return (word if k.kind == F32 else word + plane * words) // span
 
-    even = range(0, planes - 1, 2)
-    agree = all(scale(c, p, False) == scale(c, p + 1, True) for c in range(chunks) for p in even)
-    by_plane = planes > 1 and (vector == 1 or (k.kind != F32 and agree))
-    pairs = [(p, p + 1) for p in even] if by_plane else [(p, p) for p in range(planes)]
+    if integers:
+        step = planes // 4
+        pairs, count = [(n, n + 3 * step) for n in range(step)], chunks * vector * step
+    else:
+        even = range(0, planes - 1, 2)
+        agree = all(scale(c, p, False) == scale(c, p + 1, True) for c in range(chunks) for p in even)
+        by_plane = planes > 1 and (vector == 1 or (k.kind != F32 and agree))
+        pairs = [(p, p + 1) for p in even] if by_plane else [(p, p) for p in range(planes)]
+        count = chunks * (vector if by_plane or vector == 1 else vector // 2) * len(pairs)
     most = max(scale(c, b, True) - scale(c, a, False) + 1 for c in range(chunks) for a, b in pairs)
-    steps = vector if by_plane or vector == 1 else vector // 2
-    return chunks * steps * len(pairs) * most * k_columns * 256
+    return count * most * k_columns * 256
 
 
 # -- splits

@@ -3,7 +3,8 @@
 // A row is NREG blocks of WORDS words; unit j is word j of each block and holds PLANES values: j, j + WORDS, ...
 // (packing.py: with fields of different widths, the narrowest sets WORDS). Two units side by side in 32-bit registers
 // expand to PLANES pairs of 16-bit floats. For K the two are words of one token, so a pair is two dims; for V they are
-// the same word of two tokens, so a pair is two tokens.
+// the same word of two tokens, so a pair is two tokens. Rows of integer levels (BYTES) become bytes instead, four
+// planes of a unit in a register: see `bytes_of`.
 #pragma once
 #include "ptx.cuh"
 
@@ -25,10 +26,10 @@ struct Row {
   static constexpr int WORDS = KIND <= F32 ? DIM : DIM * FIELD / 16;
   static constexpr int PLANES = 16 / FIELD, NREG = KIND <= BF16 ? 1 : KIND == F32 ? 2 : BITS / FIELD;
   static constexpr int BYTES_ROW = KIND <= F32 ? DIM * WORD : DIM * BITS / 8;
-  // codes of 2 and 3 bits become bytes of value + 128, times 2**-24
-  static constexpr bool OFFSET = KIND == BYTES && BITS < 4;
-  static constexpr float OFFSET_VALUE = 128.0f / 16777216.0f;
-  static constexpr int LUT_BYTES = KIND == TABLE ? 128 << BITS : 0;  // one copy of the table per bank
+  static constexpr int NIBBLES = KIND == BYTES ? PLANES / 4 : 1;     // registers of nibbles per pair of units
+  static constexpr int PASSES = BITS == 4 ? 2 : 1;                   // lookups of bytes per nibble: both signs
+  static constexpr int LUT_BYTES = KIND == TABLE ? 256 << BITS : 0;  // one copy of the table per bank
+  static constexpr float FACTOR = KIND == BYTES ? 16777216.0f : 1.0f;  // values over what `expand` makes: denormals
 
   // first dim of plane k when the unit is j
   static constexpr INLINE int dim(int j, int k) { return SPLIT ? j : j + k * WORDS; }
@@ -47,14 +48,12 @@ struct Share {
   static constexpr bool WHOLE = R::WORDS % SIZE == 0;
   // are planes k and k + 1 of every chunk of one scale?
   static constexpr bool planes_agree() {
-    if (R::PLANES == 1) return false;
-    if (R::SPLIT) return VEC == 1;
-    for (int i = 0; i < CHUNKS; ++i)
+    for (int i = 0; i < (R::PLANES == 1 || R::SPLIT ? 0 : CHUNKS); ++i)
       for (int k = 0; k < R::PLANES; k += 2) {
         int last = (i + 1) * SIZE < R::WORDS ? (i + 1) * SIZE - 1 : R::WORDS - 1;
         if (R::dim(i * SIZE, k) / R::SPAN != R::dim(last, k + 1) / R::SPAN) return false;
       }
-    return true;
+    return R::PLANES > 1 && (!R::SPLIT || VEC == 1);
   }
   // a pair is two planes of a unit, or one plane of two units of the vector, or a plane alone
   static constexpr bool BY_PLANE = R::PLANES > 1 && (VEC == 1 || planes_agree());
@@ -83,42 +82,72 @@ struct Share {
   static constexpr int MOST = most_scales();
 };
 
-// Levels of BYTES rows: bits 2, 3: level + 128 by code; bits 4: magnitude by the low three bits.
+// Levels of BYTES rows by code: signed (bits 2, 3), or magnitudes 1 .. 126 by the low three bits (bits 4).
 struct Table {
   u32 low, high;
 };
 
-INLINE u32 look_up(u32 lut, u32 bits) {  // bits: code * 128
-  u32 x;
-  asm("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(lut + bits));
-  return x;
+// Tables that `bytes_of` looks up. A byte permute whose selector has its top bit set repeats the sign of the byte that
+// it selects: with magnitudes plus one in one table and their negatives in the other, a code of the wrong sign yields
+// 0 from the first and -1 from the second, so that the sum of both lookups is the level.
+template <class R>
+struct ByteTables {
+  Table first, second;
+  INLINE explicit ByteTables(Table t) : first(t), second(t) {
+    if (R::BITS == 4) {
+      first.low = t.low + 0x01010101, first.high = t.high + 0x01010101;
+      second.low = (0x80808080u - t.low) ^ 0x80808080u, second.high = (0x80808080u - t.high) ^ 0x80808080u;
+    }
+  }
+};
+
+// nibbles[n]: codes of planes n, n + NIBBLES, ..; two units side by side
+template <class R>
+INLINE void nibbles_of(const u32* z, u32* nibbles) {
+  if constexpr (R::BITS == 4) {
+    nibbles[0] = z[0];
+  } else if constexpr (R::BITS == 2) {
+    nibbles[0] = z[0] & 0x33333333;
+    nibbles[1] = (z[0] >> 2) & 0x33333333;
+  } else {  // plane m + 2 p: 2-bit plane p of block m, bit m + 2 p of the last block
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+      u32 top = m ? z[2] << 1 : z[2] << 2;
+      nibbles[m] = (z[m] & 0x33333333) | (top & 0x44444444);
+      nibbles[2 + m] = ((z[m] >> 2) & 0x33333333) | ((z[2] >> m) & 0x44444444);
+    }
+  }
 }
 
-// four codes, one per byte: planes a (bytes 0, 2) and b (bytes 1, 3)
-INLINE void from_table(u32 codes, u32 lut, u32& a, u32& b) {
-  u32 a0 = look_up(lut, (codes << 7) & 0x7F80), b0 = look_up(lut, (codes >> 1) & 0x7F80);
-  u32 a1 = look_up(lut, (codes >> 9) & 0x7F80), b1 = look_up(lut, (codes >> 17) & 0x7F80);
+// What a pass looks up: codes, or codes of the other sign.
+INLINE u32 of_pass(int pass, u32 nibbles) { return pass ? nibbles ^ 0x88888888 : nibbles; }
+
+// four codes (the low half of nibbles, from `of_pass`) -> four signed bytes
+template <class R>
+INLINE u32 bytes_of(const ByteTables<R>& tables, int pass, u32 nibbles) {
+  const Table& table = pass ? tables.second : tables.first;
+  return prmt(table.low, table.high, nibbles);
+}
+
+// entry of a lookup table in shared memory: entries are 256 bytes apart, one copy per lane
+INLINE u32 look_up(const char* lut, u32 place) { return *(const u32*)(lut + place); }
+
+// four codes, one per byte: planes a (bytes 0, 2) and b (bytes 1, 3). lane4: 4 * lane
+INLINE void from_table(u32 codes, const char* lut, u32 lane4, u32& a, u32& b) {
+  u32 a0 = look_up(lut, prmt(codes, lane4, 0x7604)), b0 = look_up(lut, prmt(codes, lane4, 0x7614));
+  u32 a1 = look_up(lut, prmt(codes, lane4, 0x7624)), b1 = look_up(lut, prmt(codes, lane4, 0x7634));
   a = prmt(a0, a1, 0x5410);
   b = prmt(b0, b1, 0x5410);
 }
 
-// the same from the bytes of BYTES rows with an offset: eight codes, one per nibble; planes in the order of nibbles
-INLINE void from_bytes(u32 nibbles, Table table, u32& a, u32& b, u32& c, u32& d) {
-  u32 x = prmt(table.low, table.high, prmt(nibbles, 0, 0x0020)), y = prmt(table.low, table.high, prmt(nibbles, 0, 0x0031));
-  a = x & 0x00FF00FF;
-  b = prmt(x, 0, 0x4341);
-  c = y & 0x00FF00FF;
-  d = prmt(y, 0, 0x4341);
-}
-
-INLINE void from_nibbles(u32 nibbles, u32 lut, u32& a, u32& b, u32& c, u32& d) {
-  from_table(nibbles & 0x0F0F0F0F, lut, a, c);
-  from_table((nibbles >> 4) & 0x0F0F0F0F, lut, b, d);
+INLINE void from_nibbles(u32 nibbles, const char* lut, u32 lane4, u32& a, u32& b, u32& c, u32& d) {
+  from_table(nibbles & 0x0F0F0F0F, lut, lane4, a, c);
+  from_table((nibbles >> 4) & 0x0F0F0F0F, lut, lane4, b, d);
 }
 
 // z[NREG]: two units side by side; h[PLANES]: their values, first unit in the low halves
 template <class R>
-INLINE void expand(const u32* z, u32* h, Table table, u32 lut) {
+INLINE void expand(const u32* z, u32* h, Table table, const char* lut, u32 lane4) {
   if constexpr (R::KIND <= BF16) {
     h[0] = z[0];
   } else if constexpr (R::KIND == F32) {
@@ -145,45 +174,31 @@ INLINE void expand(const u32* z, u32* h, Table table, u32 lut) {
     h[2] = prmt(y, even, 0x7250);
     h[3] = prmt(y, odd, 0x7351);
   } else if constexpr (R::BITS == 2) {
-    u32 even = z[0] & 0x33333333, odd = (z[0] >> 2) & 0x33333333;
-    if constexpr (R::KIND == BYTES) {
-      from_bytes(even, table, h[0], h[2], h[4], h[6]);
-      from_bytes(odd, table, h[1], h[3], h[5], h[7]);
-    } else {
-      from_nibbles(even, lut, h[0], h[2], h[4], h[6]);
-      from_nibbles(odd, lut, h[1], h[3], h[5], h[7]);
-    }
-  } else if constexpr (R::BITS == 3) {  // plane m + 2 p: 2-bit plane p of block m, bit m + 2 p of the last block
+    from_nibbles(z[0] & 0x33333333, lut, lane4, h[0], h[2], h[4], h[6]);
+    from_nibbles((z[0] >> 2) & 0x33333333, lut, lane4, h[1], h[3], h[5], h[7]);
+  } else if constexpr (R::BITS == 3) {
+    u32 nibbles[4];
+    nibbles_of<R>(z, nibbles);
 #pragma unroll
-    for (int m = 0; m < 2; ++m) {
-      u32 top = m ? z[2] << 1 : z[2] << 2;
-      u32 even = (z[m] & 0x33333333) | (top & 0x44444444), odd = ((z[m] >> 2) & 0x33333333) | ((z[2] >> m) & 0x44444444);
-      if constexpr (R::KIND == BYTES) {
-        from_bytes(even, table, h[m], h[4 + m], h[8 + m], h[12 + m]);
-        from_bytes(odd, table, h[2 + m], h[6 + m], h[10 + m], h[14 + m]);
-      } else {
-        from_nibbles(even, lut, h[m], h[4 + m], h[8 + m], h[12 + m]);
-        from_nibbles(odd, lut, h[2 + m], h[6 + m], h[10 + m], h[14 + m]);
-      }
-    }
+    for (int n = 0; n < 4; ++n) from_nibbles(nibbles[n], lut, lane4, h[n], h[4 + n], h[8 + n], h[12 + n]);
   } else if constexpr (R::BITS == 4) {
-    from_nibbles(z[0], lut, h[0], h[1], h[2], h[3]);
+    from_nibbles(z[0], lut, lane4, h[0], h[1], h[2], h[3]);
   } else if constexpr (R::BITS == 5) {  // plane m + 4 p: nibble p of block m, bit m + 4 p of the last block
 #pragma unroll
     for (int m = 0; m < 4; ++m) {
       u32 top = z[4] >> m;
-      from_table((z[m] & 0x0F0F0F0F) | ((top << 4) & 0x10101010), lut, h[m], h[8 + m]);
-      from_table(((z[m] >> 4) & 0x0F0F0F0F) | (top & 0x10101010), lut, h[4 + m], h[12 + m]);
+      from_table((z[m] & 0x0F0F0F0F) | ((top << 4) & 0x10101010), lut, lane4, h[m], h[8 + m]);
+      from_table(((z[m] >> 4) & 0x0F0F0F0F) | (top & 0x10101010), lut, lane4, h[4 + m], h[12 + m]);
     }
   } else if constexpr (R::BITS == 6) {  // plane m + 2 p: nibble p of block m, bits 2 m + 4 p of the last block
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
       u32 top = z[2] >> (2 * m);
-      from_table((z[m] & 0x0F0F0F0F) | ((top << 4) & 0x30303030), lut, h[m], h[4 + m]);
-      from_table(((z[m] >> 4) & 0x0F0F0F0F) | (top & 0x30303030), lut, h[2 + m], h[6 + m]);
+      from_table((z[m] & 0x0F0F0F0F) | ((top << 4) & 0x30303030), lut, lane4, h[m], h[4 + m]);
+      from_table(((z[m] >> 4) & 0x0F0F0F0F) | (top & 0x30303030), lut, lane4, h[2 + m], h[6 + m]);
     }
   } else {
-    from_table(z[0], lut, h[0], h[1]);
+    from_table(z[0], lut, lane4, h[0], h[1]);
   }
 }
 
@@ -199,36 +214,5 @@ INLINE void load_pairs(u32 row, int j, u32 (&z)[R::NREG][VEC]) {
   } else {
 #pragma unroll
     for (int r = 0; r < R::NREG; ++r) load_shared<VEC>(row + (r * R::WORDS + j) * 2, z[r]);
-  }
-}
-
-// VEC words of one row: x[NREG][(VEC + 1) / 2], or VEC floats: x[VEC]
-template <class R, int VEC>
-struct Words {
-  u32 x[R::SPLIT ? VEC : R::NREG * ((VEC + 1) / 2)];
-
-  INLINE void load(u32 row, int j) {
-    if constexpr (R::SPLIT) {
-      load_shared<VEC>(row + j * 4, x);
-    } else {
-#pragma unroll
-      for (int r = 0; r < R::NREG; ++r) {
-        u32 from = row + (r * R::WORDS + j) * 2;
-        if constexpr (VEC == 1) x[r] = load_shared_u16(from);
-        else load_shared<VEC / 2>(from, x + r * (VEC / 2));
-      }
-    }
-  }
-};
-
-// word c of two tokens side by side
-template <class R, int VEC>
-INLINE void join(const Words<R, VEC>& a, const Words<R, VEC>& b, int c, u32* z) {
-  if constexpr (R::SPLIT) {
-    split_bf16(__uint_as_float(a.x[c]), __uint_as_float(b.x[c]), z[0], z[1]);
-  } else {
-    constexpr int N = (VEC + 1) / 2;
-#pragma unroll
-    for (int r = 0; r < R::NREG; ++r) z[r] = prmt(a.x[r * N + c / 2], b.x[r * N + c / 2], c % 2 ? 0x7632 : 0x5410);
   }
 }

@@ -2,6 +2,8 @@
 #include "params.cuh"
 
 extern "C" __global__ void merge(const __grid_constant__ Merge p) {
+  wait_for_earlier_kernels();
+  let_later_kernels_start();
   i64 row = blockIdx.x;
   const float2* top = p.top + row * p.splits;
   int head = (int)(row / p.q_len % p.q_heads);

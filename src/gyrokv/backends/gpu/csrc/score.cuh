@@ -1,0 +1,271 @@
+// What a block works on, its queries as operands, and the scores of a tile of keys.
+#pragma once
+#include "rows.cuh"
+
+using K = Row<K_KIND, K_BITS, DK, K_SPAN>;
+using V = Row<V_KIND, V_BITS, DV, V_SPAN>;
+using KShare = Share<K, 4, 2>;
+
+constexpr int COLUMNS = (ROWS + 7) / 8;                                        // products of 8 rows each
+constexpr int K_COLUMNS = TERMS == 1 ? COLUMNS : ROWS <= 4 ? 1 : 2 * COLUMNS;  // q may be the sum of two terms
+constexpr int PER_LANE = TERMS == 2 && ROWS <= 4 ? 1 : 2;                      // rows of 8 that a lane has scores of
+constexpr int ALL_ROWS = PER_LANE == 1 ? 4 : 8 * COLUMNS;
+constexpr int TILES = TILE / 16;
+constexpr bool PLAIN = !SOFTCAP && MASK == 0;
+constexpr float LOG2E = 1.4426950408889634f;
+constexpr float Q_LARGEST = 32512.0f;  // of q as integers: 127 * 256
+
+// operands of q: integers take four planes of a unit at once, floats pairs of dims
+struct KBytes {
+  static constexpr int PAIRS = KShare::CHUNKS * KShare::VEC * K::NIBBLES;
+  static constexpr INLINE int low(int chunk, int n) { return K::dim(chunk * KShare::SIZE, n) / K::SPAN; }
+  static constexpr INLINE int high(int chunk, int n) {
+    int last = (chunk + 1) * KShare::SIZE < K::WORDS ? (chunk + 1) * KShare::SIZE - 1 : K::WORDS - 1;
+    return K::dim(last, n + 3 * K::NIBBLES) / K::SPAN;
+  }
+  static constexpr int most_scales() {
+    int most = 1;
+    for (int i = 0; i < KShare::CHUNKS; ++i)
+      for (int n = 0; n < K::NIBBLES; ++n)
+        if (high(i, n) - low(i, n) + 1 > most) most = high(i, n) - low(i, n) + 1;
+    return most;
+  }
+};
+constexpr int K_PAIRS = K_INT ? KBytes::PAIRS : KShare::PAIRS;
+constexpr int K_MOST = K_INT ? KBytes::most_scales() : KShare::MOST;
+constexpr bool K_KEPT = K::GROUPS <= 9;  // one accumulator per scale; else each product is scaled at once
+constexpr int K_SUMS = K::GROUPS == 1 ? (TILES == 1 && !K_INT ? 2 : 1) : K_KEPT ? K::GROUPS : 1;
+constexpr int Q_BYTES = K_PAIRS * K_MOST * K_COLUMNS * 32 * 8;
+constexpr bool TWO_TABLES = K_KIND == TABLE && V_KIND == TABLE && !SAME_TABLE;
+constexpr int V_LUT = TWO_TABLES ? 128 : 0;  // entries of two tables alternate
+constexpr int Q_AT = K::LUT_BYTES > V::LUT_BYTES ? K::LUT_BYTES : V::LUT_BYTES;
+constexpr int RING_AT = up(Q_AT + Q_BYTES, 128);
+static_assert(!K_INT || (K_KIND == BYTES && TERMS == 2 && K_KEPT), "integers are of two terms");
+
+// query row of a lane's i-th column in the j-th product
+INLINE int row_of(int j, int i, int t) { return TERMS == 1 ? 8 * j + 2 * t + i : 8 * j + t + 4 * i; }
+
+struct Unit {  // what a block works on
+  int batch, head, row_base, rows;
+};
+
+INLINE float load_q(const char* q, i64 at) {
+  if (Q_TYPE == F32) return ((const float*)q)[at];
+  u32 x = ((const u16*)q)[at];
+  return Q_TYPE == F16 ? f32_of_f16(x) : f32_of_bf16(x);
+}
+
+INLINE float load_mask(const char* mask, i64 at) {  // a boolean mask: 0 or -inf
+  if (MASK == 1) return mask[at] ? 0.0f : -INFINITY;
+  float x = MASK == 2 ? ((const float*)mask)[at] : MASK == 3 ? f32_of_f16(((const u16*)mask)[at]) : f32_of_bf16(((const u16*)mask)[at]);
+  return x <= -65504.0f ? -INFINITY : x;
+}
+
+using KScales = Scales<K, K_SCALE32>;
+using VScales = Scales<V, V_SCALE32>;
+
+// a lookup table, as half precision, once per bank
+INLINE void fill_table(u32 to, const float* table, int codes) {
+  for (int i = threadIdx.x; i < codes * 32; i += WARPS * 32) {
+    u32 x = f16x2(table[i / 32], 0.0f);
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(to + i / 32 * 256 + i % 32 * 4), "r"(x));
+  }
+}
+
+INLINE i64 q_offset(const Attend& p, const Unit& unit, int row) {
+  int r = unit.row_base + row;
+  return unit.batch * p.q_batch + (unit.head * p.groups + r % p.groups) * p.q_head + (r / p.groups) * p.q_token;
+}
+
+// what a row of q is multiplied by, from its largest magnitude
+INLINE float norm_of(float most) {
+  if (K_INT) return most > 0.0f ? Q_LARGEST / fmaxf(most, 1e-30f) : 1.0f;
+  // largest value to 2**13 .. 2**14: half precision overflows at 2**16; bfloat16 needs none of it
+  int exponent = (int)((__float_as_uint(most) >> 23) & 255) - 127;
+  int up_by = K::IS_BF16 || most == 0.0f ? 0 : max(-120, min(120, 13 - exponent));
+  return __uint_as_float((u32)(127 + up_by) << 23);
+}
+
+// two terms of x as one operand's bits (low half: integers have a byte each)
+INLINE u32 term_of(float x, int term) {
+  if (K_INT) {
+    int whole = __float2int_rn(x), high = (whole + 128) >> 8;
+    return (term ? whole - 256 * high : high) & 255;
+  }
+  u32 high = K::IS_BF16 ? bf16x2(x, 0.0f) : f16x2(x, 0.0f);
+  if (!term) return high;
+  float rest = x - (K::IS_BF16 ? f32_of_bf16(high) : f32_of_f16(high));
+  return K::IS_BF16 ? bf16x2(rest, 0.0f) : f16x2(rest, 0.0f);
+}
+
+// q as operands: [pair][scale][column][lane] of two registers. norms[row]: what a row was multiplied by
+INLINE void fill_queries(char* shared, const Attend& p, const Unit& unit, float* norms) {
+  int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  for (int row = warp; row < ALL_ROWS; row += WARPS) {
+    float most = 0.0f;
+    if (row < unit.rows)
+      for (int d = lane; d < DK; d += 32) most = fmaxf(most, fabsf(load_q(p.q, q_offset(p, unit, row) + d)));
+#pragma unroll
+    for (int i = 16; i; i /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, i));
+    if (lane == 0) norms[row] = norm_of(most);
+  }
+  __syncthreads();
+  for (int e = threadIdx.x; e < Q_BYTES / 8; e += WARPS * 32) {
+    int l = e % 32, g = l / 4, t = l % 4, rest = e / 32;
+    int column = rest % K_COLUMNS, slot = rest / K_COLUMNS % K_MOST, pair = rest / K_COLUMNS / K_MOST;
+    int row = TERMS == 1 ? 8 * column + g : 8 * (column / 2) + 4 * (column % 2) + g / 2, term = TERMS == 1 ? 0 : g % 2;
+    u32 x[2] = {0, 0};
+    if (row < unit.rows) {
+      i64 from = q_offset(p, unit, row);
+      float norm = norms[row];
+      auto value = [&](int d, int group) { return d / K::SPAN == group ? load_q(p.q, from + d) * norm : 0.0f; };
+      if constexpr (K_INT) {
+        int n = pair % K::NIBBLES, vec = pair / K::NIBBLES % KShare::VEC, chunk = pair / K::NIBBLES / KShare::VEC;
+        int j = chunk * KShare::SIZE + (t * KShare::VEC + vec) * 2, group = KBytes::low(chunk, n) + slot;
+        if (j < K::WORDS)
+          for (int half = 0; half < 2; ++half)
+            for (int i = 0; i < 4; ++i) x[half] |= term_of(value(K::dim(j + half, n + i * K::NIBBLES), group), term) << (8 * i);
+      } else {
+        int which = pair % KShare::PAIRS_PER_STEP, step = pair / KShare::PAIRS_PER_STEP % KShare::STEPS;
+        int chunk = pair / KShare::PAIRS_PER_STEP / KShare::STEPS, group = KShare::low(chunk, which) + slot;
+        for (int half = 0; half < (KShare::BY_PLANE || KShare::BY_UNIT ? 2 : 1); ++half) {
+          int j = chunk * KShare::SIZE + (t * KShare::VEC + KShare::unit(step, half)) * 2, k = KShare::plane(which, half);
+          if (j >= K::WORDS) continue;
+          x[half] = (term_of(value(K::dim(j, k), group), term) & 0xFFFF) | term_of(value(K::dim(j + 1, k), group), term) << 16;
+        }
+      }
+    }
+    ((uint2*)(shared + Q_AT))[e] = make_uint2(x[0], x[1]);
+  }
+}
+
+// what a product's sums mean for a lane's rows of one tile of 16 tokens
+template <class C>
+INLINE void add_scores(float (&s)[COLUMNS][4], const C (&c)[4], const KScales (&scales)[2], int group, int column) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    float scale = scales[i].at(group);
+    if (TERMS == 1) {
+      s[column][2 * i] += c[2 * i] * scale;
+      s[column][2 * i + 1] += c[2 * i + 1] * scale;
+    } else {
+      C both = K_INT ? c[2 * i] * 256 + c[2 * i + 1] : c[2 * i] + c[2 * i + 1];
+      s[column / 2][2 * i + column % 2] += (float)both * scale;
+    }
+  }
+}
+
+// s[tile][product][2 * (token / 8) + i] of a tile of slots
+template <bool INTEGERS>
+INLINE void score(float (&s)[TILES][COLUMNS][4], u32 ring, const char* memory, const KScales (&scales)[TILES][2], Table table, int lane) {
+  using Sum = typename Choose<INTEGERS, int, float>::type;
+  int g = lane / 4, t = lane % 4;
+  u32 q_at = shared_address(memory + Q_AT) + lane * 8;
+  Sum sums[TILES][K_SUMS][K_COLUMNS][4];
+#pragma unroll
+  for (int tile = 0; tile < TILES; ++tile) {
+#pragma unroll
+    for (int j = 0; j < COLUMNS; ++j) s[tile][j][0] = s[tile][j][1] = s[tile][j][2] = s[tile][j][3] = 0.0f;
+#pragma unroll
+    for (int i = 0; i < K_SUMS; ++i)
+#pragma unroll
+      for (int j = 0; j < K_COLUMNS; ++j) sums[tile][i][j][0] = sums[tile][i][j][1] = sums[tile][i][j][2] = sums[tile][i][j][3] = 0;
+  }
+  ByteTables<K> tables(table);
+#pragma unroll
+  for (int chunk = 0; chunk < KShare::CHUNKS; ++chunk) {
+    int j = chunk * KShare::SIZE + t * 2 * KShare::VEC;
+    if (!KShare::WHOLE) j = min(j, K::WORDS - 2 * KShare::VEC);
+    u32 z[TILES][2][K::NREG][KShare::VEC];
+#pragma unroll
+    for (int tile = 0; tile < TILES; ++tile)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) load_pairs<K, KShare::VEC>(ring + (tile * 16 + i * 8 + g) * K_PITCH, j, z[tile][i]);
+    if constexpr (INTEGERS) {
+#pragma unroll
+      for (int vec = 0; vec < KShare::VEC; ++vec) {
+        u32 nibbles[TILES][2][K::NIBBLES];
+#pragma unroll
+        for (int tile = 0; tile < TILES; ++tile)
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            u32 unit[K::NREG];
+#pragma unroll
+            for (int r = 0; r < K::NREG; ++r) unit[r] = z[tile][i][r][vec];
+            nibbles_of<K>(unit, nibbles[tile][i]);
+          }
+#pragma unroll
+        for (int n = 0; n < K::NIBBLES; ++n) {
+          int pair = (chunk * KShare::VEC + vec) * K::NIBBLES + n, low = KBytes::low(chunk, n), high = KBytes::high(chunk, n);
+#pragma unroll
+          for (int pass = 0; pass < K::PASSES; ++pass) {
+            u32 a[TILES][4];
+#pragma unroll
+            for (int tile = 0; tile < TILES; ++tile) {
+              u32 x = of_pass(pass, nibbles[tile][0][n]), y = of_pass(pass, nibbles[tile][1][n]);
+              a[tile][0] = bytes_of(tables, pass, x), a[tile][2] = bytes_of(tables, pass, x >> 16);
+              a[tile][1] = bytes_of(tables, pass, y), a[tile][3] = bytes_of(tables, pass, y >> 16);
+            }
+#pragma unroll
+            for (int group = low; group <= high; ++group)
+#pragma unroll
+              for (int column = 0; column < K_COLUMNS; ++column) {
+                u32 b[2];
+                load_shared<2>(q_at + ((pair * K_MOST + group - low) * K_COLUMNS + column) * 256, b);
+#pragma unroll
+                for (int tile = 0; tile < TILES; ++tile)
+                  mma_s8<false>(sums[tile][K::GROUPS > 1 ? group : 0][column], a[tile][0], a[tile][1], a[tile][2], a[tile][3], b[0], b[1]);
+              }
+          }
+        }
+      }
+    } else {
+#pragma unroll
+      for (int step = 0; step < KShare::STEPS; ++step) {
+        constexpr int U = KShare::UNITS_TOGETHER - 1;
+        constexpr bool BOTH = KShare::BY_PLANE || KShare::BY_UNIT;
+        u32 h[TILES][2][KShare::UNITS_TOGETHER][K::PLANES];
+#pragma unroll
+        for (int tile = 0; tile < TILES; ++tile)
+#pragma unroll
+          for (int i = 0; i < 2; ++i)
+#pragma unroll
+            for (int u = 0; u < KShare::UNITS_TOGETHER; ++u) {
+              u32 unit[K::NREG];
+#pragma unroll
+              for (int r = 0; r < K::NREG; ++r) unit[r] = z[tile][i][r][KShare::unit(step, u)];
+              expand<K>(unit, h[tile][i][u], table, memory, lane * 4);
+            }
+#pragma unroll
+        for (int w = 0; w < KShare::PAIRS_PER_STEP; ++w) {
+          int pair = KShare::pair(chunk, step, w), k0 = KShare::plane(w, 0), k1 = KShare::plane(w, KShare::BY_PLANE ? 1 : 0);
+#pragma unroll
+          for (int group = KShare::low(chunk, w); group <= KShare::high(chunk, w); ++group)
+#pragma unroll
+            for (int column = 0; column < K_COLUMNS; ++column) {
+              u32 b[2];
+              load_shared<2>(q_at + ((pair * K_MOST + group - KShare::low(chunk, w)) * K_COLUMNS + column) * 256, b);
+#pragma unroll
+              for (int tile = 0; tile < TILES; ++tile) {
+                auto& x = h[tile][0];
+                auto& y = h[tile][1];
+                auto& c = sums[tile][K::GROUPS > 1 ? (K_KEPT ? group : 0) : pair % K_SUMS][column];
+                mma<K::IS_BF16>(c, x[0][k0], y[0][k0], BOTH ? x[U][k1] : 0, BOTH ? y[U][k1] : 0, b[0], b[1]);
+                if (!K_KEPT) {
+                  add_scores(s[tile], c, scales[tile], group, column);
+                  c[0] = c[1] = c[2] = c[3] = 0;
+                }
+              }
+            }
+        }
+      }
+    }
+  }
+  if (K_KEPT)
+#pragma unroll
+    for (int tile = 0; tile < TILES; ++tile)
+#pragma unroll
+      for (int i = 0; i < K_SUMS; ++i)
+#pragma unroll
+        for (int column = 0; column < K_COLUMNS; ++column) add_scores(s[tile], sums[tile][i][column], scales[tile], K::GROUPS > 1 ? i : 0, column);
+}

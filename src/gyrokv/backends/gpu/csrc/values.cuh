@@ -1,0 +1,297 @@
+// The running softmax of a warp, and values times weights.
+//
+// Lane 4 g + t has word 8 u + g of the u-th eight words of a row. Floats: an operand's two halves of 8 dims (rows g and
+// g + 8) are two planes of a unit, or units of two eights. Bytes: its halves are two registers of nibbles, of one unit or
+// of two eights, and the four planes of a register take turns: weights stand in one byte of four, with zeros elsewhere.
+#pragma once
+#include "score.cuh"
+
+constexpr int V_TERMS = V::IS_BF16 ? 2 : 1;
+constexpr float WEIGHT = 256.0f;       // weights are kept away from the denormals of half precision
+constexpr float V_LARGEST = 65280.0f;  // of weights as integers: 255 * 256
+constexpr int EIGHTS = (V::WORDS + 7) / 8;
+constexpr bool V_BY_EIGHTS = V_INT ? V::NIBBLES == 1 : V::PLANES == 1 || V::SPLIT;  // halves are of two eights
+constexpr int SLOTS = V_INT ? 4 : 1;                                               // planes that take turns
+constexpr int PER_EIGHT = V_INT ? up(V::NIBBLES, 2) / 2 : V::SPLIT ? 1 : up(V::PLANES, 2) / 2;
+constexpr int V_TILES = V_BY_EIGHTS ? (EIGHTS + 1) / 2 : EIGHTS * PER_EIGHT;  // of 16 dims, or of 16 for each plane of four
+
+// first dim of half `half` of a tile (lane g has the g-th after it), and how many of the eight exist
+INLINE constexpr int eight_of(int tile, int half) { return V_BY_EIGHTS ? 2 * tile + half : tile / PER_EIGHT; }
+INLINE constexpr int plane_of(int tile, int half, int slot) {
+  int first = V_BY_EIGHTS ? 0 : 2 * (tile % PER_EIGHT) + half;
+  return V_INT ? first + slot * V::NIBBLES : first;
+}
+INLINE constexpr int dim_of(int tile, int half, int slot) { return V::dim(8 * eight_of(tile, half), plane_of(tile, half, slot)); }
+INLINE constexpr int count_of(int tile, int half) {
+  int rest = V::WORDS - 8 * eight_of(tile, half);
+  return rest < 0 ? 0 : rest > 8 ? 8 : rest;
+}
+INLINE constexpr int low_group(int tile, int slot) {
+  int a = dim_of(tile, 0, slot) / V::SPAN, b = dim_of(tile, 1, slot) / V::SPAN;
+  return count_of(tile, 1) && b < a ? b : a;
+}
+INLINE constexpr int high_group(int tile, int slot) {
+  int a = (dim_of(tile, 0, slot) + count_of(tile, 0) - 1) / V::SPAN, b = (dim_of(tile, 1, slot) + count_of(tile, 1) - 1) / V::SPAN;
+  return count_of(tile, 1) && b > a ? b : a;
+}
+
+struct Running {  // of a warp: the softmax so far
+  float top[COLUMNS][PER_LANE], total[COLUMNS][PER_LANE];
+  float unit, inverse;  // power of two that V's scales are relative to; WEIGHT / unit. Not of bytes
+  // floats: as products are laid out. Bytes: [..][half] of row i in column 2 * half + i
+  float out[V_TILES][SLOTS][COLUMNS][V_INT ? 2 * PER_LANE : 4];
+};
+
+INLINE void scale_out(Running& r, int column, const float (&factor)[2]) {
+#pragma unroll
+  for (int i = 0; i < V_TILES; ++i)
+#pragma unroll
+    for (int slot = 0; slot < SLOTS; ++slot)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int e = 0; e < (V_INT ? PER_LANE : 2); ++e) r.out[i][slot][column][(V_INT ? PER_LANE : 2) * half + e] *= factor[e];
+}
+
+INLINE float over_tokens(float x) {  // the largest of the lanes that share columns
+#pragma unroll
+  for (int i = 4; i < 32; i *= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, i));
+  return x;
+}
+
+// new references for the scores and for V's scales; rare, because both may pass them by a factor
+INLINE void rescale(Running& r, const float (&s)[TILES][COLUMNS][4], float widest) {
+#pragma unroll
+  for (int j = 0; j < COLUMNS; ++j) {
+    float factor[2] = {1.0f, 1.0f};
+#pragma unroll
+    for (int i = 0; i < PER_LANE; ++i) {
+      float most = r.top[j][i];
+#pragma unroll
+      for (int tile = 0; tile < TILES; ++tile) most = fmaxf(most, fmaxf(s[tile][j][i], s[tile][j][2 + i]));
+      most = over_tokens(most);
+      factor[i] = r.top[j][i] == -INFINITY ? 0.0f : exp2_fast(r.top[j][i] - most);
+      r.total[j][i] *= factor[i];
+      r.top[j][i] = most;
+    }
+    scale_out(r, j, factor);
+  }
+  if constexpr (V::SCALED && !V_INT) {
+    widest = over_tokens(widest);
+    if (widest > r.unit) {
+      float unit = __uint_as_float(min(__float_as_uint(widest) + 0x7FFFFFu & 0x7F800000u, 0x7E000000u));  // up to a power of two
+      float factor[2] = {r.unit / unit, r.unit / unit};
+#pragma unroll
+      for (int j = 0; j < COLUMNS; ++j) scale_out(r, j, factor);
+      r.unit = unit, r.inverse = WEIGHT / unit;
+    }
+  }
+}
+
+// z[i]: word 8 u + g of tokens 2 t, 2 t + 1 of the i-th eight of TILE tokens, side by side
+INLINE void load_words(u32 ring, int block, int u, int lane, u32 (&z)[TILES * 2]) {
+  u32 at = ring + (block * V::WORDS + 8 * u) * 2;
+  if constexpr (V::WORDS % 8 == 0) {
+    load_transposed(at + lane % TILE * V_PITCH, z);
+  } else {
+    int word = V::WORDS % 8 ? min(lane / 4, V::WORDS - 1 - 8 * u) : lane / 4;
+#pragma unroll
+    for (int i = 0; i < TILES * 2; ++i) {
+      u32 from = at + (8 * i + 2 * (lane % 4)) * V_PITCH + word * 2;
+      z[i] = prmt(load_shared_u16(from), load_shared_u16(from + V_PITCH), 0x5410);
+    }
+  }
+}
+
+// units u of a tile's tokens, as NREG registers for each eight of tokens
+INLINE void load_units(u32 ring, int u, int lane, u32 (&z)[TILES * 2][V::NREG]) {
+  if constexpr (V::SPLIT) {
+    int word = min(8 * u + lane / 4, V::WORDS - 1);
+#pragma unroll
+    for (int i = 0; i < TILES * 2; ++i) {
+      u32 from = ring + (8 * i + 2 * (lane % 4)) * V_PITCH + word * 4, x, y;
+      load_shared<1>(from, &x);
+      load_shared<1>(from + V_PITCH, &y);
+      split_bf16(__uint_as_float(x), __uint_as_float(y), z[i][0], z[i][1]);
+    }
+  } else {
+#pragma unroll
+    for (int r = 0; r < V::NREG; ++r) {
+      u32 x[TILES * 2];
+      load_words(ring, r, u, lane, x);
+#pragma unroll
+      for (int i = 0; i < TILES * 2; ++i) z[i][r] = x[i];
+    }
+  }
+}
+
+// the group of lane g's dim in a half of a tile; known when it is compiled unless groups end within an eight
+INLINE bool of_group(int tile, int half, int slot, int group, int g) {
+  int first = dim_of(tile, half, slot), last = first + count_of(tile, half) - 1;
+  if (last < first) return false;
+  if (first / V::SPAN == last / V::SPAN) return first / V::SPAN == group;
+  return (first + g) / V::SPAN == group;
+}
+
+// out += v^T times weights, in floats
+template <class R>
+INLINE void add_values_floats(R& r, const float (&s)[TILES][COLUMNS][4], u32 ring, const char* memory,
+                              const VScales (&scales)[TILES][2], Table table, int lane) {
+  u32 b[TILES][V::GROUPS][V_TERMS][COLUMNS][2];
+#pragma unroll
+  for (int tile = 0; tile < TILES; ++tile)
+#pragma unroll
+    for (int group = 0; group < V::GROUPS; ++group)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        float scale = V::SCALED ? scales[tile][i].at(group) * r.inverse : V::IS_BF16 ? 1.0f : WEIGHT;
+#pragma unroll
+        for (int j = 0; j < COLUMNS; ++j) {
+          float x = s[tile][j][2 * i] * scale, y = PER_LANE == 2 ? s[tile][j][2 * i + 1] * scale : 0.0f;
+          if constexpr (V::IS_BF16) {
+            u32 high, low;
+            split_bf16(x, y, high, low);
+            b[tile][group][0][j][i] = transpose8(high);
+            b[tile][group][V_TERMS - 1][j][i] = transpose8(low);
+          } else {
+            b[tile][group][0][j][i] = transpose8(f16x2(x, y));
+          }
+        }
+      }
+  constexpr int STEP = V_BY_EIGHTS ? 2 : 1;
+#pragma unroll
+  for (int u = 0; u < EIGHTS; u += STEP) {
+    u32 z[STEP][TILES * 2][V::NREG];
+#pragma unroll
+    for (int i = 0; i < STEP; ++i)
+      if (u + i < EIGHTS) load_units(ring, u + i, lane, z[i]);
+#pragma unroll
+    for (int tile = 0; tile < TILES; ++tile) {
+      u32 h[STEP][2][V::PLANES];
+#pragma unroll
+      for (int i = 0; i < STEP; ++i)
+#pragma unroll
+        for (int k = 0; k < 2; ++k)
+          if (u + i < EIGHTS) expand<V>(z[i][2 * tile + k], h[i][k], table, memory + V_LUT, lane * 4);
+#pragma unroll
+      for (int m = 0; m < (V_BY_EIGHTS ? 1 : PER_EIGHT); ++m) {
+        int at = V_BY_EIGHTS ? u / 2 : u * PER_EIGHT + m, low = low_group(at, 0), high = high_group(at, 0);
+#pragma unroll
+        for (int part = 0; part < (V::SPLIT ? 2 : 1); ++part) {
+          u32 a[4];
+#pragma unroll
+          for (int k = 0; k < 2; ++k) {
+            a[2 * k] = V_BY_EIGHTS ? h[0][k][part] : h[0][k][2 * m];
+            a[2 * k + 1] = V_BY_EIGHTS ? (u + 1 < EIGHTS ? h[STEP - 1][k][part] : 0) : h[0][k][V::PLANES > 1 ? 2 * m + 1 : 0];
+          }
+#pragma unroll
+          for (int group = low; group <= high; ++group) {
+            bool first = low == high || of_group(at, 0, 0, group, lane / 4), second = low == high || of_group(at, 1, 0, group, lane / 4);
+#pragma unroll
+            for (int term = 0; term < V_TERMS; ++term)
+#pragma unroll
+              for (int j = 0; j < COLUMNS; ++j)
+                mma<V::IS_BF16>(r.out[at][0][j], first ? a[0] : 0, second ? a[1] : 0, first ? a[2] : 0, second ? a[3] : 0,
+                                b[tile][group][term][j][0], b[tile][group][term][j][1]);
+          }
+        }
+      }
+    }
+  }
+}
+
+// out += v^T times weights, in integers. Weights are relative to the largest of the row in this tile, in two terms
+INLINE void add_values_bytes(Running& r, const float (&s)[TILES][COLUMNS][4], u32 ring, const VScales (&scales)[TILES][2],
+                             Table table, int lane) {
+  ByteTables<V> tables(table);
+  float unit[COLUMNS][PER_LANE];                                          // of a weight
+  u32 weights[TILES * 2][V::GROUPS][COLUMNS][PER_LANE];  // of a row's term (lane / 4) and two tokens: bytes 0 and 2
+#pragma unroll
+  for (int j = 0; j < COLUMNS; ++j)
+#pragma unroll
+    for (int e = 0; e < PER_LANE; ++e) {
+      float x[TILES][2][V::GROUPS], most = 0.0f;
+#pragma unroll
+      for (int tile = 0; tile < TILES; ++tile)
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+#pragma unroll
+          for (int group = 0; group < V::GROUPS; ++group) {
+            x[tile][i][group] = s[tile][j][2 * i + e] * scales[tile][i].at(group);
+            most = fmaxf(most, fabsf(x[tile][i][group]));
+          }
+      most = over_tokens(most);
+      float inverse = most > 1e-30f ? __fdividef(V_LARGEST, most) : 0.0f;
+      unit[j][e] = most * (1.0f / V_LARGEST);
+#pragma unroll
+      for (int tile = 0; tile < TILES; ++tile)
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+#pragma unroll
+          for (int group = 0; group < V::GROUPS; ++group) {
+            u32 whole = __float_as_uint(fmaf(x[tile][i][group], inverse, 8388608.0f));
+            weights[2 * tile + i][group][j][e] = transpose8(prmt(whole, 0, 0x4041));
+          }
+    }
+  constexpr int STEP = V_BY_EIGHTS ? 2 : 1;
+#pragma unroll
+  for (int u = 0; u < EIGHTS; u += STEP) {
+    u32 nibbles[STEP][TILES * 2][V::NIBBLES];
+#pragma unroll
+    for (int i = 0; i < STEP; ++i)
+      if (u + i < EIGHTS) {
+        u32 z[TILES * 2][V::NREG];
+        load_units(ring, u + i, lane, z);
+#pragma unroll
+        for (int k = 0; k < TILES * 2; ++k) nibbles_of<V>(z[k], nibbles[i][k]);
+      }
+#pragma unroll
+    for (int m = 0; m < (V_BY_EIGHTS ? 1 : PER_EIGHT); ++m) {
+      int at = V_BY_EIGHTS ? u / 2 : u * PER_EIGHT + m;
+      int sums[SLOTS][COLUMNS][PER_LANE][4];
+#pragma unroll
+      for (int slot = 0; slot < SLOTS; ++slot)
+#pragma unroll
+        for (int j = 0; j < COLUMNS; ++j)
+#pragma unroll
+          for (int e = 0; e < PER_LANE; ++e)
+            sums[slot][j][e][0] = sums[slot][j][e][1] = sums[slot][j][e][2] = sums[slot][j][e][3] = 0x4B400000;  // 1.5 * 2**23
+#pragma unroll
+      for (int k = 0; k < TILES * 2; ++k)
+#pragma unroll
+        for (int pass = 0; pass < V::PASSES; ++pass) {
+          u32 x = of_pass(pass, V_BY_EIGHTS ? nibbles[0][k][0] : nibbles[0][k][2 * m]);
+          u32 y = V_BY_EIGHTS ? (u + 1 < EIGHTS ? of_pass(pass, nibbles[STEP - 1][k][0]) : 0) : of_pass(pass, nibbles[0][k][V::NIBBLES > 1 ? 2 * m + 1 : 0]);
+          u32 a[4] = {bytes_of(tables, pass, x), bytes_of(tables, pass, y), bytes_of(tables, pass, x >> 16), bytes_of(tables, pass, y >> 16)};
+#pragma unroll
+          for (int slot = 0; slot < SLOTS; ++slot) {
+            int low = low_group(at, slot), high = high_group(at, slot);
+#pragma unroll
+            for (int group = low; group <= high; ++group) {
+              bool first = low == high || of_group(at, 0, slot, group, lane / 4), second = low == high || of_group(at, 1, slot, group, lane / 4);
+#pragma unroll
+              for (int j = 0; j < COLUMNS; ++j)
+#pragma unroll
+                for (int e = 0; e < PER_LANE; ++e) {
+                  u32 w = weights[k][group][j][e], b0 = (w & 0xFF) << (8 * slot), b1 = (w >> 16) << (8 * slot);
+                  mma_s8<true>(sums[slot][j][e], first ? a[0] : 0, second ? a[1] : 0, first ? a[2] : 0, second ? a[3] : 0, b0, b1);
+                }
+            }
+          }
+        }
+      // as floats, the sums are themselves plus 1.5 * 2**23: they stay below 2**22. Their sum is rounded to 2**-15 of a weight
+#pragma unroll
+      for (int slot = 0; slot < SLOTS; ++slot)
+#pragma unroll
+        for (int j = 0; j < COLUMNS; ++j)
+#pragma unroll
+          for (int e = 0; e < PER_LANE; ++e)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+              float high = __int_as_float(sums[slot][j][e][2 * half]), low = __int_as_float(sums[slot][j][e][2 * half + 1]);
+              float& out = r.out[at][slot][j][PER_LANE * half + e];
+              out = fmaf(fmaf(high, 256.0f, low) - 257.0f * 12582912.0f, unit[j][e], out);
+            }
+    }
+  }
+}
