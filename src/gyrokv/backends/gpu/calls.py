@@ -205,5 +205,6 @@ def attend(
             partial.data_ptr(), top.data_ptr(), _pointer(sinks), out.data_ptr(), lse.data_ptr(), q_heads, q_len, total, v_dim
         )
         rows = batch * q_heads * q_len
-        _kernel("merge", (), device.index, 0).launch((rows, 1, 1), _MERGE_THREADS, stream, merge)
+        most = next(n for n in (32, 256, 1024, 8192) if n >= total)
+        _kernel("merge", (("SPLITS", most),), device.index, 0).launch((rows, 1, 1), _MERGE_THREADS, stream, merge)
     return out, lse

@@ -11,6 +11,7 @@ from ...quant import code_values, scale_divisor
 F16, BF16, F32, FP8, LINEAR, BYTES, TABLE = range(7)  # csrc/codec.cuh
 _DENSE = {"float16": F16, "bfloat16": BF16, "float32": F32, "float8_e4m3fn": FP8}
 SHARED_MEMORY = 227 * 1024  # bytes of a block on compute capability 9.0
+_IN_FLIGHT = 32 * 1024  # bytes on their way to a processor that hide the memory's latency
 _STATIC = 4096  # bytes that kernels declare themselves, at most
 
 
@@ -185,9 +186,13 @@ def _pitch(row: Row, copy: int, side: str) -> int:
     return min(pitches, key=lambda pitch: (_conflicts([r * pitch + b for r, b in at], size), pitch))
 
 
-def _integers(row: Row, side: str) -> bool:
-    """True when a side is multiplied as bytes. For K, sums of four signs and scales would cost too many products."""
-    return row.kind == BYTES and (side == "v" or row.bits < 4 or row.scales <= 2)
+def _integers(row: Row, side: str, rows: int) -> bool:
+    """True when a side is multiplied as bytes, which takes two terms of q and of the weights: free on K, and on V while
+    four query rows fill half of a product. Two lookups per code, for either sign, pay for themselves on K alone, and
+    while a product meets few scales."""
+    if row.kind != BYTES:
+        return False
+    return (row.bits < 4 or row.scales <= 2) if side == "k" else row.bits < 4 and rows == 4
 
 
 def _registers(problem: Problem, rows: int, terms: int, tile: int) -> int:
@@ -198,12 +203,11 @@ def _registers(problem: Problem, rows: int, terms: int, tile: int) -> int:
     k_columns = columns if terms == 1 else 1 if rows <= 4 else 2 * columns
     sums = k.scales if 1 < k.scales <= 9 else 1
     scores = tiles * 4 * (sums * k_columns + columns)
-    if _integers(v, "v"):
-        out = -(-v.dim // 16) * columns * per_lane
-        work = 2 * tiles * max(v.scales, 1) * columns * per_lane + 16 * columns * per_lane + 24
-    else:
-        out = -(-v.dim // 16) * 4 * columns
-        work = 2 * tiles * max(v.scales, 1) * columns * (2 if v.kind in (BF16, F32) else 1) + 16
+    if _integers(v, "v", rows):
+        products = max(v.scales, 1) * columns * per_lane
+        return 70 + 5 * -(-v.dim // 16) * columns * per_lane // 4 + 32 * products * (7 if tile == 32 else 5) // 5
+    out = -(-v.dim // 16) * 4 * columns
+    work = 2 * tiles * max(v.scales, 1) * columns * (2 if v.kind in (BF16, F32) else 1) + 16
     return out + max(scores, work) + 72
 
 
@@ -216,19 +220,28 @@ def plan(problem: Problem, shared_memory: int = SHARED_MEMORY) -> Plan:
 def _plan(problem: Problem, shared_memory: int) -> Plan:
     k, v = problem.k, problem.v
     rows = 4 if problem.columns <= 4 else 8 if problem.columns <= 8 or v.dim > 256 else 16
-    k_int, v_int = _integers(k, "k"), _integers(v, "v")
+    k_int, v_int = _integers(k, "k", rows), _integers(v, "v", rows)
     terms = 2 if problem.two_terms or k_int or rows == 4 else 1  # where four rows fill half a product, two terms are free
     columns = -(-rows // 8)
     k_columns = columns if terms == 1 else 1 if rows == 4 else 2 * columns
     k_pitch, v_pitch = _pitch(k, problem.k_copy, "k"), _pitch(v, problem.v_copy, "v")
     fixed = -(-(max(k.lut_bytes, v.lut_bytes) + _query_bytes(k, k_columns, k_int)) // 128) * 128
-    tile = 32 if k_pitch + v_pitch <= 640 and _registers(problem, rows, terms, 32) <= 160 else 16
-    registers = _registers(problem, rows, terms, tile)
-    most = 16 if registers <= 128 else 12 if registers <= 168 else 8
-    per_stage, per_warp = tile * (k_pitch + v_pitch), (4 if rows == 4 and terms == 2 else 8 * columns) * v.dim * 4
     room = shared_memory - _STATIC
-    warps = max(1, min(most, (room - fixed) // per_stage, room // per_warp))
-    stages = max(1, min(2, (room - fixed) // (per_stage * warps)))
+    per_warp = (4 if rows == 4 and terms == 2 else 8 * columns) * v.dim * 4
+
+    def warps_of(tile: int) -> tuple[int, int]:
+        """(as many as registers allow, as many as there are)"""
+        registers = _registers(problem, rows, terms, tile)
+        most = 16 if registers <= (200 if v_int else 136) else 12 if registers <= 184 else 8
+        warps = max(1, min(most, (room - fixed) // (tile * (k_pitch + v_pitch)), room // per_warp))
+        return most, warps - (warps % 4 if warps >= 8 else 0)  # alike on the four schedulers
+
+    # long tiles cost less per token, unless they leave too few warps; bytes gain more from them than spilled registers cost
+    tile, (most, warps) = 32, warps_of(32)
+    if warps < most or not (v_int or _registers(problem, rows, terms, 32) <= 176):
+        tile, (most, warps) = 16, warps_of(16)
+    per_stage = tile * (k_pitch + v_pitch)
+    stages = 2 if warps * per_stage < _IN_FLIGHT and fixed + 2 * warps * per_stage <= room else 1
     shared = max(fixed + warps * stages * per_stage, warps * per_warp)
     defines = {
         "K_KIND": k.kind, "K_BITS": k.bits, "K_SPAN": k.span, "K_SCALE32": int(k.wide_scale),

@@ -29,7 +29,7 @@ struct Row {
   static constexpr int NIBBLES = KIND == BYTES ? PLANES / 4 : 1;     // registers of nibbles per pair of units
   static constexpr int PASSES = BITS == 4 ? 2 : 1;                   // lookups of bytes per nibble: both signs
   static constexpr int LUT_BYTES = KIND == TABLE ? 256 << BITS : 0;  // one copy of the table per bank
-  static constexpr float FACTOR = KIND == BYTES ? 16777216.0f : 1.0f;  // values over what `expand` makes: denormals
+  static constexpr float FACTOR = KIND == BYTES && BITS == 4 ? 16777216.0f : 1.0f;  // values over what `expand` makes: denormals
 
   // first dim of plane k when the unit is j
   static constexpr INLINE int dim(int j, int k) { return SPLIT ? j : j + k * WORDS; }
@@ -173,6 +173,17 @@ INLINE void expand(const u32* z, u32* h, Table table, const char* lut, u32 lane4
     h[1] = prmt(x, odd, 0x6341);
     h[2] = prmt(y, even, 0x7250);
     h[3] = prmt(y, odd, 0x7351);
+  } else if constexpr (R::KIND == BYTES) {  // 1024 + 128 + level as bits, less 1152
+    u32 nibbles[R::NIBBLES], low = table.low ^ 0x80808080, high = table.high ^ 0x80808080;
+    nibbles_of<R>(z, nibbles);
+#pragma unroll
+    for (int n = 0; n < R::NIBBLES; ++n) {
+      u32 x = prmt(low, high, prmt(nibbles[n], 0, 0x0020)), y = prmt(low, high, prmt(nibbles[n], 0, 0x0031));
+      h[n] = add_f16x2(prmt(x, 0x64646464, 0x4240), 0xE480E480);
+      h[n + R::NIBBLES] = add_f16x2(prmt(x, 0x64646464, 0x4341), 0xE480E480);
+      h[n + 2 * R::NIBBLES] = add_f16x2(prmt(y, 0x64646464, 0x4240), 0xE480E480);
+      h[n + 3 * R::NIBBLES] = add_f16x2(prmt(y, 0x64646464, 0x4341), 0xE480E480);
+    }
   } else if constexpr (R::BITS == 2) {
     from_nibbles(z[0] & 0x33333333, lut, lane4, h[0], h[2], h[4], h[6]);
     from_nibbles((z[0] >> 2) & 0x33333333, lut, lane4, h[1], h[3], h[5], h[7]);

@@ -100,14 +100,17 @@ INLINE u32 term_of(float x, int term) {
 
 // q as operands: [pair][scale][column][lane] of two registers. norms[row]: what a row was multiplied by
 INLINE void fill_queries(char* shared, const Attend& p, const Unit& unit, float* norms) {
+  __shared__ i64 rows[ALL_ROWS];
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   for (int row = warp; row < ALL_ROWS; row += WARPS) {
     float most = 0.0f;
+    i64 from = q_offset(p, unit, row);
     if (row < unit.rows)
-      for (int d = lane; d < DK; d += 32) most = fmaxf(most, fabsf(load_q(p.q, q_offset(p, unit, row) + d)));
+#pragma unroll
+      for (int d = lane; d < DK; d += 32) most = fmaxf(most, fabsf(load_q(p.q, from + d)));
 #pragma unroll
     for (int i = 16; i; i /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, i));
-    if (lane == 0) norms[row] = norm_of(most);
+    if (lane == 0) norms[row] = norm_of(most), rows[row] = from;
   }
   __syncthreads();
   for (int e = threadIdx.x; e < Q_BYTES / 8; e += WARPS * 32) {
@@ -116,7 +119,7 @@ INLINE void fill_queries(char* shared, const Attend& p, const Unit& unit, float*
     int row = TERMS == 1 ? 8 * column + g : 8 * (column / 2) + 4 * (column % 2) + g / 2, term = TERMS == 1 ? 0 : g % 2;
     u32 x[2] = {0, 0};
     if (row < unit.rows) {
-      i64 from = q_offset(p, unit, row);
+      i64 from = rows[row];
       float norm = norms[row];
       auto value = [&](int d, int group) { return d / K::SPAN == group ? load_q(p.q, from + d) * norm : 0.0f; };
       if constexpr (K_INT) {

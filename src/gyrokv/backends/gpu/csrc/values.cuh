@@ -10,29 +10,41 @@ constexpr int V_TERMS = V::IS_BF16 ? 2 : 1;
 constexpr float WEIGHT = 256.0f;       // weights are kept away from the denormals of half precision
 constexpr float V_LARGEST = 65280.0f;  // of weights as integers: 255 * 256
 constexpr int EIGHTS = (V::WORDS + 7) / 8;
-constexpr bool V_BY_EIGHTS = V_INT ? V::NIBBLES == 1 : V::PLANES == 1 || V::SPLIT;  // halves are of two eights
-constexpr int SLOTS = V_INT ? 4 : 1;                                               // planes that take turns
-constexpr int PER_EIGHT = V_INT ? up(V::NIBBLES, 2) / 2 : V::SPLIT ? 1 : up(V::PLANES, 2) / 2;
-constexpr int V_TILES = V_BY_EIGHTS ? (EIGHTS + 1) / 2 : EIGHTS * PER_EIGHT;  // of 16 dims, or of 16 for each plane of four
-
-// first dim of half `half` of a tile (lane g has the g-th after it), and how many of the eight exist
-INLINE constexpr int eight_of(int tile, int half) { return V_BY_EIGHTS ? 2 * tile + half : tile / PER_EIGHT; }
-INLINE constexpr int plane_of(int tile, int half, int slot) {
-  int first = V_BY_EIGHTS ? 0 : 2 * (tile % PER_EIGHT) + half;
-  return V_INT ? first + slot * V::NIBBLES : first;
+// do planes k and k + 1 of every eight have the same scales?
+constexpr bool planes_agree() {
+  for (int u = 0; u < EIGHTS; ++u)
+    for (int k = 0; k + 1 < V::PLANES; k += 2)
+      if (V::dim(8 * u, k) / V::SPAN != V::dim(8 * u, k + 1) / V::SPAN) return false;
+  return true;
 }
-INLINE constexpr int dim_of(int tile, int half, int slot) { return V::dim(8 * eight_of(tile, half), plane_of(tile, half, slot)); }
+// are halves of two eights?
+constexpr bool V_BY_EIGHTS = V_INT ? V::NIBBLES == 1 : V::PLANES == 1 || V::SPLIT || (EIGHTS > 1 && !planes_agree());
+constexpr int SLOTS = V_INT ? 4 : 1;  // planes that take turns
+constexpr int KINDS = V_INT ? V::NIBBLES : V::SPLIT ? 1 : V::PLANES;  // registers of an eight
+constexpr int PER_STEP = V_BY_EIGHTS ? KINDS : up(KINDS, 2) / 2;      // tiles of one or two eights
+constexpr int STEP = V_BY_EIGHTS ? 2 : 1;
+constexpr int V_TILES = (EIGHTS + STEP - 1) / STEP * PER_STEP;  // of 16 dims, or of 16 for each plane of four
+
+// half `half` of a tile: its eight, plane and first dim (lane g has the g-th after it), and how many of the eight exist
+INLINE constexpr int eight_of(int tile, int half) { return tile / PER_STEP * STEP + (V_BY_EIGHTS ? half : 0); }
+INLINE constexpr int kind_of(int tile, int half) { return V_BY_EIGHTS ? tile % PER_STEP : 2 * (tile % PER_STEP) + half; }
+INLINE constexpr int dim_of(int tile, int half, int slot) {
+  return V::dim(8 * eight_of(tile, half), kind_of(tile, half) + (V_INT ? slot * V::NIBBLES : 0));
+}
 INLINE constexpr int count_of(int tile, int half) {
-  int rest = V::WORDS - 8 * eight_of(tile, half);
+  int rest = kind_of(tile, half) < KINDS ? V::WORDS - 8 * eight_of(tile, half) : 0;
   return rest < 0 ? 0 : rest > 8 ? 8 : rest;
 }
-INLINE constexpr int low_group(int tile, int slot) {
-  int a = dim_of(tile, 0, slot) / V::SPAN, b = dim_of(tile, 1, slot) / V::SPAN;
-  return count_of(tile, 1) && b < a ? b : a;
+// the scales of a half: all of one, or told apart by lane
+INLINE constexpr int low_group(int tile, int half, int slot) { return dim_of(tile, half, slot) / V::SPAN; }
+INLINE constexpr int high_group(int tile, int half, int slot) { return (dim_of(tile, half, slot) + count_of(tile, half) - 1) / V::SPAN; }
+INLINE constexpr bool touches(int tile, int half, int slot, int group) {
+  return count_of(tile, half) > 0 && low_group(tile, half, slot) <= group && group <= high_group(tile, half, slot);
 }
-INLINE constexpr int high_group(int tile, int slot) {
-  int a = (dim_of(tile, 0, slot) + count_of(tile, 0) - 1) / V::SPAN, b = (dim_of(tile, 1, slot) + count_of(tile, 1) - 1) / V::SPAN;
-  return count_of(tile, 1) && b > a ? b : a;
+// is lane g's dim of this group?
+INLINE bool of_group(int tile, int half, int slot, int group, int g) {
+  if (!touches(tile, half, slot, group)) return false;
+  return low_group(tile, half, slot) == high_group(tile, half, slot) || (dim_of(tile, half, slot) + g) / V::SPAN == group;
 }
 
 struct Running {  // of a warp: the softmax so far
@@ -92,7 +104,10 @@ INLINE void rescale(Running& r, const float (&s)[TILES][COLUMNS][4], float wides
 INLINE void load_words(u32 ring, int block, int u, int lane, u32 (&z)[TILES * 2]) {
   u32 at = ring + (block * V::WORDS + 8 * u) * 2;
   if constexpr (V::WORDS % 8 == 0) {
-    load_transposed(at + lane % TILE * V_PITCH, z);
+    if constexpr (TILES == 1) load_transposed(at + lane % 16 * V_PITCH, *(u32(*)[2])z);
+    else
+#pragma unroll
+      for (int i = 0; i < TILES * 2; i += 4) load_transposed(at + (8 * i + lane) * V_PITCH, *(u32(*)[4])(z + i));
   } else {
     int word = V::WORDS % 8 ? min(lane / 4, V::WORDS - 1 - 8 * u) : lane / 4;
 #pragma unroll
@@ -125,14 +140,6 @@ INLINE void load_units(u32 ring, int u, int lane, u32 (&z)[TILES * 2][V::NREG]) 
   }
 }
 
-// the group of lane g's dim in a half of a tile; known when it is compiled unless groups end within an eight
-INLINE bool of_group(int tile, int half, int slot, int group, int g) {
-  int first = dim_of(tile, half, slot), last = first + count_of(tile, half) - 1;
-  if (last < first) return false;
-  if (first / V::SPAN == last / V::SPAN) return first / V::SPAN == group;
-  return (first + g) / V::SPAN == group;
-}
-
 // out += v^T times weights, in floats
 template <class R>
 INLINE void add_values_floats(R& r, const float (&s)[TILES][COLUMNS][4], u32 ring, const char* memory,
@@ -158,7 +165,6 @@ INLINE void add_values_floats(R& r, const float (&s)[TILES][COLUMNS][4], u32 rin
           }
         }
       }
-  constexpr int STEP = V_BY_EIGHTS ? 2 : 1;
 #pragma unroll
   for (int u = 0; u < EIGHTS; u += STEP) {
     u32 z[STEP][TILES * 2][V::NREG];
@@ -174,25 +180,26 @@ INLINE void add_values_floats(R& r, const float (&s)[TILES][COLUMNS][4], u32 rin
         for (int k = 0; k < 2; ++k)
           if (u + i < EIGHTS) expand<V>(z[i][2 * tile + k], h[i][k], table, memory + V_LUT, lane * 4);
 #pragma unroll
-      for (int m = 0; m < (V_BY_EIGHTS ? 1 : PER_EIGHT); ++m) {
-        int at = V_BY_EIGHTS ? u / 2 : u * PER_EIGHT + m, low = low_group(at, 0), high = high_group(at, 0);
+      for (int m = 0; m < PER_STEP; ++m) {
+        int at = u / STEP * PER_STEP + m;
 #pragma unroll
         for (int part = 0; part < (V::SPLIT ? 2 : 1); ++part) {
-          u32 a[4];
+          u32 a[2][2];
 #pragma unroll
-          for (int k = 0; k < 2; ++k) {
-            a[2 * k] = V_BY_EIGHTS ? h[0][k][part] : h[0][k][2 * m];
-            a[2 * k + 1] = V_BY_EIGHTS ? (u + 1 < EIGHTS ? h[STEP - 1][k][part] : 0) : h[0][k][V::PLANES > 1 ? 2 * m + 1 : 0];
-          }
+          for (int half = 0; half < 2; ++half)
 #pragma unroll
-          for (int group = low; group <= high; ++group) {
-            bool first = low == high || of_group(at, 0, 0, group, lane / 4), second = low == high || of_group(at, 1, 0, group, lane / 4);
+            for (int k = 0; k < 2; ++k)
+              a[half][k] = count_of(at, half) ? h[V_BY_EIGHTS ? half : 0][k][V::SPLIT ? part : kind_of(at, half)] : 0;
+#pragma unroll
+          for (int group = 0; group < V::GROUPS; ++group) {
+            if (!touches(at, 0, 0, group) && !touches(at, 1, 0, group)) continue;
+            bool first = of_group(at, 0, 0, group, lane / 4), second = of_group(at, 1, 0, group, lane / 4);
 #pragma unroll
             for (int term = 0; term < V_TERMS; ++term)
 #pragma unroll
               for (int j = 0; j < COLUMNS; ++j)
-                mma<V::IS_BF16>(r.out[at][0][j], first ? a[0] : 0, second ? a[1] : 0, first ? a[2] : 0, second ? a[3] : 0,
-                                b[tile][group][term][j][0], b[tile][group][term][j][1]);
+                mma<V::IS_BF16>(r.out[at][0][j], first ? a[0][0] : 0, second ? a[1][0] : 0, first ? a[0][1] : 0,
+                                second ? a[1][1] : 0, b[tile][group][term][j][0], b[tile][group][term][j][1]);
           }
         }
       }
@@ -233,7 +240,6 @@ INLINE void add_values_bytes(Running& r, const float (&s)[TILES][COLUMNS][4], u3
             weights[2 * tile + i][group][j][e] = transpose8(prmt(whole, 0, 0x4041));
           }
     }
-  constexpr int STEP = V_BY_EIGHTS ? 2 : 1;
 #pragma unroll
   for (int u = 0; u < EIGHTS; u += STEP) {
     u32 nibbles[STEP][TILES * 2][V::NIBBLES];
@@ -246,8 +252,8 @@ INLINE void add_values_bytes(Running& r, const float (&s)[TILES][COLUMNS][4], u3
         for (int k = 0; k < TILES * 2; ++k) nibbles_of<V>(z[k], nibbles[i][k]);
       }
 #pragma unroll
-    for (int m = 0; m < (V_BY_EIGHTS ? 1 : PER_EIGHT); ++m) {
-      int at = V_BY_EIGHTS ? u / 2 : u * PER_EIGHT + m;
+    for (int m = 0; m < PER_STEP; ++m) {
+      int at = u / STEP * PER_STEP + m;
       int sums[SLOTS][COLUMNS][PER_LANE][4];
 #pragma unroll
       for (int slot = 0; slot < SLOTS; ++slot)
@@ -260,24 +266,23 @@ INLINE void add_values_bytes(Running& r, const float (&s)[TILES][COLUMNS][4], u3
       for (int k = 0; k < TILES * 2; ++k)
 #pragma unroll
         for (int pass = 0; pass < V::PASSES; ++pass) {
-          u32 x = of_pass(pass, V_BY_EIGHTS ? nibbles[0][k][0] : nibbles[0][k][2 * m]);
-          u32 y = V_BY_EIGHTS ? (u + 1 < EIGHTS ? of_pass(pass, nibbles[STEP - 1][k][0]) : 0) : of_pass(pass, nibbles[0][k][V::NIBBLES > 1 ? 2 * m + 1 : 0]);
-          u32 a[4] = {bytes_of(tables, pass, x), bytes_of(tables, pass, y), bytes_of(tables, pass, x >> 16), bytes_of(tables, pass, y >> 16)};
+          u32 x = count_of(at, 0) ? of_pass(pass, nibbles[0][k][kind_of(at, 0)]) : 0;
+          u32 y = count_of(at, 1) ? of_pass(pass, nibbles[V_BY_EIGHTS ? 1 : 0][k][kind_of(at, 1)]) : 0;
+          u32 a[2][2] = {{bytes_of(tables, pass, x), bytes_of(tables, pass, x >> 16)}, {bytes_of(tables, pass, y), bytes_of(tables, pass, y >> 16)}};
 #pragma unroll
-          for (int slot = 0; slot < SLOTS; ++slot) {
-            int low = low_group(at, slot), high = high_group(at, slot);
+          for (int slot = 0; slot < SLOTS; ++slot)
 #pragma unroll
-            for (int group = low; group <= high; ++group) {
-              bool first = low == high || of_group(at, 0, slot, group, lane / 4), second = low == high || of_group(at, 1, slot, group, lane / 4);
+            for (int group = 0; group < V::GROUPS; ++group) {
+              if (!touches(at, 0, slot, group) && !touches(at, 1, slot, group)) continue;
+              bool first = of_group(at, 0, slot, group, lane / 4), second = of_group(at, 1, slot, group, lane / 4);
 #pragma unroll
               for (int j = 0; j < COLUMNS; ++j)
 #pragma unroll
                 for (int e = 0; e < PER_LANE; ++e) {
                   u32 w = weights[k][group][j][e], b0 = (w & 0xFF) << (8 * slot), b1 = (w >> 16) << (8 * slot);
-                  mma_s8<true>(sums[slot][j][e], first ? a[0] : 0, second ? a[1] : 0, first ? a[2] : 0, second ? a[3] : 0, b0, b1);
+                  mma_s8<true>(sums[slot][j][e], first ? a[0][0] : 0, second ? a[1][0] : 0, first ? a[0][1] : 0, second ? a[1][1] : 0, b0, b1);
                 }
             }
-          }
         }
       // as floats, the sums are themselves plus 1.5 * 2**23: they stay below 2**22. Their sum is rounded to 2**-15 of a weight
 #pragma unroll
