@@ -11,6 +11,9 @@
 // WARPS, K_PITCH, K_COPY, K_STRIDE, K_SCALE_STRIDE (and V_), SAME_TABLE, PAGED,
 // SHARED (bytes).
 #include "values.cuh"
+#ifndef NO_FREE
+#define NO_FREE 0
+#endif
 
 constexpr int STAGE_BYTES = TILE * (K_PITCH + V_PITCH);
 constexpr float SLACK = 3.0f;  // log2 by which scores may pass the reference before everything is rescaled
@@ -62,40 +65,40 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
   u32 k_ring = shared + RING_AT + warp * STAGES * STAGE_BYTES, v_ring = k_ring + STAGES * TILE * K_PITCH;
 
   // each ring takes its next tile as soon as one has been used: groups of copies alternate between K and V
-  auto copy_k = [&](int tile, int stage) {
-    if (tile < end) copy_rows<K, TILE, K_PITCH, K_COPY, K_STRIDE>(k_ring + stage * TILE * K_PITCH, k_rows, tile * TILE, slots, lane);
+  auto copy_k = [&](auto whole, int tile, int stage) {
+    if (decltype(whole)::value || tile < end)
+      copy_rows<K, TILE, K_PITCH, K_COPY, K_STRIDE, decltype(whole)::value>(k_ring + stage * TILE * K_PITCH, k_rows, tile * TILE, slots, lane);
     commit_copies();
   };
-  auto copy_v = [&](int tile, int stage) {
-    if (tile < end) copy_rows<V, TILE, V_PITCH, V_COPY, V_STRIDE>(v_ring + stage * TILE * V_PITCH, v_rows, tile * TILE, slots, lane);
+  auto copy_v = [&](auto whole, int tile, int stage) {
+    if (decltype(whole)::value || tile < end)
+      copy_rows<V, TILE, V_PITCH, V_COPY, V_STRIDE, decltype(whole)::value>(v_ring + stage * TILE * V_PITCH, v_rows, tile * TILE, slots, lane);
     commit_copies();
   };
-  KScales k_scales[TILES][2], k_next[TILES][2];
-  VScales v_scales[TILES][2], v_next[TILES][2];
-  auto fetch_scales = [&](int tile) {
-    if (!(K::SCALED || V::SCALED) || tile >= end) return;
+  KScales k_next[TILES][2];
+  VScales v_next[TILES][2];
+  auto fetch_scales = [&](auto whole, int tile) {
+    constexpr bool WHOLE = decltype(whole)::value;
+    if (!(K::SCALED || V::SCALED) || (!WHOLE && tile >= end)) return;
     const char* k_from = k_scale_rows.at<K_SCALE_STRIDE>(tile * TILE) + g * (K_SCALE_STRIDE ? K_SCALE_STRIDE : k_scale_rows.slot_stride);
     const char* v_from = v_scale_rows.at<V_SCALE_STRIDE>(tile * TILE) + g * (V_SCALE_STRIDE ? V_SCALE_STRIDE : v_scale_rows.slot_stride);
-    auto load = [&](int i, int half, bool live) {
-      int row = i * 16 + half * 8;
-      k_next[i][half].load(k_from + row * (K_SCALE_STRIDE ? K_SCALE_STRIDE : k_scale_rows.slot_stride), live);
-      v_next[i][half].load(v_from + row * (V_SCALE_STRIDE ? V_SCALE_STRIDE : v_scale_rows.slot_stride), live);
-    };
-    if (slots.whole(tile * TILE, TILE)) {
 #pragma unroll
-      for (int i = 0; i < TILES * 2; ++i) load(i / 2, i % 2, true);
-    } else {
+    for (int i = 0; i < TILES; ++i)
 #pragma unroll
-      for (int i = 0; i < TILES * 2; ++i) load(i / 2, i % 2, slots.live(tile * TILE + i * 8 + g));
-    }
+      for (int half = 0; half < 2; ++half) {
+        int row = i * 16 + half * 8;
+        bool live = WHOLE || slots.live(tile * TILE + row + g);
+        k_next[i][half].load(k_from + row * (K_SCALE_STRIDE ? K_SCALE_STRIDE : k_scale_rows.slot_stride), live);
+        v_next[i][half].load(v_from + row * (V_SCALE_STRIDE ? V_SCALE_STRIDE : v_scale_rows.slot_stride), live);
+      }
   };
 
 #pragma unroll
   for (int i = 0; i < STAGES; ++i) {
-    copy_k(begin + warp + i * WARPS, i);
-    copy_v(begin + warp + i * WARPS, i);
+    copy_k(Bool<false>(), begin + warp + i * WARPS, i);
+    copy_v(Bool<false>(), begin + warp + i * WARPS, i);
   }
-  fetch_scales(begin + warp);
+  fetch_scales(Bool<false>(), begin + warp);
   if constexpr (K_KIND == TABLE) fill_table(shared, p.k_table, 1 << K_BITS);
   if constexpr (V_KIND == TABLE && !(K_KIND == TABLE && SAME_TABLE)) fill_table(shared + V_LUT, p.v_table, 1 << V_BITS);
   fill_queries(memory, p, unit, norms);
@@ -130,21 +133,24 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
         for (float& x : run.out[i][slot][j]) x = 0.0f;
   }
 
-  int stage = 0;
-  for (int tile = begin + warp; tile < end; tile += WARPS) {
+  // FREE: this tile and those that are fetched meanwhile are whole, and all rows see all of this one
+  auto step = [&](auto free, int tile, int stage) {
+    constexpr bool FREE = decltype(free)::value;
     int slot = tile * TILE, later = tile + STAGES * WARPS;
     wait_copies<2 * STAGES - 1>();
     __syncwarp();
+    KScales k_scales[TILES][2];
+    VScales v_scales[TILES][2];
 #pragma unroll
     for (int i = 0; i < TILES; ++i)
 #pragma unroll
       for (int half = 0; half < 2; ++half) k_scales[i][half] = k_next[i][half], v_scales[i][half] = v_next[i][half];
-    fetch_scales(tile + WARPS);
+    fetch_scales(free, tile + WARPS);
 
     float s[TILES][COLUMNS][4];
     score<K_INT>(s, k_ring + stage * TILE * K_PITCH, memory, k_scales, k_table, lane);
     __syncwarp();
-    copy_k(later, stage);
+    copy_k(free, later, stage);
 
 #pragma unroll
     for (int i = 0; i < TILES; ++i)
@@ -160,9 +166,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
           }
           s[i][j][e] = PLAIN || MASK ? x : x * LOG2E;
         }
-    int offset = slots.offset(slot);
-    bool free = MASK == 0 && slots.whole(slot, TILE) && offset >= free_low && offset <= free_high;
-    if (!free) {
+    if (!FREE) {
 #pragma unroll
       for (int i = 0; i < TILES; ++i)
 #pragma unroll
@@ -220,7 +224,16 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
     if constexpr (V_INT) add_values_bytes(run, s, v_ring + stage * TILE * V_PITCH, v_scales, v_table, lane);
     else add_values_floats(run, s, v_ring + stage * TILE * V_PITCH, memory, v_scales, v_table, lane);
     __syncwarp();
-    copy_v(later, stage);
+    copy_v(free, later, stage);
+  };
+
+  int stage = 0;
+  for (int tile = begin + warp; tile < end; tile += WARPS) {
+    int last = tile + STAGES * WARPS, offset = slots.offset(tile * TILE);
+    bool free = MASK == 0 && last < end && slots.whole(tile * TILE, TILE) && offset >= free_low && offset <= free_high &&
+                slots.whole(last * TILE, TILE) && (STAGES == 1 || slots.whole((tile + WARPS) * TILE, TILE));
+    if (free && !NO_FREE) step(Bool<true>(), tile, stage);
+    else step(Bool<false>(), tile, stage);
     stage = stage + 1 == STAGES ? 0 : stage + 1;
   }
 

@@ -21,6 +21,11 @@ struct Choose<false, A, B> {
   using type = B;
 };
 
+template <bool VALUE>
+struct Bool {
+  static constexpr bool value = VALUE;
+};
+
 INLINE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
 INLINE u32 prmt(u32 a, u32 b, u32 selector) {

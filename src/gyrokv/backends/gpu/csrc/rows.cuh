@@ -35,14 +35,14 @@ struct Rows {
   }
 };
 
-// COUNT rows from slot on to shared memory; zeros where no live row is. A page holds whole tiles.
-template <class R, int COUNT, int PITCH, int COPY, int STRIDE>
+// COUNT rows from slot on to shared memory; zeros where no live row is, unless all are (WHOLE). A page holds whole tiles.
+template <class R, int COUNT, int PITCH, int COPY, int STRIDE, bool WHOLE>
 INLINE void copy_rows(u32 to, const Rows& rows, int slot, const Slots& slots, int lane) {
   constexpr int PER_ROW = R::BYTES_ROW / COPY, ALL = COUNT * PER_ROW;
   static_assert(R::BYTES_ROW % COPY == 0, "copies of whole rows");
   const char* from = rows.at<STRIDE>(slot);
   i64 stride = STRIDE ? STRIDE : rows.slot_stride;
-  if (slots.whole(slot, COUNT)) {
+  if (WHOLE) {
 #pragma unroll
     for (int i = 0; i < (ALL + 31) / 32; ++i) {
       int e = i * 32 + lane, row = e / PER_ROW, part = e % PER_ROW;
