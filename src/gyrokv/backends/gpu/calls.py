@@ -19,7 +19,6 @@ from .nvrtc import Kernel
 Q_TYPES = {torch.float16: plan.F16, torch.bfloat16: plan.BF16, torch.float32: plan.F32}
 _MASKS = {torch.bool: 1, torch.float32: 2, torch.float16: 3, torch.bfloat16: 4}
 _FAR = 2**62  # positions: no limit
-_MERGE_THREADS = 128
 
 
 class Side(ctypes.Structure):
@@ -206,5 +205,5 @@ def attend(
         )
         rows = batch * q_heads * q_len
         most = next(n for n in (32, 256, 1024, 8192) if n >= total)
-        _kernel("merge", (("SPLITS", most),), device.index, 0).launch((rows, 1, 1), _MERGE_THREADS, stream, merge)
+        _kernel("merge", (("SPLITS", most),), device.index, 0).launch((rows, 1, 1), min(512, -(-v_dim // 32) * 32), stream, merge)
     return out, lse

@@ -238,7 +238,8 @@ def _plan(problem: Problem, shared_memory: int) -> Plan:
 
     # long tiles cost less per token, unless they leave too few warps; bytes gain more from them than spilled registers cost
     tile, (most, warps) = 32, warps_of(32)
-    if warps < most or not (v_int or _registers(problem, rows, terms, 32) <= 176):
+    tables = TABLE in (k.kind, v.kind)
+    if warps < most or not (v_int or _registers(problem, rows, terms, 32) + 24 * tables <= 176):
         tile, (most, warps) = 16, warps_of(16)
     per_stage = tile * (k_pitch + v_pitch)
     stages = 2 if warps * per_stage < _IN_FLIGHT and fixed + 2 * warps * per_stage <= room else 1
@@ -250,7 +251,7 @@ def _plan(problem: Problem, shared_memory: int) -> Plan:
         "V_INT": int(v_int), "DV": v.dim,
         "ROWS": rows, "TERMS": terms, "Q_TYPE": problem.q_type, "SOFTCAP": int(problem.softcap), "MASK": problem.mask,
         "ALIBI": int(problem.alibi), "PAGED": int(problem.paged), "SAME_TABLE": int(problem.same_table),
-        "TILE": tile, "STAGES": stages, "WARPS": warps, "K_PITCH": k_pitch, "V_PITCH": v_pitch,
+        "FREE": int(not (tables and v.dim > 256)), "TILE": tile, "STAGES": stages, "WARPS": warps, "K_PITCH": k_pitch, "V_PITCH": v_pitch,
         "K_COPY": problem.k_copy, "V_COPY": problem.v_copy, "K_STRIDE": problem.k_stride, "V_STRIDE": problem.v_stride,
         "K_SCALE_STRIDE": problem.k_scale_stride, "V_SCALE_STRIDE": problem.v_scale_stride,
         "SHARED": shared,

@@ -8,12 +8,9 @@
 // Scales never touch elements: K's multiplies scores, V's the weights.
 //
 // The host defines K_KIND, K_BITS, K_SPAN, K_SCALE32, K_INT (and V_), DK, DV, ROWS, TERMS, Q_TYPE, SOFTCAP, MASK, ALIBI, TILE, STAGES,
-// WARPS, K_PITCH, K_COPY, K_STRIDE, K_SCALE_STRIDE (and V_), SAME_TABLE, PAGED,
+// WARPS, FREE (a loop of its own for tiles that all rows see whole), K_PITCH, K_COPY, K_STRIDE, K_SCALE_STRIDE (and V_), SAME_TABLE, PAGED,
 // SHARED (bytes).
 #include "values.cuh"
-#ifndef NO_FREE
-#define NO_FREE 0
-#endif
 
 constexpr int STAGE_BYTES = TILE * (K_PITCH + V_PITCH);
 constexpr float SLACK = 3.0f;  // log2 by which scores may pass the reference before everything is rescaled
@@ -133,9 +130,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
         for (float& x : run.out[i][slot][j]) x = 0.0f;
   }
 
-  // FREE: this tile and those that are fetched meanwhile are whole, and all rows see all of this one
+  // free: this tile and those that are fetched meanwhile are whole, and all rows see all of this one
   auto step = [&](auto free, int tile, int stage) {
-    constexpr bool FREE = decltype(free)::value;
+    constexpr bool SEEN = decltype(free)::value;
     int slot = tile * TILE, later = tile + STAGES * WARPS;
     wait_copies<2 * STAGES - 1>();
     __syncwarp();
@@ -166,7 +163,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
           }
           s[i][j][e] = PLAIN || MASK ? x : x * LOG2E;
         }
-    if (!FREE) {
+    if (!SEEN) {
 #pragma unroll
       for (int i = 0; i < TILES; ++i)
 #pragma unroll
@@ -232,7 +229,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
     int last = tile + STAGES * WARPS, offset = slots.offset(tile * TILE);
     bool free = MASK == 0 && last < end && slots.whole(tile * TILE, TILE) && offset >= free_low && offset <= free_high &&
                 slots.whole(last * TILE, TILE) && (STAGES == 1 || slots.whole((tile + WARPS) * TILE, TILE));
-    if (free && !NO_FREE) step(Bool<true>(), tile, stage);
+    if (FREE && free) step(Bool<true>(), tile, stage);
     else step(Bool<false>(), tile, stage);
     stage = stage + 1 == STAGES ? 0 : stage + 1;
   }
