@@ -8,9 +8,12 @@
 // Codes go back to shared memory as bytes, since a word holds values from all over the head.
 //
 // The nearest level of a table: a uniform grid of cells so fine that none holds two boundaries, and one comparison.
+// Where the last step before it is a product with a constant, boundaries of the factor stand in for those of the product.
 //
-// The host defines THREADS, BLOCKS, SAME and the members of a side's description, with K_ and V_ before their names.
+// The host defines THREADS, BLOCKS, SAME, APPEND_BYTES and the members of a side's description, after K_ and V_.
 #include "params.cuh"
+
+static_assert(sizeof(Append) == APPEND_BYTES, "the structure of encode.py");
 
 enum Kind { DENSE = 0, FLOAT8 = 1, LINEAR = 2, TABLE = 3 };
 enum Element { F16 = 0, BF16 = 1, F32 = 2 };
@@ -34,7 +37,7 @@ constexpr int size_of(int element) { return element == F32 ? 4 : 2; }
     static constexpr int LOW = P##_LOW, HIGH = P##_HIGH, CELLS = P##_CELLS, COPIES = P##_COPIES, ALIGN = P##_ALIGN;    \
     static constexpr int VALUES = P##_VALUES, ROWS = P##_ROWS;                                                         \
     static INLINE float factor() { return __uint_as_float(P##_FACTOR); }                                               \
-    static INLINE float spread() { return __uint_as_float(P##_SPREAD); }                                               \
+    static INLINE float last() { return __uint_as_float(P##_LAST); }                                                   \
     static INLINE float step() { return __uint_as_float(P##_STEP); }                                                   \
     static INLINE float top() { return __uint_as_float(P##_TOP); }                                                     \
     static INLINE float bottom() { return __uint_as_float(P##_BOTTOM); }                                               \
@@ -60,9 +63,22 @@ struct Layout {
 
 struct Target {
   const char* from;
-  char* words;  // null: no such row
+  char* words;
   char* scale;
 };
+
+// What the threads of a block share: items 0 .. rows * EACH - 1, EACH of a row. f(row, item of the row)
+template <int ROWS, int EACH, int UNROLL, class F>
+INLINE void share(int rows, F f) {
+  constexpr bool EVEN = THREADS % EACH == 0;  // then a thread's items are the same of every row
+  int own_row = threadIdx.x / EACH, own_item = threadIdx.x % EACH;
+#pragma unroll UNROLL
+  for (int i = 0; i < (ROWS * EACH + THREADS - 1) / THREADS; ++i) {
+    int item = i * THREADS + threadIdx.x;
+    int row = EVEN ? i * (THREADS / EACH) + own_row : item / EACH;
+    if (row < rows) f(row, EVEN ? own_item : item % EACH);
+  }
+}
 
 template <int IN>
 INLINE void widen(uint4 u, float* x) {  // 16 bytes
@@ -97,31 +113,36 @@ INLINE void store(char* to, const u32 (&x)[N]) {
 
 // -- one group, or LANES threads' share of it
 
-// The sum, in index order, of x (of x * x with SQUARE) over LANES threads; all of them get it.
-template <int LANES, bool SQUARE, int N>
+enum Terms { VALUES, SQUARES, EXACT_SQUARES };  // exact: squares of 16-bit floats have at most 22 bits
+
+// The sum, in index order, over LANES threads; all of them get it.
+template <int LANES, Terms TERMS, int N>
 INLINE float sum_in_order(const float (&x)[N]) {
   float total = 0.0f;
 #pragma unroll 1
   for (int turn = 0; turn < LANES; ++turn) {
 #pragma unroll
-    for (int i = 0; i < N; ++i) total = __fadd_rn(total, SQUARE ? __fmul_rn(x[i], x[i]) : x[i]);
+    for (int i = 0; i < N; ++i) {
+      if (TERMS == EXACT_SQUARES) total = __fmaf_rn(x[i], x[i], total);
+      else total = __fadd_rn(total, TERMS == SQUARES ? __fmul_rn(x[i], x[i]) : x[i]);
+    }
     if (LANES > 1) total = __shfl_sync(~0u, total, turn, LANES);
   }
   return total;
 }
 
-template <int LANES, int N>
+template <int LANES, Terms TERMS, int N>
 INLINE float length(const float (&x)[N], float divisor) {
-  float total = sum_in_order<LANES, true>(x);
+  float total = sum_in_order<LANES, TERMS>(x);
   return __fsqrt_rn(divisor == 1.0f ? total : __fdiv_rn(total, divisor));
 }
 
-// The value of largest magnitude, the first of several.
-template <int LANES, int N>
+// The value of largest magnitude, the first of several; without SIGNED its magnitude.
+template <int LANES, bool SIGNED, int N>
 INLINE float extreme(const float (&x)[N], int lane) {
   float found = x[0];
 #pragma unroll
-  for (int i = 1; i < N; ++i) found = fabsf(x[i]) > fabsf(found) ? x[i] : found;
+  for (int i = 1; i < N; ++i) found = SIGNED ? (fabsf(x[i]) > fabsf(found) ? x[i] : found) : fmaxf(fabsf(found), fabsf(x[i]));
 #pragma unroll
   for (int h = 1; h < LANES; h *= 2) {
     float other = __shfl_xor_sync(~0u, found, h);
@@ -153,6 +174,10 @@ struct Signs {
   }
 };
 
+// The last product of the normalisation; a table's boundaries are those of x.
+template <class C>
+INLINE float last(float x) { return C::KIND == TABLE ? x : __fmul_rn(x, C::last()); }
+
 template <class C>
 INLINE void turn(float (&x)[C::VALUES], float inverse, int lane) {
   constexpr int N = C::VALUES, LANES = Layout<C>::LANES;
@@ -177,7 +202,7 @@ INLINE void turn(float (&x)[C::VALUES], float inverse, int lane) {
     for (int i = 0; i < N; ++i) x[i] = __fmaf_rn(x[i], sign, __shfl_xor_sync(~0u, x[i], h));
   }
 #pragma unroll
-  for (int i = 0; i < N; ++i) x[i] = after.apply(__fmul_rn(x[i], C::factor()), i);
+  for (int i = 0; i < N; ++i) x[i] = after.apply(C::RULE == L2 ? last<C>(x[i]) : __fmul_rn(x[i], C::factor()), i);
 }
 
 // Every rule but L2, which normalises before the rotation. Returns the norm.
@@ -187,7 +212,7 @@ INLINE float normalise(float (&x)[C::VALUES], int lane) {
   float norm;
   if constexpr (C::RULE == RMS) {
     constexpr bool ONE_SPAN = C::SPAN == C::GROUP;
-    norm = length<LANES>(x, ONE_SPAN ? 1.0f : (float)C::SPAN);
+    norm = length<LANES, SQUARES>(x, ONE_SPAN ? 1.0f : (float)C::SPAN);
     float divisor = norm;
     if (!(norm > TINY)) {
 #pragma unroll
@@ -197,15 +222,15 @@ INLINE float normalise(float (&x)[C::VALUES], int lane) {
     float inverse = __fdiv_rn(1.0f, divisor);
 #pragma unroll
     for (int i = 0; i < N; ++i)
-      x[i] = __fmul_rn(ONE_SPAN ? __fmul_rn(x[i], inverse) : __fdiv_rn(x[i], divisor), C::spread());
+      x[i] = last<C>(ONE_SPAN ? __fmul_rn(x[i], inverse) : __fdiv_rn(x[i], divisor));
   } else if constexpr (C::RULE == ABSMAX) {
-    norm = __fdiv_rn(fabsf(extreme<LANES>(x, lane)), C::top());
+    norm = __fdiv_rn(extreme<LANES, false>(x, lane), C::top());
     float inverse = __fdiv_rn(1.0f, norm);
     inverse = inverse <= LARGEST ? inverse : 0.0f;
 #pragma unroll
     for (int i = 0; i < N; ++i) x[i] = __fmul_rn(x[i], inverse);
   } else {
-    norm = __fdiv_rn(extreme<LANES>(x, lane), C::bottom());
+    norm = __fdiv_rn(extreme<LANES, true>(x, lane), C::bottom());
 #pragma unroll
     for (int i = 0; i < N; ++i) x[i] = norm != 0.0f ? __fdiv_rn(x[i], norm) : 0.0f;
   }
@@ -225,7 +250,7 @@ INLINE u32 to_float8(float x) {
 template <class C>
 INLINE u32 nearest_integer(float x) {
   if (C::TIES == AWAY) {  // |x| + 1/2 without its fraction: 2^22 has the unit 1/2 in the last place
-    u32 size = (__float_as_uint(__fadd_rz(fminf(fabsf(x), (float)C::HIGH), 4194304.5f)) & 0x7FFFFF) >> 1;
+    u32 size = __float_as_uint(__fadd_rz(fminf(fabsf(x), (float)C::HIGH), 4194304.5f)) >> 1 & 0xFF;
     return x < 0.0f ? -C::LOW - size : -C::LOW + size;
   }
   float code = fminf(fmaxf(__fadd_rn(x, 0.5f - C::LOW), 0.0f), (float)(C::HIGH - C::LOW));
@@ -300,14 +325,14 @@ INLINE void encode_unit(char* unit, u32 table, const Target& row, int part, bool
   load<C>(unit, part * C::VALUES, x);
   float norm = 0.0f, inverse = 1.0f;
   if constexpr (C::RULE == L2 && C::KIND != FLOAT8) {
-    norm = length<L::LANES>(x, 1.0f);
+    norm = length<L::LANES, C::IN == F32 ? SQUARES : EXACT_SQUARES>(x, 1.0f);  // tiny squares: below TINY
     inverse = norm > TINY ? __fdiv_rn(1.0f, norm) : 0.0f;
   }
   if constexpr (C::ROTATE) {
     turn<C>(x, inverse, lane);
   } else if constexpr (C::RULE == L2 && C::KIND != FLOAT8) {
 #pragma unroll
-    for (int i = 0; i < C::VALUES; ++i) x[i] = __fmul_rn(__fmul_rn(x[i], inverse), C::spread());
+    for (int i = 0; i < C::VALUES; ++i) x[i] = last<C>(__fmul_rn(x[i], inverse));
   }
   if constexpr (C::RULE != L2 && C::KIND != FLOAT8) norm = normalise<C>(x, lane);
   if (C::KIND == TABLE && !(norm <= LARGEST)) {  // NaN is beyond all boundaries
@@ -316,53 +341,51 @@ INLINE void encode_unit(char* unit, u32 table, const Target& row, int part, bool
   }
   float squares = assign<C>(x, codes, table);
   if constexpr (C::CORRECTED) {
-    if constexpr (L::SPAN_LANES > 1) squares = sum_in_order<L::SPAN_LANES, false>(x);
+    if constexpr (L::SPAN_LANES > 1) squares = sum_in_order<L::SPAN_LANES, VALUES>(x);
     float decoded = __fsqrt_rn(squares);
     norm = decoded > TINY ? __fdiv_rn(norm, decoded) : norm;
   }
   if (!mine) return;
   store<16>(unit, codes);
-  if (C::KIND != FLOAT8 && row.words && part % L::SPAN_LANES == 0) store_scale<C>(row.scale, part / L::SPAN_LANES, norm);
+  if (C::KIND != FLOAT8 && part % L::SPAN_LANES == 0) store_scale<C>(row.scale, part / L::SPAN_LANES, norm);
 }
 
 // The fields of WIDTH bits: word i holds those of values i, i + N, i + 2 N, ..
 template <class C, int WIDTH>
-INLINE void pack(const char* units, const Target* rows) {
+INLINE void pack(const char* units, const Target* targets, int rows) {
   if constexpr ((C::BITS & WIDTH) != 0) {
     using L = Layout<C>;
     constexpr int N = C::PADDED * WIDTH / 16, PLANES = 16 / WIDTH;
     constexpr int LOW = C::BITS & ~(2 * WIDTH - 1);  // wider fields lie below
-    constexpr int STEP = N % 8 == 0 ? 8 : N % 4 == 0 ? 4 : 2, PIECES = N / STEP;
-    constexpr int ALIGN = most(2, (C::ALIGN | C::PADDED * LOW / 8) & -(C::ALIGN | C::PADDED * LOW / 8));
+    constexpr int STEP = N % 8 == 0 ? 8 : N % 4 == 0 ? 4 : 2, PARTS = (STEP + 3) / 4;
+    constexpr int START = C::PADDED * LOW / 8, ALIGN = (C::ALIGN | START) & -(C::ALIGN | START);
     static_assert(N % 2 == 0 && C::VALUES % STEP == 0, "pairs of words");
-#pragma unroll 4
-    for (int j = threadIdx.x; j < C::ROWS * PIECES; j += THREADS) {
-      int row = j / PIECES, first = j % PIECES * STEP;
-      u32 half[2][(STEP + 3) / 4] = {};  // low and high bytes of words
+    share<C::ROWS, N / STEP, 4>(rows, [&](int row, int item) {
+      u32 half[2][PARTS] = {};  // low and high bytes of words
 #pragma unroll
       for (int p = 0; p < PLANES; ++p) {
-        int at = first + p * N;
+        int at = item * STEP + p * N;
         const char* from = units + (row * L::UNITS + at / C::VALUES) * L::PITCH + at % C::VALUES;
-        u32 x[(STEP + 3) / 4];
-        if constexpr (STEP == 8) { uint2 u = *(const uint2*)from; x[0] = u.x, x[1] = u.y; }
+        u32 x[PARTS];
+        if constexpr (STEP == 8) x[0] = ((const uint2*)from)->x, x[1] = ((const uint2*)from)->y;
         else if constexpr (STEP == 4) x[0] = *(const u32*)from;
         else x[0] = *(const u16*)from;
 #pragma unroll
-        for (int i = 0; i < (STEP + 3) / 4; ++i)
+        for (int i = 0; i < PARTS; ++i)
           half[p / (PLANES / 2)][i] |= ((x[i] >> LOW) & (0x01010101u * ((1 << WIDTH) - 1))) << WIDTH * (p % (PLANES / 2));
       }
       u32 words[STEP / 2];
 #pragma unroll
       for (int i = 0; i < STEP / 2; ++i) words[i] = prmt(half[0][i / 2], half[1][i / 2], i % 2 ? 0x7362 : 0x5140);
-      if (rows[row].words) store<ALIGN>(rows[row].words + C::PADDED * LOW / 8 + 2 * first, words);
-    }
+      store<ALIGN>(targets[row].words + START + 2 * STEP * item, words);
+    });
   }
 }
 
 // Where row `index` of the call comes from and goes to.
 struct Address {
   u32 batch, head, token;
-  INLINE Address(const Append& p, u32 index) {
+  INLINE void find(const Append& p, u32 index) {
     u32 heads = index / p.tokens;
     token = index - heads * p.tokens;
     batch = heads / p.heads;
@@ -419,53 +442,50 @@ INLINE void convert(const char* from, char* to) {  // 8 values
 }
 
 template <class C>
-INLINE void append_rows(const Append& p, const Source& source, const Store& target, const char* cells) {
+INLINE void append_rows(const Append& p, const Source& source, const Store& target, const char* cells, u32 block) {
   using L = Layout<C>;
   extern __shared__ __align__(16) char shared[];
-  Target* rows = (Target*)(shared + L::ROWS_AT);
-  u32 first = blockIdx.x * C::ROWS;
-  if (first >= p.rows) return;
-  bool live = threadIdx.x < C::ROWS && first + threadIdx.x < p.rows;
-  Address address(p, first + threadIdx.x);
-  if (threadIdx.x < C::ROWS) rows[threadIdx.x] = Target{live ? address.from(source) : nullptr, nullptr, nullptr};
+  Target* targets = (Target*)(shared + L::ROWS_AT);
+  u32 first = block * C::ROWS, thread = threadIdx.x;
+  int rows = p.rows - first < C::ROWS ? p.rows - first : C::ROWS;
+  Address address;
+  if (thread < rows) {
+    address.find(p, first + thread);
+    targets[thread].from = address.from(source);
+  }
   if constexpr (C::KIND == DENSE) {
-    if (live) address.to(p, target, rows[threadIdx.x]);
+    if (thread < rows) address.to(p, target, targets[thread]);
     __syncthreads();
-#pragma unroll 4
-    for (int j = threadIdx.x; j < C::ROWS * C::DIM / 8; j += THREADS) {
-      const Target& row = rows[j / (C::DIM / 8)];
-      int at = j % (C::DIM / 8) * 8;
-      if (row.words) convert<C>(row.from + at * L::SIZE, row.words + at * size_of(C::OUT));
-    }
+    share<C::ROWS, C::DIM / 8, 4>(rows, [&](int row, int item) {
+      convert<C>(targets[row].from + item * 8 * L::SIZE, targets[row].words + item * 8 * size_of(C::OUT));
+    });
   } else {
     __syncthreads();
-    constexpr int COPIES_PER_ROW = C::DIM * L::SIZE / 16, PER_UNIT = C::VALUES * L::SIZE / 16;
+    constexpr int PER_UNIT = C::VALUES * L::SIZE / 16;
     u32 units = shared_address(shared);
-#pragma unroll 4
-    for (int j = threadIdx.x; j < C::ROWS * COPIES_PER_ROW; j += THREADS) {
-      int row = j / COPIES_PER_ROW, copy = j % COPIES_PER_ROW;
-      const char* from = rows[row].from;
-      u32 to = units + (row * L::UNITS + copy / PER_UNIT) * L::PITCH + copy % PER_UNIT * 16;
-      if (from) copy_async<16>(to, from + copy * 16);
-    }
+    share<C::ROWS, C::DIM * L::SIZE / 16, 4>(rows, [&](int row, int item) {
+      copy_async<16>(units + (row * L::UNITS + item / PER_UNIT) * L::PITCH + item % PER_UNIT * 16, targets[row].from + item * 16);
+    });
     commit_copies();
     if constexpr (C::KIND == TABLE) fill_table<C>(shared, cells);
-    if (live) address.to(p, target, rows[threadIdx.x]);
+    if (thread < rows) address.to(p, target, targets[thread]);
     wait_copies<0>();
     __syncthreads();
-    int unit = threadIdx.x < C::ROWS * L::UNITS ? threadIdx.x : 0;
-    u32 table = units + L::TABLE_AT + threadIdx.x % C::COPIES * L::ENTRY - WHOLE * (C::COPIES * L::ENTRY);
-    encode_unit<C>(shared + unit * L::PITCH, table, rows[unit / L::UNITS], unit % L::UNITS, unit == threadIdx.x);
+    u32 unit = thread < rows * L::UNITS ? thread : 0;
+    u32 table = units + L::TABLE_AT + thread % C::COPIES * L::ENTRY - WHOLE * (C::COPIES * L::ENTRY);
+    encode_unit<C>(shared + unit * L::PITCH, table, targets[unit / L::UNITS], unit % L::UNITS, unit == thread);
     __syncthreads();
-    pack<C, 8>(shared, rows);
-    pack<C, 4>(shared, rows);
-    pack<C, 2>(shared, rows);
-    pack<C, 1>(shared, rows);
+    pack<C, 8>(shared, targets, rows);
+    pack<C, 4>(shared, targets, rows);
+    pack<C, 2>(shared, targets, rows);
+    pack<C, 1>(shared, targets, rows);
   }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) encode(const __grid_constant__ Append p) {
-  const auto& side = p.side[blockIdx.y];
-  if (SAME || blockIdx.y == 0) append_rows<K>(p, side.from, side.to, side.cells);
-  else append_rows<V>(p, side.from, side.to, side.cells);
+  bool second = blockIdx.x >= p.k_blocks;
+  const auto& side = p.side[second];
+  u32 block = blockIdx.x - (second ? p.k_blocks : 0);
+  if (SAME || !second) append_rows<K>(p, side.from, side.to, side.cells, block);
+  else append_rows<V>(p, side.from, side.to, side.cells, block);
 }

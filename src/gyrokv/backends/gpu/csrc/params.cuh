@@ -64,4 +64,5 @@ struct Append {
   const int* pages;    // [B, pages_batch]: the page of each page_slots slots, or null
   i64 lengths_batch, pages_batch, slot, base;
   u32 page_slots, capacity, heads, tokens, rows;  // rows: batch * heads * tokens
+  u32 k_blocks;                                    // those of K come first
 };
