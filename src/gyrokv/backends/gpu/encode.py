@@ -59,7 +59,7 @@ def cells(fmt: KVFormat, last: float) -> Cells | None:
     """
     boundaries = preimages(fmt.boundaries, last, fmt.ties == "up")
     exact = boundaries.double()
-    mantissa, exponent = math.frexp(0.5 / float(exact.abs().max()))
+    mantissa, exponent = math.frexp(0.5 / max(1e-30, float(exact.abs().max())))
     scale = math.ldexp(math.floor(mantissa * 256) - 1, exponent - 8)  # of 8 bits: products in float64 are exact
     at = (exact * scale + 0.5).float().double()
     closest = float(at.diff().min()) if len(at) > 1 else 1.0
@@ -121,8 +121,19 @@ def _float32(value: float) -> float:
     return ctypes.c_float(value).value
 
 
+_reasons: dict[tuple[int, int, str], tuple[KVFormat, str]] = {}  # by identity: hashing a row hashes all of its levels
+
+
 def why_not_row(fmt: KVFormat, head_dim: int, rotation: str) -> str:
     """Why the kernel cannot write rows of ``fmt``; empty if it can."""
+    key = (id(fmt), head_dim, rotation)
+    found = _reasons.get(key)
+    if found is None:
+        found = _reasons.setdefault(key, (fmt, _why_not_row(fmt, head_dim, rotation)))
+    return found[1]
+
+
+def _why_not_row(fmt: KVFormat, head_dim: int, rotation: str) -> str:
     if fmt.is_dense:
         return "" if fmt.dtype in ELEMENTS else f"it knows no {fmt.dtype}"
     if fmt.kind == "float8" and fmt.dtype != torch.float8_e4m3fn:
@@ -287,15 +298,13 @@ def append(
     many = rows * min(codec.padded for codec in codecs) >= 128 * _many(device.index)
     word_strides = [_byte_strides(store.words) for store in stores]
     aligns = [_alignment(store.words, strides) for store, strides in zip(stores, word_strides)]
-    key = (
-        *((id(c.format), c.head_dim, c.rotation, x.dtype, a) for c, x, a in zip(codecs, sources, aligns)), many, device.index,
-    )  # fmt: skip
+    parts = [(c.head_dim, c.rotation, ELEMENTS[x.dtype], a, many) for c, x, a in zip(codecs, sources, aligns)]
+    key = (id(codecs[0].format), id(codecs[1].format), *parts, device.index)
     launcher = _launchers.get(key)
     if launcher is None:
-        sides = tuple(
-            side(c.format, c.head_dim, c.rotation, ELEMENTS[x.dtype], a, many) for c, x, a in zip(codecs, sources, aligns)
-        )
-        launcher = _launchers.setdefault(key, _Launcher(sides, tuple(c.format for c in codecs), device))
+        formats = tuple(codec.format for codec in codecs)
+        made = _Launcher(tuple(side(fmt, *part) for fmt, part in zip(formats, parts)), formats, device)
+        launcher = _launchers.setdefault(key, made)
     call = _Append.from_buffer_copy(launcher.template)
     for part, x, store, strides in zip(call.side, sources, stores, word_strides):
         words, scale = store
