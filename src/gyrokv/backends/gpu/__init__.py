@@ -1,7 +1,7 @@
 """Flash decoding on NVIDIA GPUs: packed rows expand straight into operands of the tensor cores.
 
 CUDA C++ in ``csrc/``, compiled for one problem at a time by the run-time compiler that comes with torch (``nvrtc.py``);
-``plan.py`` says with which constants, ``calls.py`` launches.
+``plan.py`` says with which constants, ``calls.py`` launches. ``encode.py`` does both for new tokens.
 
 ``BOUND``: q is rounded to half precision per row, relative to its largest value (two halves where the output is
 float32; bfloat16 where K is), weights to half precision relative to their largest (two bfloat16 where V is bfloat16 or
@@ -14,12 +14,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...layer import LayerCache
 from ...masks import BlockMap
 from ...spec import AttentionSpec, features
 from ...view import KVView
-from . import calls, nvrtc, plan
+from . import calls, encode, nvrtc, plan
 
-__all__ = ["BOUND", "UNDERSTANDS", "attend", "missing", "name", "tile", "why_not"]
+__all__ = ["BOUND", "UNDERSTANDS", "append", "attend", "missing", "name", "tile", "why_not", "why_not_append"]
 
 name = "gpu"
 UNDERSTANDS = frozenset(f.name for f in features())
@@ -65,3 +66,24 @@ def attend(
     q: Tensor, view: KVView, spec: AttentionSpec, mask: Tensor | None, block_map: BlockMap | None, sinks: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     return calls.attend(q, view, spec, mask, sinks)
+
+
+def why_not_append(layer: LayerCache) -> list[str]:
+    reasons = [] if layer.device.type == "cuda" else [f"device={layer.device} (it runs on cuda)"]
+    for side, codec in (("k", layer.k_codec), ("v", layer.v_codec)):
+        why = encode.why_not_row(codec.format, codec.head_dim, codec.rotation)
+        reasons += [f"{side}_format={codec.format.name} ({why})"] if why else []
+    return reasons
+
+
+def append(layer: LayerCache, k: Tensor, v: Tensor) -> KVView:
+    """:meth:`LayerCache.append`, with rows of K and V encoded by one kernel, in place if they fit: the same bytes."""
+    layer.check_input(k, v)
+    codecs = layer.k_codec, layer.v_codec
+    found = layer.slots(k.shape[2])
+    if found is None:
+        stores = tuple(encode.empty_rows(x, codec) for x, codec in zip((k, v), codecs))
+        return layer.write(*encode.append(k, v, codecs, stores, encode.Place()), k, v)
+    *stores, slot = found
+    encode.append(k, v, codecs, stores, encode.Place(slot))
+    return layer.fill(k, v)

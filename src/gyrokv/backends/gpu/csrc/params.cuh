@@ -40,3 +40,29 @@ struct Merge {
   float* lse;          // [B, Hq, Tq]
   int q_heads, q_len, splits, dim;
 };
+
+struct Source {
+  const char* values;  // of batch 0, head 0, token 0
+  i64 batch, head, token;  // bytes
+};
+
+struct Store {
+  char* words;  // as in Side
+  char* scale;
+  i64 words_batch, words_head, words_slot;  // bytes
+  i64 scale_batch, scale_head, scale_slot;
+};
+
+struct Append {
+  struct {
+    Source from;
+    Store to;
+    const char* cells;  // codes by value, see csrc/encode.cu; or null
+  } side[2];            // K, V
+  // Token i of sequence b goes to slot (start + i - base) % capacity, where start is lengths[b] or, without lengths, slot
+  const i64* lengths;  // [B or 1] or null
+  const int* pages;    // [B, pages_batch]: the page of each page_slots slots, or null
+  i64 lengths_batch, pages_batch, slot, base;
+  u32 page_slots, capacity, heads, tokens, rows;  // rows: batch * heads * tokens
+  u32 k_blocks;                                    // those of K come first
+};

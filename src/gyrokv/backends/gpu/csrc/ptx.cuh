@@ -181,3 +181,20 @@ template <int N>
 INLINE void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
+
+// above = x is not below the boundary (beyond it, with STRICT). Byte AT of word becomes byte 1 of pair if above, else
+// byte 0. Returns a if above, else b.
+template <bool STRICT, int AT>
+INLINE float decide(float x, float boundary, u32 pair, float a, float b, u32& word) {
+  constexpr u32 KEEP = 0x3210 & ~(15 << 4 * AT);
+  float d;
+  if (STRICT)
+    asm("{\n .reg .pred p;\n setp.ltu.f32 p, %3, %2;\n selp.f32 %0, %5, %6, p;\n @p prmt.b32 %1, %1, %4, %7;\n"
+        " @!p prmt.b32 %1, %1, %4, %8;\n}"
+        : "=f"(d), "+r"(word) : "f"(x), "f"(boundary), "r"(pair), "f"(a), "f"(b), "n"(KEEP | 5 << 4 * AT), "n"(KEEP | 4 << 4 * AT));
+  else
+    asm("{\n .reg .pred p;\n setp.leu.f32 p, %3, %2;\n selp.f32 %0, %5, %6, p;\n @p prmt.b32 %1, %1, %4, %7;\n"
+        " @!p prmt.b32 %1, %1, %4, %8;\n}"
+        : "=f"(d), "+r"(word) : "f"(x), "f"(boundary), "r"(pair), "f"(a), "f"(b), "n"(KEEP | 5 << 4 * AT), "n"(KEEP | 4 << 4 * AT));
+  return d;
+}

@@ -1,0 +1,491 @@
+// Rotate, quantise, pack, store: new tokens of K and V in one launch. The same bits as encode() in quant.py, which says
+// what the steps mean: one float32 rounding per operation (the intrinsics keep the compiler from contracting), sums in
+// index order.
+//
+// A block takes ROWS heads of one side to shared memory. A head is UNITS pieces of VALUES consecutive values, one per
+// thread, in registers. With a group per thread (many tokens) sums in order and the transform need no other thread; with
+// few tokens LANES neighbours share a group: sums go from lane to lane, large strides of the transform are shuffles.
+// Codes go back to shared memory as bytes, since a word holds values from all over the head.
+//
+// The nearest level of a table: a uniform grid of cells so fine that none holds two boundaries, and one comparison.
+// Where the last step before it is a product with a constant, boundaries of the factor stand in for those of the product.
+//
+// The host defines THREADS, BLOCKS, SAME, APPEND_BYTES and the members of a side's description, after K_ and V_.
+#include "params.cuh"
+
+static_assert(sizeof(Append) == APPEND_BYTES, "the structure of encode.py");
+
+enum Kind { DENSE = 0, FLOAT8 = 1, LINEAR = 2, TABLE = 3 };
+enum Element { F16 = 0, BF16 = 1, F32 = 2 };
+enum Rule { L2 = 0, RMS = 1, ABSMAX = 2, SIGNED_ABSMAX = 3 };
+enum Ties { UP = 0, DOWN = 1, AWAY = 2 };
+
+constexpr float TINY = 1e-10f;  // a group whose norm is no larger is stored as zeros
+constexpr float LARGEST = 3.402823466e38f, HALF_LARGEST = 65504.0f, BF16_LARGEST = 3.389531390e38f;
+constexpr u32 WHOLE = 0x4B000000;  // bits of 2^23: adding it makes the low bits of a float an integer
+
+constexpr int most(int a, int b) { return a > b ? a : b; }
+constexpr int size_of(int element) { return element == F32 ? 4 : 2; }
+
+// DIM, PADDED: values of a head as given and as stored. GROUP is rotated as one, SPAN shares a scale. ALIGN: of stored
+// rows in bytes. Numbers that are no integers are given by their bits. BEFORE, AFTER: signs of a group as bits.
+#define DESCRIBE(NAME, P)                                                                                              \
+  struct NAME {                                                                                                        \
+    static constexpr int KIND = P##_KIND, IN = P##_IN, OUT = P##_OUT, DIM = P##_DIM, PADDED = P##_PADDED;              \
+    static constexpr int GROUP = P##_GROUP, SPAN = P##_SPAN, BITS = P##_BITS, RULE = P##_RULE, TIES = P##_TIES;        \
+    static constexpr int CORRECTED = P##_CORRECTED, ROTATE = P##_ROTATE, WIDE_SCALE = P##_WIDE_SCALE;                  \
+    static constexpr int LOW = P##_LOW, HIGH = P##_HIGH, CELLS = P##_CELLS, COPIES = P##_COPIES, ALIGN = P##_ALIGN;    \
+    static constexpr int VALUES = P##_VALUES, ROWS = P##_ROWS;                                                         \
+    static INLINE float factor() { return __uint_as_float(P##_FACTOR); }                                               \
+    static INLINE float last() { return __uint_as_float(P##_LAST); }                                                   \
+    static INLINE float step() { return __uint_as_float(P##_STEP); }                                                   \
+    static INLINE float top() { return __uint_as_float(P##_TOP); }                                                     \
+    static INLINE float bottom() { return __uint_as_float(P##_BOTTOM); }                                               \
+    static INLINE float cell_scale() { return __uint_as_float(P##_CELL_SCALE); }                                       \
+    static INLINE u32 before(int i) { const u32 words[] = {P##_BEFORE}; return words[i]; }                             \
+    static INLINE u32 after(int i) { const u32 words[] = {P##_AFTER}; return words[i]; }                               \
+  }
+DESCRIBE(K, K);
+DESCRIBE(V, V);
+
+// Where things lie in shared memory.
+template <class C>
+struct Layout {
+  static constexpr int SIZE = size_of(C::IN), UNITS = C::PADDED / C::VALUES;
+  static constexpr int LANES = C::GROUP / C::VALUES, SPAN_LANES = C::SPAN / C::VALUES;
+  static constexpr int PITCH = 16 * (C::VALUES * SIZE / 16 | 1);  // from unit to unit: 8 lanes meet all banks
+  static constexpr int ENTRY = C::CORRECTED ? 16 : 8;
+  static constexpr int TABLE_AT = C::KIND == DENSE ? 0 : C::ROWS * UNITS * PITCH;
+  static constexpr int ROWS_AT = TABLE_AT + (C::KIND == TABLE ? ((C::CELLS + 1) * C::COPIES * ENTRY + 15) / 16 * 16 : 0);
+  static_assert(C::KIND == DENSE || C::ROWS * UNITS <= THREADS, "a thread per unit");
+  static_assert(C::ROWS <= THREADS && (C::DIM * SIZE) % 16 == 0 && ROWS_AT % 16 == 0, "whole copies");
+};
+
+struct Target {
+  const char* from;
+  char* words;
+  char* scale;
+};
+
+// What the threads of a block share: items 0 .. rows * EACH - 1, EACH of a row. f(row, item of the row)
+template <int ROWS, int EACH, int UNROLL, class F>
+INLINE void share(int rows, F f) {
+  constexpr bool EVEN = THREADS % EACH == 0;  // then a thread's items are the same of every row
+  int own_row = threadIdx.x / EACH, own_item = threadIdx.x % EACH;
+#pragma unroll UNROLL
+  for (int i = 0; i < (ROWS * EACH + THREADS - 1) / THREADS; ++i) {
+    int item = i * THREADS + threadIdx.x;
+    int row = EVEN ? i * (THREADS / EACH) + own_row : item / EACH;
+    if (row < rows) f(row, EVEN ? own_item : item % EACH);
+  }
+}
+
+template <int IN>
+INLINE void widen(uint4 u, float* x) {  // 16 bytes
+  const u32 w[] = {u.x, u.y, u.z, u.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if (IN == F32) x[i] = __uint_as_float(w[i]);
+    if (IN == BF16) x[2 * i] = f32_of_bf16(w[i]), x[2 * i + 1] = __uint_as_float(w[i] & 0xFFFF0000u);
+    if (IN == F16) x[2 * i] = f32_of_f16(w[i]), x[2 * i + 1] = f32_of_f16(w[i] >> 16);
+  }
+}
+
+INLINE float within(float x, float limit) { return x > limit ? limit : x < -limit ? -limit : x; }
+
+// N words of 32 bits in pieces of ALIGN bytes
+template <int ALIGN, int N>
+INLINE void store(char* to, const u32 (&x)[N]) {
+  if constexpr (ALIGN >= 16 && N % 4 == 0) {
+#pragma unroll
+    for (int i = 0; i < N; i += 4) *(uint4*)(to + 4 * i) = make_uint4(x[i], x[i + 1], x[i + 2], x[i + 3]);
+  } else if constexpr (ALIGN >= 8 && N % 2 == 0) {
+#pragma unroll
+    for (int i = 0; i < N; i += 2) *(uint2*)(to + 4 * i) = make_uint2(x[i], x[i + 1]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      if constexpr (ALIGN >= 4) *(u32*)(to + 4 * i) = x[i];
+      else ((u16*)to)[2 * i] = (u16)x[i], ((u16*)to)[2 * i + 1] = (u16)(x[i] >> 16);
+    }
+  }
+}
+
+// -- one group, or LANES threads' share of it
+
+enum Terms { VALUES, SQUARES, EXACT_SQUARES };  // exact: squares of 16-bit floats have at most 22 bits
+
+// The sum, in index order, over LANES threads; all of them get it.
+template <int LANES, Terms TERMS, int N>
+INLINE float sum_in_order(const float (&x)[N]) {
+  float total = 0.0f;
+#pragma unroll 1
+  for (int turn = 0; turn < LANES; ++turn) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      if (TERMS == EXACT_SQUARES) total = __fmaf_rn(x[i], x[i], total);
+      else total = __fadd_rn(total, TERMS == SQUARES ? __fmul_rn(x[i], x[i]) : x[i]);
+    }
+    if (LANES > 1) total = __shfl_sync(~0u, total, turn, LANES);
+  }
+  return total;
+}
+
+template <int LANES, Terms TERMS, int N>
+INLINE float length(const float (&x)[N], float divisor) {
+  float total = sum_in_order<LANES, TERMS>(x);
+  return __fsqrt_rn(divisor == 1.0f ? total : __fdiv_rn(total, divisor));
+}
+
+// The value of largest magnitude, the first of several; without SIGNED its magnitude.
+template <int LANES, bool SIGNED, int N>
+INLINE float extreme(const float (&x)[N], int lane) {
+  float found = x[0];
+#pragma unroll
+  for (int i = 1; i < N; ++i) found = SIGNED ? (fabsf(x[i]) > fabsf(found) ? x[i] : found) : fmaxf(fabsf(found), fabsf(x[i]));
+#pragma unroll
+  for (int h = 1; h < LANES; h *= 2) {
+    float other = __shfl_xor_sync(~0u, found, h);
+    bool take = lane & h ? fabsf(other) >= fabsf(found) : fabsf(other) > fabsf(found);
+    found = take ? other : found;
+  }
+  return found;
+}
+
+// x times its sign. Signs are constants where a thread has a whole group.
+template <class C, bool BEFORE>
+struct Signs {
+  static constexpr int WORDS = (C::VALUES + 31) / 32;
+  u32 words[WORDS];
+
+  INLINE Signs(int lane) {
+    int first = lane * C::VALUES;
+#pragma unroll
+    for (int w = 0; w < WORDS; ++w) words[w] = word<(C::GROUP + 31) / 32>(0, first / 32 + w) >> first % 32;
+  }
+  // word `index` of the COUNT words from `from` on
+  template <int COUNT>
+  static INLINE u32 word(int from, int index) {
+    if constexpr (COUNT == 1) return BEFORE ? C::before(from) : C::after(from);
+    else return index & COUNT / 2 ? word<COUNT / 2>(from + COUNT / 2, index) : word<COUNT / 2>(from, index);
+  }
+  INLINE float apply(float x, int i) const {
+    return __uint_as_float(__float_as_uint(x) ^ ((words[i / 32] << (31 - i % 32)) & 0x80000000u));
+  }
+};
+
+// The last product of the normalisation; a table's boundaries are those of x.
+template <class C>
+INLINE float last(float x) { return C::KIND == TABLE ? x : __fmul_rn(x, C::last()); }
+
+template <class C>
+INLINE void turn(float (&x)[C::VALUES], float inverse, int lane) {
+  constexpr int N = C::VALUES, LANES = Layout<C>::LANES;
+  const Signs<C, true> before(lane);
+  const Signs<C, false> after(lane);
+#pragma unroll
+  for (int i = 0; i < N; ++i) x[i] = before.apply(C::RULE == L2 ? __fmul_rn(x[i], inverse) : x[i], i);
+#pragma unroll
+  for (int h = 1; h < N; h *= 2) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      if (i & h) continue;
+      float a = x[i], b = x[i + h];
+      x[i] = __fadd_rn(a, b);
+      x[i + h] = __fsub_rn(a, b);
+    }
+  }
+#pragma unroll
+  for (int h = 1; h < LANES; h *= 2) {
+    float sign = lane & h ? -1.0f : 1.0f;  // its product with x is exact
+#pragma unroll
+    for (int i = 0; i < N; ++i) x[i] = __fmaf_rn(x[i], sign, __shfl_xor_sync(~0u, x[i], h));
+  }
+#pragma unroll
+  for (int i = 0; i < N; ++i) x[i] = after.apply(C::RULE == L2 ? last<C>(x[i]) : __fmul_rn(x[i], C::factor()), i);
+}
+
+// Every rule but L2, which normalises before the rotation. Returns the norm.
+template <class C>
+INLINE float normalise(float (&x)[C::VALUES], int lane) {
+  constexpr int N = C::VALUES, LANES = Layout<C>::SPAN_LANES;
+  float norm;
+  if constexpr (C::RULE == RMS) {
+    constexpr bool ONE_SPAN = C::SPAN == C::GROUP;
+    norm = length<LANES, SQUARES>(x, ONE_SPAN ? 1.0f : (float)C::SPAN);
+    float divisor = norm;
+    if (!(norm > TINY)) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) x[i] = 0.0f;
+      divisor = 1.0f;
+    }
+    float inverse = __fdiv_rn(1.0f, divisor);
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+      x[i] = last<C>(ONE_SPAN ? __fmul_rn(x[i], inverse) : __fdiv_rn(x[i], divisor));
+  } else if constexpr (C::RULE == ABSMAX) {
+    norm = __fdiv_rn(extreme<LANES, false>(x, lane), C::top());
+    float inverse = __fdiv_rn(1.0f, norm);
+    inverse = inverse <= LARGEST ? inverse : 0.0f;
+#pragma unroll
+    for (int i = 0; i < N; ++i) x[i] = __fmul_rn(x[i], inverse);
+  } else {
+    norm = __fdiv_rn(extreme<LANES, true>(x, lane), C::bottom());
+#pragma unroll
+    for (int i = 0; i < N; ++i) x[i] = norm != 0.0f ? __fdiv_rn(x[i], norm) : 0.0f;
+  }
+  return norm;
+}
+
+INLINE u32 to_float8(float x) {
+  x = within(x, 448.0f);
+  u32 sign = __float_as_uint(x) >> 24 & 0x80, u = __float_as_uint(x) & 0x7FFFFFFF;
+  if (u > 0x7F800000) return sign | 0x7F;
+  u32 normal = (u - (120 << 23) + 0x7FFFF + (u >> 20 & 1)) >> 20;
+  float shifted = __fadd_rn(__uint_as_float(u), 16384.0f);  // 2^14 has the unit in the last place of a subnormal
+  return sign | (u >= 121 << 23 ? normal : __float_as_uint(shifted) - 0x46800000u);
+}
+
+// The index of the integer nearest to x, of LOW .. HIGH.
+template <class C>
+INLINE u32 nearest_integer(float x) {
+  if (C::TIES == AWAY) {  // |x| + 1/2 without its fraction: 2^22 has the unit 1/2 in the last place
+    u32 size = __float_as_uint(__fadd_rz(fminf(fabsf(x), (float)C::HIGH), 4194304.5f)) >> 1 & 0xFF;
+    return x < 0.0f ? -C::LOW - size : -C::LOW + size;
+  }
+  float code = fminf(fmaxf(__fadd_rn(x, 0.5f - C::LOW), 0.0f), (float)(C::HIGH - C::LOW));
+  return __float_as_uint(__fadd_rz(code, 8388608.0f)) & 0x7FFFFF;
+}
+
+// Value I of those whose codes share a word. Returns the square of its level if CORRECTED.
+template <class C, int I>
+INLINE float assign(float x, u32& word, u32 table) {
+  if constexpr (C::KIND == TABLE) {
+    u32 cell = __float_as_uint(__fmaf_rn(__saturatef(__fmaf_rn(x, C::cell_scale(), 0.5f)), C::CELLS, 8388608.0f));
+    u32 entry[4] = {};  // the boundary; codes of the levels below and above it; squares of these levels
+    load_shared<Layout<C>::ENTRY / 4>(table + cell * (C::COPIES * Layout<C>::ENTRY), entry);
+    return decide<C::TIES != UP, I>(
+        x, __uint_as_float(entry[0]), entry[1], __uint_as_float(entry[3]), __uint_as_float(entry[2]), word);
+  } else {
+    u32 code = C::KIND == FLOAT8 ? to_float8(x) : nearest_integer<C>(x);
+    word = prmt(word, code, (0x3210 & ~(15 << 4 * I)) | 4 << 4 * I);
+    float level = __fmul_rn((float)((int)code + C::LOW), C::step());
+    return __fmul_rn(level, level);
+  }
+}
+
+// x becomes codes, four in a word. Returns the sum of the squares of their levels if CORRECTED, and leaves these in x.
+// table: where cell 2^23 begins for this thread, which has a copy of its own or shares one with few.
+template <class C>
+INLINE float assign(float (&x)[C::VALUES], u32 (&codes)[C::VALUES / 4], u32 table) {
+  float total = 0.0f;
+#pragma unroll
+  for (int i = 0; i < C::VALUES / 4; ++i) {
+    codes[i] = 0;
+    float* y = x + 4 * i;
+    y[0] = assign<C, 0>(y[0], codes[i], table);
+    y[1] = assign<C, 1>(y[1], codes[i], table);
+    y[2] = assign<C, 2>(y[2], codes[i], table);
+    y[3] = assign<C, 3>(y[3], codes[i], table);
+    if (C::CORRECTED) total = __fadd_rn(__fadd_rn(__fadd_rn(__fadd_rn(total, y[0]), y[1]), y[2]), y[3]);
+  }
+  return total;
+}
+
+// -- a block's rows
+
+template <class C>
+INLINE void load(const char* unit, int position, float (&x)[C::VALUES]) {
+  constexpr int SIZE = Layout<C>::SIZE, N = 16 / SIZE;
+#pragma unroll
+  for (int i = 0; i < C::VALUES; i += N) {
+    uint4 u = *(const uint4*)(unit + i * SIZE);
+    if (C::DIM != C::PADDED && position + i >= C::DIM) u = make_uint4(0, 0, 0, 0);
+    widen<C::IN>(u, x + i);
+  }
+}
+
+template <class C>
+INLINE void store_scale(char* to, int span, float norm) {
+  if (C::WIDE_SCALE) {
+    ((float*)to)[span] = norm;
+  } else {
+    norm = norm == norm ? within(norm, HALF_LARGEST) : HALF_LARGEST;  // NaN: float32 overflowed in the rotation
+    ((u16*)to)[span] = (u16)f16x2(norm, 0.0f);
+  }
+}
+
+// One thread's unit: values to codes, in place, and scales.
+template <class C>
+INLINE void encode_unit(char* unit, u32 table, const Target& row, int part, bool mine) {
+  using L = Layout<C>;
+  float x[C::VALUES];
+  u32 codes[C::VALUES / 4];
+  int lane = part % L::LANES;
+  load<C>(unit, part * C::VALUES, x);
+  float norm = 0.0f, inverse = 1.0f;
+  if constexpr (C::RULE == L2 && C::KIND != FLOAT8) {
+    norm = length<L::LANES, C::IN == F32 ? SQUARES : EXACT_SQUARES>(x, 1.0f);  // tiny squares: below TINY
+    inverse = norm > TINY ? __fdiv_rn(1.0f, norm) : 0.0f;
+  }
+  if constexpr (C::ROTATE) {
+    turn<C>(x, inverse, lane);
+  } else if constexpr (C::RULE == L2 && C::KIND != FLOAT8) {
+#pragma unroll
+    for (int i = 0; i < C::VALUES; ++i) x[i] = last<C>(__fmul_rn(x[i], inverse));
+  }
+  if constexpr (C::RULE != L2 && C::KIND != FLOAT8) norm = normalise<C>(x, lane);
+  if (C::KIND == TABLE && !(norm <= LARGEST)) {  // NaN is beyond all boundaries
+#pragma unroll
+    for (int i = 0; i < C::VALUES; ++i) x[i] = fminf(x[i], LARGEST);
+  }
+  float squares = assign<C>(x, codes, table);
+  if constexpr (C::CORRECTED) {
+    if constexpr (L::SPAN_LANES > 1) squares = sum_in_order<L::SPAN_LANES, VALUES>(x);
+    float decoded = __fsqrt_rn(squares);
+    norm = decoded > TINY ? __fdiv_rn(norm, decoded) : norm;
+  }
+  if (!mine) return;
+  store<16>(unit, codes);
+  if (C::KIND != FLOAT8 && part % L::SPAN_LANES == 0) store_scale<C>(row.scale, part / L::SPAN_LANES, norm);
+}
+
+// The fields of WIDTH bits: word i holds those of values i, i + N, i + 2 N, ..
+template <class C, int WIDTH>
+INLINE void pack(const char* units, const Target* targets, int rows) {
+  if constexpr ((C::BITS & WIDTH) != 0) {
+    using L = Layout<C>;
+    constexpr int N = C::PADDED * WIDTH / 16, PLANES = 16 / WIDTH;
+    constexpr int LOW = C::BITS & ~(2 * WIDTH - 1);  // wider fields lie below
+    constexpr int STEP = N % 8 == 0 ? 8 : N % 4 == 0 ? 4 : 2, PARTS = (STEP + 3) / 4;
+    constexpr int START = C::PADDED * LOW / 8, ALIGN = (C::ALIGN | START) & -(C::ALIGN | START);
+    static_assert(N % 2 == 0 && C::VALUES % STEP == 0, "pairs of words");
+    share<C::ROWS, N / STEP, 4>(rows, [&](int row, int item) {
+      u32 half[2][PARTS] = {};  // low and high bytes of words
+#pragma unroll
+      for (int p = 0; p < PLANES; ++p) {
+        int at = item * STEP + p * N;
+        const char* from = units + (row * L::UNITS + at / C::VALUES) * L::PITCH + at % C::VALUES;
+        u32 x[PARTS];
+        if constexpr (STEP == 8) x[0] = ((const uint2*)from)->x, x[1] = ((const uint2*)from)->y;
+        else if constexpr (STEP == 4) x[0] = *(const u32*)from;
+        else x[0] = *(const u16*)from;
+#pragma unroll
+        for (int i = 0; i < PARTS; ++i)
+          half[p / (PLANES / 2)][i] |= ((x[i] >> LOW) & (0x01010101u * ((1 << WIDTH) - 1))) << WIDTH * (p % (PLANES / 2));
+      }
+      u32 words[STEP / 2];
+#pragma unroll
+      for (int i = 0; i < STEP / 2; ++i) words[i] = prmt(half[0][i / 2], half[1][i / 2], i % 2 ? 0x7362 : 0x5140);
+      store<ALIGN>(targets[row].words + START + 2 * STEP * item, words);
+    });
+  }
+}
+
+// Where row `index` of the call comes from and goes to.
+struct Address {
+  u32 batch, head, token;
+  INLINE void find(const Append& p, u32 index) {
+    u32 heads = index / p.tokens;
+    token = index - heads * p.tokens;
+    batch = heads / p.heads;
+    head = heads - batch * p.heads;
+  }
+  INLINE const char* from(const Source& s) const { return s.values + batch * s.batch + head * s.head + token * s.token; }
+  INLINE void to(const Append& p, const Store& s, Target& row) const {
+    i64 start = p.lengths ? p.lengths[batch * p.lengths_batch] : p.slot;
+    u32 slot = (u32)(start + token - p.base) % p.capacity, page = batch;
+    if (p.pages) {
+      u32 index = slot / p.page_slots;
+      page = p.pages[batch * p.pages_batch + index];
+      slot -= index * p.page_slots;
+    }
+    row.scale = s.scale + page * s.scale_batch + head * s.scale_head + slot * s.scale_slot;
+    row.words = s.words + page * s.words_batch + head * s.words_head + slot * s.words_slot;
+  }
+};
+
+template <class C>
+INLINE void fill_table(char* shared, const char* cells) {
+  using L = Layout<C>;
+  for (int i = threadIdx.x; i < (C::CELLS + 1) * C::COPIES; i += THREADS) {
+    const char* from = cells + i / C::COPIES * L::ENTRY;
+    char* to = shared + L::TABLE_AT + i * L::ENTRY;
+    if (L::ENTRY == 16) *(uint4*)to = *(const uint4*)from;
+    else *(uint2*)to = *(const uint2*)from;
+  }
+}
+
+template <class C>
+INLINE void convert(const char* from, char* to) {  // 8 values
+  if constexpr (C::IN == C::OUT) {
+    u32 x[2 * Layout<C>::SIZE];
+#pragma unroll
+    for (int i = 0; i < Layout<C>::SIZE / 2; ++i) {
+      uint4 u = ((const uint4*)from)[i];
+      x[4 * i] = u.x, x[4 * i + 1] = u.y, x[4 * i + 2] = u.z, x[4 * i + 3] = u.w;
+    }
+    store<C::ALIGN>(to, x);
+  } else {
+    float x[8];
+    widen<C::IN>(*(const uint4*)from, x);
+    if constexpr (C::IN == F32) widen<C::IN>(((const uint4*)from)[1], x + 4);
+    u32 y[C::OUT == F32 ? 8 : 4];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      if constexpr (C::OUT == F32) y[i] = __float_as_uint(x[i]);
+      else if (i % 2 == 0 && C::OUT == F16) y[i / 2] = f16x2(within(x[i], HALF_LARGEST), within(x[i + 1], HALF_LARGEST));
+      else if (i % 2 == 0) y[i / 2] = bf16x2(within(x[i], BF16_LARGEST), within(x[i + 1], BF16_LARGEST));
+    }
+    store<C::ALIGN>(to, y);
+  }
+}
+
+template <class C>
+INLINE void append_rows(const Append& p, const Source& source, const Store& target, const char* cells, u32 block) {
+  using L = Layout<C>;
+  extern __shared__ __align__(16) char shared[];
+  Target* targets = (Target*)(shared + L::ROWS_AT);
+  u32 first = block * C::ROWS, thread = threadIdx.x;
+  int rows = p.rows - first < C::ROWS ? p.rows - first : C::ROWS;
+  Address address;
+  if (thread < rows) {
+    address.find(p, first + thread);
+    targets[thread].from = address.from(source);
+  }
+  if constexpr (C::KIND == DENSE) {
+    if (thread < rows) address.to(p, target, targets[thread]);
+    __syncthreads();
+    share<C::ROWS, C::DIM / 8, 4>(rows, [&](int row, int item) {
+      convert<C>(targets[row].from + item * 8 * L::SIZE, targets[row].words + item * 8 * size_of(C::OUT));
+    });
+  } else {
+    __syncthreads();
+    constexpr int PER_UNIT = C::VALUES * L::SIZE / 16;
+    u32 units = shared_address(shared);
+    share<C::ROWS, C::DIM * L::SIZE / 16, 4>(rows, [&](int row, int item) {
+      copy_async<16>(units + (row * L::UNITS + item / PER_UNIT) * L::PITCH + item % PER_UNIT * 16, targets[row].from + item * 16);
+    });
+    commit_copies();
+    if constexpr (C::KIND == TABLE) fill_table<C>(shared, cells);
+    if (thread < rows) address.to(p, target, targets[thread]);
+    wait_copies<0>();
+    __syncthreads();
+    u32 unit = thread < rows * L::UNITS ? thread : 0;
+    u32 table = units + L::TABLE_AT + thread % C::COPIES * L::ENTRY - WHOLE * (C::COPIES * L::ENTRY);
+    encode_unit<C>(shared + unit * L::PITCH, table, targets[unit / L::UNITS], unit % L::UNITS, unit == thread);
+    __syncthreads();
+    pack<C, 8>(shared, targets, rows);
+    pack<C, 4>(shared, targets, rows);
+    pack<C, 2>(shared, targets, rows);
+    pack<C, 1>(shared, targets, rows);
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) encode(const __grid_constant__ Append p) {
+  bool second = blockIdx.x >= p.k_blocks;
+  const auto& side = p.side[second];
+  u32 block = blockIdx.x - (second ? p.k_blocks : 0);
+  if (SAME || !second) append_rows<K>(p, side.from, side.to, side.cells, block);
+  else append_rows<V>(p, side.from, side.to, side.cells, block);
+}

@@ -1,0 +1,355 @@
+"""New tokens to packed rows where they belong, K and V in one launch (csrc/encode.cu): the bytes of ``quant.encode``.
+
+The first half are pure functions: what a kernel is compiled with. ``append`` launches.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import struct
+from ctypes import c_int64, c_uint32, c_void_p
+from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...errors import GyroKVError
+from ...formats import KVFormat
+from ...packing import to_sign_magnitude
+from ...quant import Codec, Packed, saturate
+from ...rotation import ROTATIONS, sign_table
+from .nvrtc import Kernel
+
+ELEMENTS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+_DENSE, _FLOAT8, _LINEAR, _TABLE = range(4)
+_RULES = {"l2": 0, "rms": 1, "absmax": 2, "signed_absmax": 3}
+_UP, _DOWN, _AWAY = range(3)
+_GROUPS = tuple(2**n for n in range(3, 11))  # values that are rotated or scaled as one
+_THREADS = 128  # of a block, about
+_RESIDENT = 384  # threads of a processor with 168 registers each
+_ROW_BYTES = 24  # of shared memory for a row's addresses
+_MOST_CELLS = 2047
+_TABLE_BYTES = 20 * 1024  # of shared memory for copies of a table, where many tokens come at once
+_MANY = 48  # groups of 128 values per processor and side from which on a thread takes a group of its own
+
+
+# -- what a kernel is compiled with
+
+
+class Cells(NamedTuple):
+    """A uniform grid over the values that a table decides between, no cell with two boundaries.
+
+    Value z lies in cell ``round(n * clamp(z * scale + 1/2, 0, 1))``, half to even, in float32. ``rows [n + 1, 2 or 4]``
+    int32: bits of the cell's boundary, ``below | above << 8`` (stored codes), bits of the squares of their levels.
+    """
+
+    scale: float
+    n: int
+    rows: Tensor
+
+
+@cache
+def cells(fmt: KVFormat, last: float) -> Cells | None:
+    """The grid for factors of ``last``, whose product is compared with ``fmt.boundaries``.
+
+    None if boundaries lie too close together.
+    """
+    boundaries = preimages(fmt.boundaries, last, fmt.ties == "up")
+    exact = boundaries.double()
+    mantissa, exponent = math.frexp(0.5 / max(1e-30, float(exact.abs().max())))
+    scale = math.ldexp(math.floor(mantissa * 256) - 1, exponent - 8)  # of 8 bits: products in float64 are exact
+    at = (exact * scale + 0.5).float().double()
+    closest = float(at.diff().min()) if len(at) > 1 else 1.0
+    for n in range(max(4, int(0.5 / max(closest, 2.0**-24))), _MOST_CELLS + 1):
+        cell = (at * n).round()  # half to even, of an exact product
+        if bool((cell.diff() > 0).all()):
+            return Cells(scale, n, _cell_rows(fmt, boundaries, cell.long(), n))
+    return None
+
+
+def preimages(boundaries: Tensor, factor: float, least: bool) -> Tensor:
+    """For each boundary b the least x whose float32 product with ``factor`` is b or more, or else the largest whose
+    product is b or less: x and the product are on the same side of them."""
+    most = 0x7F7FFFFF  # of the bits of a finite float32; numbers in order, negative ones as -bits
+    low, high = (torch.full(boundaries.shape, end, dtype=torch.int64) for end in (-most - 1, most + 1))
+
+    def value(order: Tensor) -> Tensor:
+        size = order.abs().to(torch.int32).view(torch.float32)
+        return torch.where(order < 0, -size, size)
+
+    while bool((high - low > 1).any()):
+        middle = (low + high).div(2, rounding_mode="floor")
+        product = value(middle) * torch.tensor(factor, dtype=torch.float32)
+        right = product >= boundaries if least else product > boundaries
+        low, high = torch.where(right, low, middle), torch.where(right, middle, high)
+    return value(high if least else low)
+
+
+def _cell_rows(fmt: KVFormat, boundaries: Tensor, cell: Tensor, n: int) -> Tensor:
+    below = torch.bucketize(torch.arange(n + 1), cell)  # boundaries in earlier cells
+    own = torch.zeros(n + 1, dtype=torch.int64)
+    own[cell] = 1
+    boundary = torch.full((n + 1,), torch.inf)
+    boundary[cell] = boundaries
+    codes = torch.arange(2**fmt.bits)
+    if fmt.coding == "sign_magnitude":
+        codes = to_sign_magnitude(codes, fmt.bits)
+    squares = fmt.level_values * fmt.level_values
+    above = below + own
+    pair = (codes[below] | codes[above] << 8).to(torch.int32)
+    first, *rest = (t.view(torch.int32) for t in (boundary, squares[below], squares[above]))
+    return torch.stack((first, pair, *(rest if fmt.corrected else ())), -1)
+
+
+def _layout(fmt: KVFormat, head_dim: int, rotation: str) -> tuple[int, int, int, float]:
+    """(values stored, rotated as one, of one scale; the factor of the last product before levels are chosen)."""
+    padded, group = fmt.layout(head_dim)
+    if fmt.kind == "float8" and rotation == "none":  # nothing but the kernel's convenience
+        group = next(n for n in (32, 16, 8) if padded % n == 0)
+    if fmt.scale == "l2":
+        return padded, group, group, fmt.unit if ROTATIONS[rotation].mixes else fmt.unit * math.sqrt(group)
+    span = min(group, fmt.scale_span or group)
+    if fmt.scale != "rms":
+        return padded, group, span, 1.0
+    return padded, group, span, math.sqrt(span) if span == group else fmt.scale_factor
+
+
+def _float32(value: float) -> float:
+    return ctypes.c_float(value).value
+
+
+_reasons: dict[tuple[int, int, str], tuple[KVFormat, str]] = {}  # by identity: hashing a row hashes all of its levels
+
+
+def why_not_row(fmt: KVFormat, head_dim: int, rotation: str) -> str:
+    """Why the kernel cannot write rows of ``fmt``; empty if it can."""
+    key = (id(fmt), head_dim, rotation)
+    found = _reasons.get(key)
+    if found is None:
+        found = _reasons.setdefault(key, (fmt, _why_not_row(fmt, head_dim, rotation)))
+    return found[1]
+
+
+def _why_not_row(fmt: KVFormat, head_dim: int, rotation: str) -> str:
+    if fmt.is_dense:
+        return "" if fmt.dtype in ELEMENTS else f"it knows no {fmt.dtype}"
+    if fmt.kind == "float8" and fmt.dtype != torch.float8_e4m3fn:
+        return f"it knows no {fmt.dtype}"
+    if head_dim % 8:
+        return f"head_dim={head_dim}; it takes multiples of 8"
+    padded, group, span, last = _layout(fmt, head_dim, rotation)
+    if padded % 8 or (group not in _GROUPS or span not in _GROUPS):
+        return f"groups of {group} values and scales of {span}; it takes powers of two from {_GROUPS[0]} to {_GROUPS[-1]}"
+    if fmt.has_levels and fmt.scale_dtype not in ("float16", "float32"):
+        return f"scale_dtype={fmt.scale_dtype}; it knows float16 and float32"
+    if fmt.kind == "linear" and fmt.coding != "index":
+        return f"coding={fmt.coding}; it stores integers by index"
+    if fmt.kind == "codebook" and cells(fmt, _float32(last)) is None:
+        return f"its levels lie closer together than 1/{_MOST_CELLS} of their range"
+    return ""
+
+
+@dataclass(frozen=True)
+class Side:
+    """What the kernel is compiled with for one side. ``rows``: heads per block. ``shared``: bytes that a block needs.
+
+    ``wide``: a thread holds so many values that the compiler is told how many registers there are.
+    """
+
+    defines: tuple[tuple[str, str], ...]
+    rows: int
+    threads: int
+    shared: int
+    wide: bool
+    cells: Cells | None
+
+
+def _bits(value: float) -> str:
+    return f"0x{struct.unpack('<I', struct.pack('<f', value))[0]:08x}u"
+
+
+def _sign_words(name: str, which: int, group: int) -> str:
+    """The signs of a rotation as a list of 32-bit words, bit 1 = -1."""
+    row = ROTATIONS[name]
+    table = (sign_table(row.signs[which], group) < 0).long() if row.mixes else torch.zeros(group, dtype=torch.int64)
+    return ",".join(f"0x{sum(int(bit) << i for i, bit in enumerate(part)):08x}u" for part in table.split(32))
+
+
+@cache
+def side(fmt: KVFormat, head_dim: int, rotation: str, element: int, align: int, many: bool) -> Side:
+    """``element``: of the values given. ``align``: of stored rows in bytes. ``many``: tokens enough that threads need
+    not share groups."""
+    dense, (padded, group, span, last) = fmt.is_dense, (head_dim, 1, 1, 1.0)
+    if not dense:
+        padded, group, span, last = _layout(fmt, head_dim, rotation)
+    values = 8 if dense else min(span, (128 if span <= 128 else 64) if many else 16 if span <= 128 else 32)
+    kind = _DENSE if dense else {"float8": _FLOAT8, "linear": _LINEAR, "codebook": _TABLE}[fmt.kind]
+    grid = cells(fmt, _float32(last)) if kind == _TABLE else None
+    entry, copies = 16 if fmt.corrected else 8, 1
+    while grid and many and copies < 128 // entry and 2 * copies * (grid.n + 1) * entry <= _TABLE_BYTES:
+        copies *= 2
+    units = padded // values
+    step = 32 // math.gcd(units, 32)
+    rows = min(_THREADS, max(1, 4 * _THREADS // units)) if dense else max(step, _THREADS // units // step * step)
+    threads = _THREADS if dense else -(-rows * units // 32) * 32
+    size = 4 if element == ELEMENTS[torch.float32] else 2
+    shared = 0 if dense else rows * units * 16 * (values * size // 16 | 1)
+    shared += -(-(grid.n + 1) * copies * entry // 16) * 16 if grid else 0
+    levels = fmt.levels or (0.0,)
+    named = {
+        "KIND": kind, "IN": element, "OUT": ELEMENTS[fmt.dtype] if dense else 0, "DIM": head_dim, "PADDED": padded,
+        "GROUP": group, "SPAN": span, "BITS": 0 if dense else fmt.bits, "RULE": _RULES.get(fmt.scale, _RULES["absmax"]),
+        "TIES": _UP if fmt.ties == "up" else _AWAY if fmt.kind == "linear" else _DOWN, "CORRECTED": int(fmt.corrected),
+        "ROTATE": int(not dense and ROTATIONS[rotation].mixes), "WIDE_SCALE": int(fmt.scale_dtype == "float32"),
+        "LOW": int(levels[0]), "HIGH": int(levels[-1]), "BOTTOM": _bits(levels[0]), "TOP": _bits(levels[-1]),
+        "STEP": _bits(fmt.step), "FACTOR": _bits(1.0 / math.sqrt(group)), "LAST": _bits(last),
+        "CELLS": grid.n if grid else 0, "CELL_SCALE": _bits(grid.scale if grid else 0.0), "COPIES": copies,
+        "ALIGN": align, "VALUES": values, "ROWS": rows,
+        "BEFORE": _sign_words(rotation, 0, group), "AFTER": _sign_words(rotation, 1, group),
+    }  # fmt: skip
+    texts = tuple((name, str(value)) for name, value in named.items())
+    return Side(texts, rows, threads, shared + _ROW_BYTES * rows, many and values >= 64, grid)
+
+
+def defines(k: Side, v: Side) -> dict[str, str]:
+    """What a kernel for two sides is compiled with."""
+    threads = max(k.threads, v.threads)
+    blocks = max(1, _RESIDENT // threads) if k.wide or v.wide else 1
+    both = {"THREADS": str(threads), "BLOCKS": str(blocks), "SAME": str(int(k.defines == v.defines))}
+    both["APPEND_BYTES"] = str(ctypes.sizeof(_Append))
+    return both | {f"{which}_{name}": value for which, part in (("K", k), ("V", v)) for name, value in part.defines}
+
+
+# -- launches
+
+
+class _Source(ctypes.Structure):
+    _fields_ = [("values", c_void_p), ("strides", c_int64 * 3)]
+
+
+class _Store(ctypes.Structure):
+    _fields_ = [("words", c_void_p), ("scale", c_void_p), ("word_strides", c_int64 * 3), ("scale_strides", c_int64 * 3)]
+
+
+class _Side(ctypes.Structure):
+    _fields_ = [("source", _Source), ("to", _Store), ("cells", c_void_p)]
+
+
+class _Append(ctypes.Structure):
+    _fields_ = [
+        ("side", _Side * 2), ("lengths", c_void_p), ("pages", c_void_p), ("lengths_batch", c_int64),
+        ("pages_batch", c_int64), ("slot", c_int64), ("base", c_int64), ("page_slots", c_uint32),
+        ("capacity", c_uint32), ("heads", c_uint32), ("tokens", c_uint32), ("rows", c_uint32),
+        ("k_blocks", c_uint32),
+    ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where tokens go: token i of sequence b to slot ``(start + i - base) % capacity``, at most ``capacity`` tokens.
+
+    start is ``slot``, or ``lengths[b]`` (int64 ``[B]`` or ``[1]`` on the device) where there are any; ``capacity`` 0 is
+    that of the stores. With ``pages`` (int32 ``[B, n]``) a slot lies in page ``pages[b, slot // page_slots]``, stores are
+    ``[pages, Hkv, page_slots, *]``, and ``capacity`` counts the slots of a sequence.
+    """
+
+    slot: int = 0
+    base: int = 0
+    capacity: int = 0
+    lengths: Tensor | None = None
+    pages: Tensor | None = None
+    page_slots: int = 1
+
+
+class _Launcher:
+    """A kernel, and the structure of its calls without what a call brings."""
+
+    def __init__(self, sides: tuple[Side, Side], formats: tuple[KVFormat, KVFormat], device: torch.device) -> None:
+        self.formats = formats  # kept: they are known by their ids
+        names = defines(*sides)
+        self.rows, self.threads = tuple(s.rows for s in sides), int(names["THREADS"])
+        self.kernel = Kernel("encode", names, device.index, max(s.shared for s in sides))
+        self.tables = [s.cells.rows.to(device) if s.cells else None for s in sides]
+        self.template = _Append()
+        for part, table in zip(self.template.side, self.tables):
+            part.cells = 0 if table is None else table.data_ptr()
+
+
+_launchers: dict[tuple, _Launcher] = {}
+
+
+@cache
+def _many(device: int) -> int:
+    return _MANY * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def append(
+    k: Tensor, v: Tensor, codecs: tuple[Codec, Codec], stores: tuple[Packed, Packed], place: Place
+) -> tuple[Packed, Packed]:
+    """Write k ``[B, Hkv, T, Dk]`` and v ``[B, Hkv, T, Dv]`` as rows of ``stores``; returns ``stores``."""
+    batch, heads, tokens, _ = k.shape
+    sources = [_source(codec.prepare(x)) for codec, x in zip(codecs, (k, v))]
+    device, rows = k.device, batch * heads * tokens
+    if rows >= 2**31:
+        raise GyroKVError(f"{batch} sequences x {heads} heads x {tokens} tokens at once; at most 2**31 - 1 rows")
+    many = rows * min(codec.padded for codec in codecs) >= 128 * _many(device.index)
+    word_strides = [_byte_strides(store.words) for store in stores]
+    aligns = [_alignment(store.words, strides) for store, strides in zip(stores, word_strides)]
+    parts = [(c.head_dim, c.rotation, ELEMENTS[x.dtype], a, many) for c, x, a in zip(codecs, sources, aligns)]
+    key = (id(codecs[0].format), id(codecs[1].format), *parts, device.index)
+    launcher = _launchers.get(key)
+    if launcher is None:
+        formats = tuple(codec.format for codec in codecs)
+        made = _Launcher(tuple(side(fmt, *part) for fmt, part in zip(formats, parts)), formats, device)
+        launcher = _launchers.setdefault(key, made)
+    call = _Append.from_buffer_copy(launcher.template)
+    for part, x, store, strides in zip(call.side, sources, stores, word_strides):
+        words, scale = store
+        part.source = _Source(x.data_ptr(), _byte_strides(x))
+        part.to = _Store(words.data_ptr(), scale.data_ptr(), strides, _byte_strides(scale))
+    call.slot, call.base, call.page_slots = place.slot, place.base, place.page_slots
+    call.capacity, call.heads, call.tokens, call.rows = place.capacity or words.shape[2], heads, tokens, rows
+    if place.lengths is not None:
+        call.lengths, call.lengths_batch = place.lengths.data_ptr(), place.lengths.stride(0) * (len(place.lengths) > 1)
+    if place.pages is not None:
+        call.pages, call.pages_batch = place.pages.data_ptr(), place.pages.stride(0)
+    with torch.cuda.device(device):
+        stream = torch.cuda.current_stream(device).cuda_stream
+        call.k_blocks, v_blocks = (-(-rows // n) for n in launcher.rows)
+        launcher.kernel.launch((call.k_blocks + v_blocks, 1, 1), launcher.threads, stream, call)
+    return stores
+
+
+def _source(x: Tensor) -> Tensor:
+    """``x`` as the kernel reads it: 16 or 32-bit floats, heads of consecutive values that begin at 16 bytes."""
+    if x.dtype not in ELEMENTS:
+        x = saturate(x, torch.float32)
+    at = x.data_ptr()
+    for stride, count in zip(x.stride(), x.shape[:3]):
+        at |= stride * x.element_size() if count > 1 else 0
+    return x if x.stride(3) == 1 and at % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
+
+
+def _byte_strides(t: Tensor) -> tuple[int, ...]:
+    size = t.element_size()
+    a, b, c, _ = t.stride()
+    return a * size, b * size, c * size
+
+
+def _alignment(words: Tensor, strides: tuple[int, ...]) -> int:
+    """Bytes that every row of ``words`` is aligned to: 16, 8, 4 or 2."""
+    bits = words.data_ptr() | words.shape[3] * words.element_size()
+    for stride, count in zip(strides, words.shape):
+        bits |= stride if count > 1 else 0
+    return min(16, max(2, bits & -bits))
+
+
+def empty_rows(x: Tensor, codec: Codec) -> Packed:
+    """Room for heads x ``[B, Hkv, T, D]``."""
+    fmt = codec.format
+    words = x.new_empty((*x.shape[:3], fmt.words_per_head(x.shape[3])), dtype=fmt.dtype if fmt.is_dense else torch.int16)
+    scale_dtype = getattr(torch, fmt.scale_dtype) if fmt.has_levels else words.dtype if fmt.is_dense else torch.float32
+    return Packed(words, x.new_empty((*x.shape[:3], fmt.scales_per_head(x.shape[3])), dtype=scale_dtype))
