@@ -483,6 +483,8 @@ INLINE void append_rows(const Append& p, const Source& source, const Store& targ
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) encode(const __grid_constant__ Append p) {
+  wait_for_earlier_kernels();
+  let_later_kernels_start();
   bool second = blockIdx.x >= p.k_blocks;
   const auto& side = p.side[second];
   u32 block = blockIdx.x - (second ? p.k_blocks : 0);
