@@ -8,7 +8,7 @@ BIN = $(VENV)/bin
 MODELS = -m models/qwen2-d128 -m models/gemma4-d256-512
 DEMO = --ctx-size 512 --chunks 24 --decode 8
 
-.PHONY: bench-cpu build demo test test-oldest test-gpu lint readme clean
+.PHONY: bench-cpu bench-gpu build demo test test-oldest test-gpu lint readme clean
 
 $(VENV)/ready: pyproject.toml constraints.txt hatch_build.py
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "gyrokv needs Python 3.10 or newer")'
@@ -37,6 +37,9 @@ test-gpu:  ## tests that need an accelerator, with the torch of $(PYTHON); recor
 
 bench-cpu: $(VENV)/ready build  ## speed of the CPU kernels on this machine, llama.cpp beside them where llama-cpp-python and gguf are installed
 	$(BIN)/python benchmarks/cpu.py
+
+bench-gpu:  ## speed of the GPU kernels beside PyTorch's, with the torch of $(PYTHON)
+	PYTHONPATH=src $(PYTHON) benchmarks/gpu.py
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

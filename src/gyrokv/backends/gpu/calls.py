@@ -14,7 +14,7 @@ from ...quant import Packed, code_values
 from ...spec import AttentionSpec, alibi_slopes
 from ...view import KVView, Segment
 from . import plan
-from .nvrtc import Kernel
+from .nvrtc import kernel
 
 Q_TYPES = {torch.float16: plan.F16, torch.bfloat16: plan.BF16, torch.float32: plan.F32}
 _MASKS = {torch.bool: 1, torch.float32: 2, torch.float16: 3, torch.bfloat16: 4}
@@ -113,11 +113,6 @@ def _slopes(q_heads: int, max_bias: float, device: torch.device) -> Tensor:
 
 
 @cache
-def _kernel(name: str, defines: tuple, device: int, shared: int) -> Kernel:
-    return Kernel(name, dict(defines), device, shared)
-
-
-@cache
 def _processors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
@@ -151,7 +146,7 @@ class _Part:
             k.scale_stride, v.scale_stride,
         )  # fmt: skip
         self.plan = plan.plan(problem, _shared_memory(device.index))
-        self.kernel = _kernel("attend", self.plan.defines, device.index, self.plan.shared)
+        self.kernel = kernel("attend", self.plan.defines, device.index, self.plan.shared)
         self.row_tiles = -(-columns // self.plan.rows)
         seen = segment.stop - segment.first
         if spec.window:
@@ -205,5 +200,5 @@ def attend(
         )
         rows = batch * q_heads * q_len
         most = next(n for n in (32, 256, 1024, 8192) if n >= total)
-        _kernel("merge", (("SPLITS", most),), device.index, 0).launch((rows, 1, 1), min(512, -(-v_dim // 32) * 32), stream, merge)
+        kernel("merge", (("SPLITS", most),), device.index).launch((rows, 1, 1), min(512, -(-v_dim // 32) * 32), stream, merge)
     return out, lse
