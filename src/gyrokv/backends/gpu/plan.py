@@ -115,7 +115,8 @@ def why_not_row(fmt: KVFormat, head_dim: int) -> str:
 class Problem:
     """Everything that changes the code. ``stride``s: bytes from slot to slot where rows lie side by side, else 0.
 
-    ``columns``: query rows per KV head. ``copy``: alignment of rows in bytes (16, 8 or 4).
+    ``columns``: query rows per KV head. ``copy``: alignment of rows in bytes (16, 8 or 4). ``page_slots``: slots of a
+    page, a multiple of 16, or 0 without pages.
     """
 
     k: Row
@@ -126,7 +127,7 @@ class Problem:
     softcap: bool = False
     mask: int = 0
     alibi: bool = False
-    paged: bool = False
+    page_slots: int = 0
     same_table: bool = False
     k_copy: int = 16
     v_copy: int = 16
@@ -209,7 +210,8 @@ def _plan(problem: Problem, shared_memory: int) -> Plan:
     tables = k.lut_bytes + (0 if problem.same_table else v.lut_bytes)
     sums = k_columns * 8 * max(k.scales, 1) * 4
     fixed = -(-(tables + _query_bytes(k, k_columns) + sums) // 128) * 128
-    tile = 32 if k_pitch + v_pitch <= 640 and _accumulators(problem, columns, 32) <= 120 else 16
+    whole = problem.page_slots % 32 == 0  # a page holds whole tiles
+    tile = 32 if whole and k_pitch + v_pitch <= 640 and _accumulators(problem, columns, 32) <= 120 else 16
     registers = 64 + _accumulators(problem, columns, tile)
     most = 16 if registers <= 120 else 12 if registers <= 160 else 8
     per_stage, per_warp = tile * (k_pitch + v_pitch), 8 * columns * v.dim * 4
@@ -222,7 +224,7 @@ def _plan(problem: Problem, shared_memory: int) -> Plan:
         "K_KIND": k.kind, "K_BITS": k.bits, "K_SPAN": k.span, "K_SCALE32": int(k.wide_scale), "DK": k.dim,
         "V_KIND": v.kind, "V_BITS": v.bits, "V_SPAN": v.span, "V_SCALE32": int(v.wide_scale), "DV": v.dim,
         "ROWS": rows, "TERMS": terms, "Q_TYPE": problem.q_type, "SOFTCAP": int(problem.softcap), "MASK": problem.mask,
-        "ALIBI": int(problem.alibi), "PAGED": int(problem.paged), "SAME_TABLE": int(problem.same_table),
+        "ALIBI": int(problem.alibi), "PAGED": int(problem.page_slots > 0), "SAME_TABLE": int(problem.same_table),
         "TILE": tile, "STAGES": stages, "WARPS": warps, "K_PITCH": k_pitch, "V_PITCH": v_pitch,
         "K_COPY": problem.k_copy, "V_COPY": problem.v_copy, "K_STRIDE": problem.k_stride, "V_STRIDE": problem.v_stride,
         "K_SCALE_STRIDE": problem.k_scale_stride, "V_SCALE_STRIDE": problem.v_scale_stride,
