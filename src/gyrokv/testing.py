@@ -183,8 +183,8 @@ def _view(case: Case, k: Tensor, v: Tensor, normal) -> KVView:
     for b in sequences:
         rows = slice(b, b + 1) if spec.lengths else b
         layer = LayerCache(
-            *(codecs(case, normal) if not views else (views[0].k_codec, views[0].v_codec)), batch=1 if spec.lengths else spec.batch,
-            kv_heads=spec.kv_heads, dtype=k.dtype, device=spec.device, window=case.sliding or None, sinks=case.first,
+            *(codecs(case, normal) if not views else (views[0].k_codec, views[0].v_codec)),
+            batch=1 if spec.lengths else spec.batch, kv_heads=spec.kv_heads, dtype=k.dtype, device=spec.device, window=case.sliding or None, sinks=case.first,
             recent=case.recent, capacity=0 if case.sliding else case.length + _SPARE,
         )  # fmt: skip
         length = case.lengths[b if spec.lengths else 0]
