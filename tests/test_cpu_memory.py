@@ -223,7 +223,7 @@ def test_a_forked_process_does_not_wait_for_its_parents_threads(team, backend_he
 
 DEAD = [
     c for c in (*groups()["features"][::7], *groups()["storage"], *groups()["many_tiles"][::4])
-    if not cpu.why_not(c.spec) and not c.plain
+    if not cpu.why_not(c.spec) and not (c.plain or c.spec.paged or c.spec.lengths)  # those come with dead slots poisoned
 ]  # fmt: skip
 
 

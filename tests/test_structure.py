@@ -26,10 +26,10 @@ HEIGHTS = (
     ("formats",),
     ("quant", "spec"),
     ("wire", "view", "reference", "config"),
-    ("layer",),
+    ("layer", "place"),
     ("files", "backends"),
     ("dispatch",),
-    ("cache", "cases"),
+    ("cache", "cases", "paged"),
     ("testing",),
 )
 TOP = len(HEIGHTS)

@@ -9,6 +9,7 @@ from .errors import CacheFileError, CapacityError, FallbackError, FormatError, G
 from .formats import FORMATS, KVFormat
 from .layer import LayerCache
 from .masks import BlockMap
+from .paged import PagedCache
 from .quant import Codec, Packed, dequantize, quantize
 from .reference import merge
 from .spec import AttentionSpec
@@ -28,5 +29,6 @@ def __getattr__(name: str):
 __all__ = [
     "BACKENDS", "FORMATS", "AttentionSpec", "BlockMap", "CacheConfig", "CacheFileError", "CapacityError", "Codec",
     "FallbackError", "FormatError", "GyroKVError", "KVCache", "KVFormat", "KVView", "LayerCache", "LayerPolicy",
-    "LayerShape", "Packed", "Unsupported", "append", "attend", "attention", "dequantize", "explain", "merge", "quantize",
+    "LayerShape", "Packed", "PagedCache", "Unsupported", "append", "attend", "attention", "dequantize", "explain", "merge",
+    "quantize",
 ]  # fmt: skip

@@ -34,7 +34,8 @@ class Case:
     window, 0 for none. ``first``, ``recent``: tokens kept dense. ``mask_axes``: which of the axes ``bhqk`` of the
     mask are full (``2``: rank 2, ``qk``); ``mask_dtype``, ``masked``: of an additive mask. ``rotation``: replaces the
     formats' own: ``none``, ``hadamard``, ``matrix`` (one) or ``matrices`` (one per KV head). ``factor``: the static
-    scale of KV head 0; head h has h + 1 times as much. ``plain``: keys and values are plain tensors, not a cache.
+    scale of KV head 0; head h has h + 1 times as much. ``plain``: keys and values are plain tensors, not a cache. ``page``:
+    slots of a page of paged rows.
     """
 
     spec: AttentionSpec
@@ -48,11 +49,18 @@ class Case:
     rotation: str = ""
     factor: float = 0.0
     plain: bool = False
+    page: int = 16
 
     @property
     def length(self) -> int:
-        """Tokens that the layer has seen."""
+        """Tokens that the layer has seen; with lengths on the device, their bound."""
         return self.spec.kv_len + self.offset
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each sequence: all the same, or with lengths on the device all different, and short of the bound."""
+        cut = self.spec.kv_len // 5 if self.spec.lengths else 0
+        return [self.length - cut * (b % 3 + 1) for b in range(self.spec.batch)]
 
     def on(self, device: str) -> Case:
         """The same case on another device."""
@@ -71,6 +79,7 @@ class Case:
         marks += [self.rotation] if self.rotation else []
         marks += [f"factor{self.factor:g}"] if self.factor else []
         marks += ["plain"] if self.plain else []
+        marks += [f"page{self.page}"] if self.spec.paged else []
         return "-".join([str(self.spec), *marks])
 
 
@@ -116,6 +125,8 @@ FEATURES = MappingProxyType(
         "ring": dict(causal=True, window=32, ring=True, sliding=32, kv_len=64, offset=39),
         "first_dense": dict(unquantised=True, first=5),
         "recent_dense": dict(unquantised=True, recent=11, ring=True),
+        "paged": dict(paged=True),
+        "lengths": dict(lengths=True),
         "fast": dict(fast=True),
     }
 )
@@ -238,8 +249,21 @@ def _storage() -> Iterator[Case]:
         yield case("turbo4", "q8_0", scale=scale, q_len=3)
 
 
+def _pages() -> Iterator[Case]:
+    """Each page size with rows of each kind; a single length for one sequence and for all; nothing held yet."""
+    for page, fmt in product((16, 32, 64, 256), kinds()):
+        yield case(fmt, "turbo4", (128, 128), paged=True, lengths=True, page=page, q_len=3, kv_len=300, causal=True)
+    for batch, paged in product((1, 5), (False, True)):
+        yield case("turbo3", "q8_0", lengths=True, paged=paged, batch=batch, causal=True, q_len=4, kv_len=113)
+    yield case("turbo3", "q8_0", lengths=True, causal=True, q_len=4, kv_len=0, sinks=True)
+    yield case(
+        "q8_0", "turbo4", lengths=True, first=9, recent=20, unquantised=True, ring=True, q_len=40, kv_len=90, causal=True
+    )
+
+
 GROUPS: tuple[Callable[[], Iterable[Case]], ...] = (
     _head_sizes, _pairs, _features, _feature_pairs, _lengths, _many_tiles, _head_groups, _dtypes, _masks, _storage,
+    _pages,
 )  # fmt: skip
 
 

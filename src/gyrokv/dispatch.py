@@ -150,7 +150,7 @@ def describe(q: Tensor, view: KVView, *, mask=None, sinks=None, block_map=None, 
         view.k_codec.format, view.v_codec.format, head_dim, view.v_codec.head_dim, batch, q_heads, view.kv_heads, q_len,
         view.kv_len, q.dtype, q.device.type, window=window, mask=None if mask is None else mask_kind(mask),
         block_map=block_map is not None, sinks=sinks is not None, starts=view.starts is not None, ring=view.ring,
-        unquantised=view.unquantised, **options,
+        unquantised=view.unquantised, paged=view.paged, lengths=view.lengths is not None, **options,
     )  # fmt: skip
     _check_history(spec, view)
     return spec
@@ -164,6 +164,14 @@ def _check_history(spec: AttentionSpec, view: KVView) -> None:
         return  # the mask alone says which of the keys held are seen
     if spec.window is None or spec.window > view.window:
         raise ValueError(f"window={spec.window}, but this layer keeps a sliding window of {view.window}")
+    if view.lengths is not None:
+        held, looks_back = max((s.keep or view.length for s in view.segments), default=0), spec.window + spec.q_len - 1
+        if held < min(looks_back, view.length):
+            raise CapacityError(
+                f"q has {spec.q_len} tokens that look back on {looks_back} positions with window={spec.window}, but the "
+                f"ring holds {held}; attend with the view that append returned for these tokens"
+            )
+        return
     needed = max(0, view.length - spec.q_len - spec.window + 1)
     if view.first > needed:
         raise CapacityError(

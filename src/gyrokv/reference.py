@@ -15,20 +15,32 @@ from .masks import apply_mask
 from .spec import alibi_slopes
 
 
-def visible(q_positions: Tensor, k_positions: Tensor, *, causal: bool, window: int | None, starts: Tensor | None) -> Tensor:
+def visible(
+    q_positions: Tensor,
+    k_positions: Tensor,
+    *,
+    causal: bool,
+    window: int | None,
+    starts: Tensor | None,
+    lengths: Tensor | None = None,
+) -> Tensor:
     """Which keys each query sees by position alone: bool ``[B or 1, 1, Tq, Tkv]``.
 
-    causal: position k <= position q. window w: 0 <= q - k < w. ``starts [B]``: first position of each sequence.
+    Positions ``[Tq]`` or ``[B, Tq]`` of queries, ``[Tkv]`` or ``[B, Tkv]`` of keys. causal: position k <= position q.
+    window w: 0 <= q - k < w. ``starts [B]``: first position of each sequence. ``lengths [B or 1]``: where each ends.
     """
-    distance = q_positions[:, None] - k_positions[None, :]
+    q_positions, k_positions = (x if x.ndim == 2 else x[None] for x in (q_positions, k_positions))
+    distance = q_positions[:, :, None] - k_positions[:, None, :]
     seen = torch.ones_like(distance, dtype=torch.bool)
     if causal:
         seen &= distance >= 0
     if window is not None:
         seen &= (distance >= 0) & (distance < window)
-    seen = seen[None, None]
+    seen = seen[:, None]
     if starts is not None:
         seen = seen & (k_positions >= starts[:, None])[:, None, None, :]
+    if lengths is not None:
+        seen = seen & (k_positions < lengths[:, None])[:, None, None, :]
     return seen
 
 
@@ -47,15 +59,16 @@ def attention(
     q_positions: Tensor | None = None,
     k_positions: Tensor | None = None,
     starts: Tensor | None = None,
+    lengths: Tensor | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor]:
     """Attention of q ``[B, Hq, Tq, Dk]`` over k ``[B, Hkv, Tkv, Dk]``, v ``[B, Hkv, Tkv, Dv]``, computed in ``dtype``.
 
     Query head h reads KV head ``h // (Hq / Hkv)``. Positions default to keys 0 … Tkv-1 and queries aligned to the
-    bottom right. ``mask`` broadcasts to ``[B, Hq, Tq, Tkv]`` (see ``masks.py``); ``alibi`` > 0 multiplies an additive
-    mask by each head's slope. ``sinks [Hq]``: one extra logit per query head that joins the maximum and the
-    denominator and has no value (as in GPT-OSS). Returns out ``[B, Hq, Tq, Dv]`` and the natural-log
-    log-sum-exp ``[B, Hq, Tq]``, both in ``dtype``. A row that sees no key gives out = 0 and lse = -inf (= sink with sinks).
+    bottom right (of each sequence's ``lengths``, if given); see :func:`visible`. ``mask`` broadcasts to
+    ``[B, Hq, Tq, Tkv]`` (see ``masks.py``); ``alibi`` > 0 multiplies an additive mask by each head's slope.
+    ``sinks [Hq]``: one extra logit per query head that joins the maximum and the denominator and has no value (as in
+    GPT-OSS). Returns out ``[B, Hq, Tq, Dv]`` and the natural-log log-sum-exp ``[B, Hq, Tq]``, both in ``dtype``. A row that sees no key gives out = 0 and lse = -inf (= sink with sinks).
     """
     groups = q.shape[1] // k.shape[1]
     q, k, v = (x.to(dtype) for x in (q, k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)))
@@ -64,13 +77,15 @@ def attention(
         k_positions = torch.arange(kv_len, device=q.device)
     if q_positions is None:
         q_positions = torch.arange(kv_len - q_len, kv_len, device=q.device)
+    if lengths is not None:
+        q_positions = lengths[:, None] - q_len + torch.arange(q_len, device=q.device)
     scores = (q @ k.mT) * (1.0 / math.sqrt(q.shape[-1]) if scale is None else scale)
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     if mask is not None:
         full = mask if mask.ndim == 4 else mask[None, None]
         scores = apply_mask(scores, full, alibi_slopes(q.shape[1], alibi) if alibi else None)
-    seen = visible(q_positions, k_positions, causal=causal, window=window, starts=starts)
+    seen = visible(q_positions, k_positions, causal=causal, window=window, starts=starts, lengths=lengths)
     scores = scores.masked_fill(~seen, -math.inf)
     if sinks is not None:
         column = sinks.to(dtype)[None, :, None, None].expand(*scores.shape[:3], 1)

@@ -60,6 +60,7 @@ class AttentionSpec:
     ``1 / sqrt(head_dim)``. ``window``: positions that a query sees back, itself included. ``alibi``: ALiBi's
     ``max_bias``, 0 for none. ``starts``: sequences of the batch begin at different positions (left padding).
     ``ring``: keys lie in a ring buffer. ``unquantised``: part of the keys (first or most recent) are kept dense.
+    ``paged``: rows lie in pages. ``lengths``: sequences have lengths of their own, on the device; ``kv_len`` is a bound.
     ``fast``: q and the weights may be rounded to 8 bits, which costs a relative error of up to 3e-2.
     """
 
@@ -85,6 +86,8 @@ class AttentionSpec:
     starts: bool = feature(False)
     ring: bool = feature(False)
     unquantised: bool = feature(False)
+    paged: bool = feature(False)
+    lengths: bool = feature(False)
     fast: bool = feature(False)
 
     def __post_init__(self) -> None:

@@ -10,7 +10,7 @@ import hashlib
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -21,10 +21,10 @@ from .cases import Case
 from .dispatch import attend, choose
 from .layer import LayerCache
 from .masks import BlockMap
-from .quant import Codec
+from .quant import Codec, cat
 from .reference import attention
 from .spec import AttentionSpec
-from .view import KVView
+from .view import KVView, Segment
 
 _SPARE = 13  # slots of a test's layer beyond its length, so that there is something that must not be read
 _PEAK = 8.0  # score of a query's own key
@@ -69,6 +69,7 @@ class Problem:
             q_positions=torch.arange(view.length - q.shape[2], view.length, device=q.device),
             k_positions=torch.arange(view.first, view.length, device=q.device),
             starts=None if view.starts is None else view.starts.repeat(copies),
+            lengths=None if view.lengths is None else view.lengths.expand(view.batch).repeat(copies),
         )  # fmt: skip
 
     @cached_property
@@ -138,7 +139,8 @@ def inputs(case: Case | AttentionSpec, seed: int = 0) -> Problem:
 
     q = 0.5 * normal(spec.batch, spec.q_heads, spec.q_len, spec.head_dim)
     if spec.kv_len:
-        wanted = case.offset + whole(spec.kv_len, spec.batch, spec.q_heads, spec.q_len)
+        wanted = whole(spec.kv_len, spec.batch, spec.q_heads, spec.q_len)
+        wanted = case.offset + wanted % (torch.tensor(case.lengths)[:, None, None] - case.offset)
         keys = k.float().cpu().repeat_interleave(spec.groups, 1)
         keys = keys.gather(2, wanted.unsqueeze(-1).expand(*wanted.shape, spec.head_dim))
         keys[..., outlier] -= 5.0
@@ -150,8 +152,11 @@ def inputs(case: Case | AttentionSpec, seed: int = 0) -> Problem:
     view = _view(case, k, v, normal)
     if spec.starts:
         starts = torch.tensor([case.offset + spec.kv_len * (b + 1) // 4 for b in range(spec.batch)])
-        view.owner.set_starts(starts)
-        view = view.owner.view()
+        if view.owner is None:
+            view = replace(view, starts=starts.to(device))
+        else:
+            view.owner.set_starts(starts)
+            view = view.owner.view()
     return Problem(case, q, view, k, v, mask, sinks)
 
 
@@ -173,16 +178,72 @@ def _view(case: Case, k: Tensor, v: Tensor, normal) -> KVView:
     spec = case.spec
     if case.plain:
         return KVView.of(k, v)
-    layer = LayerCache(
-        *codecs(case, normal), batch=spec.batch, kv_heads=spec.kv_heads, dtype=k.dtype, device=spec.device,
-        window=case.sliding or None, sinks=case.first, recent=case.recent,
-        capacity=0 if case.sliding else case.length + _SPARE,
+    views = []
+    sequences = range(spec.batch) if spec.lengths else [slice(None)]
+    for b in sequences:
+        rows = slice(b, b + 1) if spec.lengths else b
+        layer = LayerCache(
+            *(codecs(case, normal) if not views else (views[0].k_codec, views[0].v_codec)),
+            batch=1 if spec.lengths else spec.batch, kv_heads=spec.kv_heads, dtype=k.dtype, device=spec.device, window=case.sliding or None, sinks=case.first,
+            recent=case.recent, capacity=0 if case.sliding else case.length + _SPARE,
+        )  # fmt: skip
+        length = case.lengths[b if spec.lengths else 0]
+        view, before = layer.view(), max(0, length - spec.q_len)
+        for start, stop in ((0, before // 2), (before // 2, before), (before, length)):
+            if start < stop:
+                view = layer.append(k[rows, :, start:stop], v[rows, :, start:stop])
+        views.append(view)
+    if spec.lengths:
+        view = together(views, case)
+    return in_pages(view, case.page) if spec.paged else view
+
+
+def together(views: list[KVView], case: Case) -> KVView:
+    """Views of one sequence each as one view, with lengths on the device up to ``case.length``."""
+    kinds = [dict(first=0, stop=case.first)] if case.first else []
+    later = dict(first=max(case.first, case.offset), stop=case.length)
+    kinds += [later | dict(trail=case.recent, keep=views[0].segments[0].capacity if case.sliding else None)]
+    kinds += [later | dict(keep=case.recent)] if case.recent else []
+    segments = []
+    for rows, settings in zip(zip(*(view.segments for view in views)), kinds):
+        k, v = (cat([getattr(s, side) for s in rows], dim=0) for side in "kv")
+        segments.append(Segment(k, v, rows[0].k_format, rows[0].v_format, base=0, **settings))
+    lengths = torch.tensor([view.length for view in views], device=case.spec.device)
+    return replace(
+        views[0], segments=tuple(segments), batch=len(views), first=case.offset, length=case.length, lengths=lengths,
+        owner=None,
     )  # fmt: skip
-    view, before = layer.view(), max(0, case.length - spec.q_len)
-    for start, stop in ((0, before // 2), (before // 2, before), (before, case.length)):
-        if start < stop:
-            view = layer.append(k[:, :, start:stop], v[:, :, start:stop])
-    return view
+
+
+def in_pages(view: KVView, page: int) -> KVView:
+    """The same rows in pages of ``page`` slots, in a shuffled order; slots that hold nothing are poisoned."""
+    lengths = torch.tensor([view.length]) if view.lengths is None else view.lengths.cpu()
+
+    def paged(s: Segment) -> Segment:
+        count = -(-s.capacity // page)
+        order = torch.randperm(view.batch * count + 2, generator=torch.Generator().manual_seed(count))
+        table = order[: view.batch * count].view(view.batch, count)
+        # the position in each slot [B, slots], as in a segment of the new capacity
+        newest = (lengths - s.trail).clamp(max=s.stop).expand(view.batch)[:, None] - 1
+        positions = newest - (newest - s.base - torch.arange(count * page)) % (count * page)
+        held = (positions >= s.first) & (positions > newest - s.capacity)
+        slots = (positions - s.base).clamp(min=0) % s.capacity
+
+        def moved(t: Tensor) -> Tensor:
+            index, live = (x.to(t.device)[:, None, :, None] for x in (slots, held))
+            rows = t.gather(2, index.expand(-1, t.shape[1], -1, t.shape[3]))
+            pool = _garbage(t.new_empty(len(order), t.shape[1], page, t.shape[3]))
+            rows = torch.where(live, rows, _garbage(torch.empty_like(rows)))
+            pool[table.to(t.device)] = rows.unflatten(2, (count, page)).transpose(1, 2)
+            return pool
+
+        return replace(s, k=s.k.map(moved), v=s.v.map(moved), pages=table.int().to(s.k.words.device))
+
+    return replace(view, segments=tuple(map(paged, view.segments)), owner=None)
+
+
+def _garbage(t: Tensor) -> Tensor:
+    return t.fill_(math.nan if t.is_floating_point() else 0x7F7F)
 
 
 def _mask(case: Case, normal) -> Tensor:
@@ -287,5 +348,4 @@ def poison_dead(layer: LayerCache) -> None:
             dead[slot : slot + count] = False
         dead = dead.to(segment.k.words.device)
         for t in (*segment.k, *segment.v):
-            garbage = math.nan if t.is_floating_point() else 0x7F7F
-            t.copy_(torch.where(dead[:, None], torch.full_like(t, garbage), t))
+            t.copy_(torch.where(dead[:, None], _garbage(torch.empty_like(t)), t))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +20,10 @@ class Segment:
 
     Live are the positions ``first <= p < stop``. Formats are those of the rows, so a dense segment of a quantised
     layer names a dense format; its values lie in the same (rotated, padded) space as the decoded ones.
+
+    With ``pages`` (int32 ``[B, max_pages]``) rows are ``[pages, Hkv, page_slots, *]``: slot s of sequence b is slot
+    ``s % page_slots`` of page ``pages[b, s // page_slots]``, and the capacity is ``max_pages * page_slots``. Entries
+    of pages without a live slot are any page. Of a sequence of L tokens only ``L - keep <= p < L - trail`` are live.
     """
 
     k: Packed
@@ -28,10 +33,41 @@ class Segment:
     base: int
     first: int
     stop: int
+    pages: Tensor | None = None
+    trail: int = 0
+    keep: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.pages is not None and (self.pages.dtype != torch.int32 or self.page_slots % 16):
+            raise ValueError(
+                f"pages has dtype {self.pages.dtype} and {self.page_slots} slots a page; it must be int32, and slots a "
+                "multiple of 16"
+            )
+
+    @property
+    def page_slots(self) -> int:
+        """Slots of a page; 0 without pages."""
+        return 0 if self.pages is None else self.k.words.shape[-2]
 
     @property
     def capacity(self) -> int:
-        return self.k.words.shape[-2]
+        return self.k.words.shape[-2] * (1 if self.pages is None else self.pages.shape[1])
+
+    def live(self, length: int) -> tuple[int, int]:
+        """``(first, stop)`` of the live positions of a sequence of ``length`` tokens."""
+        first = self.first if self.keep is None else max(self.first, length - self.keep)
+        return first, max(first, min(self.stop, length - self.trail))
+
+    def of(self, batch: slice, length: int) -> Segment:
+        """The part of sequences ``batch``, all of ``length`` tokens, without pages (which are copied)."""
+        first, stop = self.live(length)
+        if self.pages is None:
+            k, v = (p.map(lambda t: t[batch]) for p in (self.k, self.v))
+        else:  # without wrapping around, the pages up to the last live slot will do
+            count = min(self.pages.shape[1], -(-(stop - self.base) // self.page_slots))
+            pages = self.pages[batch, : max(1, count)]
+            k, v = (p.map(lambda t: t[pages].transpose(1, 2).flatten(2, 3)) for p in (self.k, self.v))
+        return Segment(k, v, self.k_format, self.v_format, self.base, first, stop)
 
     def runs(self, first: int, stop: int) -> Iterator[tuple[int, int]]:
         """``(slot, count)`` of the contiguous runs of slots that hold positions ``first <= p < stop``, in order."""
@@ -57,13 +93,22 @@ def chronological(packed: Packed, segment: Segment, first: int, stop: int) -> Pa
     return cat(parts or [rows_of(packed, 0, 0)], dim=-2)
 
 
+class Part(NamedTuple):
+    """Sequences ``batch`` of a view as a ``view`` of their own; its keys are the ``columns`` of the whole one's."""
+
+    batch: slice
+    columns: slice
+    view: KVView
+
+
 @dataclass(frozen=True)
 class KVView:
     """K and V of one layer as they stand: positions ``first <= p < length``, each in exactly one segment.
 
     Valid until its layer is next written to; :meth:`check_current` raises after that. ``window`` is the layer's
     sliding window: older keys may be gone. ``starts [B]`` holds the first position of each sequence (left padding),
-    or is None.
+    or is None. With ``lengths`` (int64 ``[B]`` or ``[1]``, on the device) sequence b has ``lengths[b]`` tokens, and
+    ``length`` is a bound on them that may not be exceeded; its keys begin at ``first`` or later.
     """
 
     segments: tuple[Segment, ...]
@@ -75,6 +120,7 @@ class KVView:
     length: int
     window: int | None = None
     starts: Tensor | None = None
+    lengths: Tensor | None = None
     owner: object | None = None
     version: int = 0
 
@@ -99,7 +145,7 @@ class KVView:
 
     @property
     def kv_len(self) -> int:
-        """Number of keys held."""
+        """Number of keys held; with ``lengths`` a bound, and the number of columns of a mask."""
         return self.length - self.first
 
     @property
@@ -111,6 +157,11 @@ class KVView:
     def ring(self) -> bool:
         """True when some segment wraps around its end."""
         return any(s.stop - s.base > s.capacity for s in self.segments)
+
+    @property
+    def paged(self) -> bool:
+        """True when rows lie in pages."""
+        return any(s.pages is not None for s in self.segments)
 
     @property
     def unquantised(self) -> bool:
@@ -130,17 +181,52 @@ class KVView:
         kept = tuple(replace(s, first=max(s.first, first)) for s in self.segments if s.stop > first)
         return replace(self, segments=kept, first=min(first, self.length))
 
+    def parts(self) -> list[Part]:
+        """Plain views, without lengths on the device and without pages, of sequences that are equally long.
+
+        Waits for the device, and copies pages: for definitions, tests, and where host and device are one.
+        """
+        if self.lengths is None and not self.paged:
+            return [Part(slice(None), slice(None), self)]
+        lengths = [self.length] * self.batch if self.lengths is None else self.lengths.expand(self.batch).tolist()
+        made, start = [], 0
+        for stop in range(1, self.batch + 1):
+            if stop < self.batch and lengths[stop] == lengths[start]:
+                continue
+            batch, length = slice(start, stop), lengths[start]
+            segments = tuple(s for s in (s.of(batch, length) for s in self.segments) if s.first < s.stop)
+            first = min((s.first for s in segments), default=length)
+            view = replace(
+                self, segments=segments, batch=stop - start, first=first, length=length, lengths=None,
+                starts=None if self.starts is None else self.starts[batch],
+            )  # fmt: skip
+            made.append(Part(batch, slice(first - self.first, length - self.first), view))
+            start = stop
+        return made
+
     def to(self, device: torch.device | str) -> KVView:
         """A copy of the rows on ``device``, independent of the layer from now on."""
         self.check_current()
-        rows = (replace(s, k=s.k.map(lambda t: t.to(device)), v=s.v.map(lambda t: t.to(device))) for s in self.segments)
-        starts = None if self.starts is None else self.starts.to(device)
-        return replace(self, segments=tuple(rows), starts=starts, owner=None)
+
+        def moved(t: Tensor | None) -> Tensor | None:
+            return None if t is None else t.to(device)
+
+        rows = (replace(s, k=s.k.map(moved), v=s.v.map(moved), pages=moved(s.pages)) for s in self.segments)
+        return replace(self, segments=tuple(rows), starts=moved(self.starts), lengths=moved(self.lengths), owner=None)
 
     def decode(self, side: str) -> Tensor:
-        """All keys (``side="k"``) or values (``"v"``), oldest first, as stored: float32 ``[B, Hkv, Tkv, padded]``."""
+        """All keys (``side="k"``) or values (``"v"``), oldest first, as stored: float32 ``[B, Hkv, Tkv, padded]``.
+
+        With ``lengths``, zeros where a sequence has none.
+        """
         self.check_current()
         codec = self.k_codec if side == "k" else self.v_codec
+        if self.lengths is not None or self.paged:
+            whole = torch.zeros(self.batch, self.kv_heads, self.kv_len, codec.padded, device=self.device)
+            for part in self.parts():
+                if part.view.segments:
+                    whole[part.batch, :, part.columns] = part.view.decode(side)
+            return whole
         parts = []
         for segment in self.segments:
             packed, fmt = (segment.k, segment.k_format) if side == "k" else (segment.v, segment.v_format)

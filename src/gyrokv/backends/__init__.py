@@ -13,5 +13,6 @@ relative error that tests allow (at most 2e-3) when the kernel itself rounds q o
 
 ``attend`` gets q ``[B, Hq, Tq, padded]`` in the space of the stored keys and returns out ``[B, Hq, Tq, padded]`` in
 the space of the stored values and lse ``[B, Hq, Tq]``, both float32: no backend knows of rotations. Features that
-``UNDERSTANDS`` does not list become reasons by themselves (``dispatch.reasons``).
+``UNDERSTANDS`` does not list become reasons by themselves (``dispatch.reasons``). Views with ``lengths`` or pages
+(``view.py``) are read where they lie: on an accelerator without waiting for it. A block map may be left unused.
 """

@@ -42,6 +42,17 @@ def attend(
         sinks=sinks,
         q_positions=torch.arange(view.length - spec.q_len, view.length, device=q.device),
         k_positions=torch.arange(view.first, view.length, device=q.device),
-        starts=view.starts,
+        starts=_first_held(view),
+        lengths=view.lengths,
     )
     return out.float(), lse.float()
+
+
+def _first_held(view: KVView) -> Tensor | None:
+    """The first position that each sequence still holds, or that it begins with; None when it is ``view.first``."""
+    if view.lengths is None:
+        return view.starts
+    held = torch.tensor(
+        [part.view.first for part in view.parts() for _ in range(part.view.batch)], device=view.lengths.device
+    )
+    return held if view.starts is None else torch.maximum(held, view.starts)

@@ -22,6 +22,7 @@ from ...masks import BlockMap
 from ...quant import Codec, Packed
 from ...spec import AttentionSpec, features
 from ...view import KVView
+from .. import ragged
 from . import calls
 from .native import describe, forced, level, missing
 
@@ -67,7 +68,7 @@ def tile(spec: AttentionSpec) -> tuple[int, int]:
 def attend(
     q: Tensor, view: KVView, spec: AttentionSpec, mask: Tensor | None, block_map: BlockMap | None, sinks: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    return calls.attend(q, view, spec, mask, block_map, sinks)
+    return ragged.attend(calls.attend, q, view, spec, mask, block_map, sinks)
 
 
 def why_not_append(layer: LayerCache) -> list[str]:

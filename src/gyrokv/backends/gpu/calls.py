@@ -141,14 +141,14 @@ class _Part:
         columns = spec.groups * spec.q_len
         problem = plan.Problem(
             k.row, v.row, columns, Q_TYPES[q.dtype], spec.dtype == torch.float32, spec.softcap > 0,
-            _MASKS[mask.dtype] if mask is not None else 0, spec.alibi > 0, False,
+            _MASKS[mask.dtype] if mask is not None else 0, spec.alibi > 0, segment.page_slots,
             k.row.kind == plan.TABLE and segment.k_format is segment.v_format, k.copy, v.copy, k.stride, v.stride,
             k.scale_stride, v.scale_stride,
         )  # fmt: skip
         self.plan = plan.plan(problem, _shared_memory(device.index))
         self.kernel = kernel("attend", self.plan.defines, device.index, self.plan.shared)
         self.row_tiles = -(-columns // self.plan.rows)
-        seen = segment.stop - segment.first
+        seen = segment.stop - segment.first if segment.keep is None else min(segment.stop - segment.first, segment.keep)
         if spec.window:
             seen = min(seen, spec.window + spec.q_len)
         tiles = -(-seen // self.plan.tile) + 1
@@ -158,19 +158,23 @@ class _Part:
         self.call = Attend(
             q=q.data_ptr(), q_strides=_strides(q)[:3], k=k.side, v=v.side,
             k_table=_pointer(self.held[2]), v_table=_pointer(self.held[3]),
-            length=view.length, base=segment.base, first=segment.first, stop=segment.stop, trail=0, keep=_FAR,
+            length=view.length, base=segment.base, first=segment.first, stop=segment.stop, trail=segment.trail,
+            keep=_FAR if segment.keep is None else segment.keep,
             kv_first=view.first, window=spec.window or 0, capacity=segment.capacity, q_heads=spec.q_heads,
             kv_heads=spec.kv_heads, q_len=spec.q_len, groups=spec.groups, causal=spec.causal, splits=self.splits,
             row_tiles=self.row_tiles, scale=spec.scale, softcap=spec.softcap, k_factor=k.row.factor,
             v_factor=v.row.factor, k_low=k.row.low, k_high=k.row.high, v_low=v.row.low, v_high=v.row.high,
         )  # fmt: skip
+        if segment.pages is not None:
+            self.call.pages, self.call.pages_batch = segment.pages.data_ptr(), segment.pages.stride(0)
+            self.call.page_slots = segment.page_slots
+        if view.lengths is not None:
+            self.call.lengths, self.call.lengths_batch = view.lengths.data_ptr(), _strides(view.lengths)[0]
         if mask is not None:
             self.call.mask, self.call.mask_strides = mask.data_ptr(), _strides(mask)
 
 
-def attend(
-    q: Tensor, view: KVView, spec: AttentionSpec, mask: Tensor | None, sinks: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def attend(q: Tensor, view: KVView, spec: AttentionSpec, mask: Tensor | None, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
     """The contract's ``attend``. Tensors that structures point to are held by the locals of this function."""
     if q.stride(3) != 1:
         q = q.contiguous()

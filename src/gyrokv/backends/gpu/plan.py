@@ -119,7 +119,8 @@ def why_not_row(fmt: KVFormat, head_dim: int) -> str:
 class Problem:
     """Everything that changes the code. ``stride``s: bytes from slot to slot where rows lie side by side, else 0.
 
-    ``columns``: query rows per KV head. ``copy``: alignment of rows in bytes (16, 8 or 4).
+    ``columns``: query rows per KV head. ``copy``: alignment of rows in bytes (16, 8 or 4). ``page_slots``: slots of a
+    page, a multiple of 16, or 0 without pages.
     """
 
     k: Row
@@ -130,7 +131,7 @@ class Problem:
     softcap: bool = False
     mask: int = 0
     alibi: bool = False
-    paged: bool = False
+    page_slots: int = 0
     same_table: bool = False
     k_copy: int = 16
     v_copy: int = 16
@@ -239,7 +240,8 @@ def _plan(problem: Problem, shared_memory: int) -> Plan:
     # long tiles cost less per token, unless they leave too few warps; bytes gain more from them than spilled registers cost
     tile, (most, warps) = 32, warps_of(32)
     tables = TABLE in (k.kind, v.kind)
-    if warps < most or not (v_int or _registers(problem, rows, terms, 32) + 24 * tables <= 176):
+    whole = problem.page_slots % 32 == 0  # a page holds whole tiles
+    if not whole or warps < most or not (v_int or _registers(problem, rows, terms, 32) + 24 * tables <= 176):
         tile, (most, warps) = 16, warps_of(16)
     per_stage = tile * (k_pitch + v_pitch)
     stages = 2 if warps * per_stage < _IN_FLIGHT and fixed + 2 * warps * per_stage <= room else 1
@@ -250,7 +252,7 @@ def _plan(problem: Problem, shared_memory: int) -> Plan:
         "V_KIND": v.kind, "V_BITS": v.bits, "V_SPAN": v.span, "V_SCALE32": int(v.wide_scale),
         "V_INT": int(v_int), "DV": v.dim,
         "ROWS": rows, "TERMS": terms, "Q_TYPE": problem.q_type, "SOFTCAP": int(problem.softcap), "MASK": problem.mask,
-        "ALIBI": int(problem.alibi), "PAGED": int(problem.paged), "SAME_TABLE": int(problem.same_table),
+        "ALIBI": int(problem.alibi), "PAGED": int(problem.page_slots > 0), "SAME_TABLE": int(problem.same_table),
         "FREE": int(not (tables and v.dim > 256)), "TILE": tile, "STAGES": stages, "WARPS": warps, "K_PITCH": k_pitch, "V_PITCH": v_pitch,
         "K_COPY": problem.k_copy, "V_COPY": problem.v_copy, "K_STRIDE": problem.k_stride, "V_STRIDE": problem.v_stride,
         "K_SCALE_STRIDE": problem.k_scale_stride, "V_SCALE_STRIDE": problem.v_scale_stride,
