@@ -22,7 +22,7 @@ from gyrokv.testing import assert_matches, inputs
 
 _MOST = 6  # cases that are run for one fault, spread over all that are relevant
 _FLOAT32 = 3e-5  # relative error of kernels whose operands are all of two terms
-_LOOP = "    __syncwarp();\n#pragma unroll\n    for (int i = 0; i < TILES; ++i)"
+_LOOP = "    __syncwarp();\n    KScales"
 _CAP = "float y = x + slope[j][e] * bias; x = (SOFTCAP ? p.softcap * tanhf(y / p.softcap) : y) * LOG2E;"
 
 
@@ -110,7 +110,7 @@ FAULTS = (
           attend("stage = stage + 1 == STAGES ? 0 : stage + 1;", "stage = 0;"), splits=1),
     Fault("a_ring_takes_the_next_tile_too_early", spec(long),
           attend("later = tile + STAGES * WARPS;", "later = tile + WARPS;"), splits=1),
-    Fault("scales_are_one_tile_late", spec(long), attend("fetch_scales(tile + WARPS);", "fetch_scales(tile);"), splits=1),
+    Fault("scales_are_one_tile_late", spec(long), attend("fetch_scales(free, tile + WARPS);", "fetch_scales(free, tile);"), splits=1),
     Fault("keys_have_not_arrived", spec(long),
           attend(f"    wait_copies<2 * STAGES - 1>();\n{_LOOP}", _LOOP), splits=1),
     Fault("the_first_warp_is_left_out", spec(plain),

@@ -10,6 +10,7 @@ import torch
 from gyrokv import BACKENDS, CapacityError, attend
 from gyrokv.backends.gpu import plan
 from gyrokv.cases import case, groups, kinds
+from gyrokv.dispatch import reasons
 from gyrokv.formats import FORMATS
 from gyrokv.testing import inputs
 
@@ -33,7 +34,10 @@ def test_parts_are_the_sequences():
 def test_lengths_change_without_a_new_view(name, settings, backend_here, device):
     """The same view after its lengths were written to attends to what they say then: nothing is kept from before."""
     backend_here(name)
-    data = inputs(case("q8_0", "turbo4", **RAGGED, **settings, device=device))
+    ragged = case("q8_0", "turbo4", **RAGGED, **settings, device=device)
+    if reasons(BACKENDS[name], ragged.spec):
+        return  # what is refused is told with the cases
+    data = inputs(ragged)
     before = attend(data.q, data.view, backend=name)
     data.view.lengths.sub_(torch.tensor([7, 0, 9], device=device))
     after = attend(data.q, data.view, backend=name)

@@ -226,12 +226,12 @@ class Kernel:
         self._attributes = (_LaunchAttribute * overlaps)(*[_LaunchAttribute(_PROGRAMMATIC, b"", 1)] * overlaps)
         self._function, self._launch, self._name, self._shared = function, driver.cuLaunchKernelEx, name, shared
 
-    def launch(self, grid: tuple[int, int, int], threads: int, stream: int, argument: ctypes.Structure) -> None:
-        """Start on ``stream`` (a CUstream). The kernel takes one structure by value, and waits itself for the kernels
-        before it: where the GPU can, its launch overlaps with their end."""
-        arguments = (ctypes.c_void_p * 1)(ctypes.addressof(argument))
+    def launch(self, grid: tuple[int, int, int], threads: int, stream: int, *arguments: ctypes.Structure | ctypes.Array) -> None:
+        """Start on ``stream`` (a CUstream), each argument by value. A kernel waits itself for the kernels before it:
+        where the GPU can, its launch overlaps with their end."""
+        places = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
         config = _LaunchConfig(*grid, threads, 1, 1, self._shared, stream, self._attributes, len(self._attributes))
-        status = self._launch(ctypes.byref(config), self._function, arguments, None)
+        status = self._launch(ctypes.byref(config), self._function, places, None)
         if status:
             _check_driver(status, f"{self._name}: launching {grid} x {threads}")
 
