@@ -33,7 +33,8 @@ def explain(spec: AttentionSpec) -> str:
             lines += [f"  {name}: cannot run because"] + [f"    {reason}" for reason in why]
         else:
             mark = " (chosen)" if name == chosen else "" if name in AUTO else "; never chosen, ask for it by name"
-            lines.append(f"  {name}: can run{mark}")
+            how = f": {backend.how(spec)}" if hasattr(backend, "how") else ""
+            lines.append(f"  {name}: can run{mark}{how}")
     return "\n".join(lines)
 
 

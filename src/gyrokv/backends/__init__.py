@@ -9,10 +9,12 @@
 
 and, optionally, ``append(layer, k, v) -> KVView`` with ``why_not_append(layer) -> list[str]``, and ``BOUND``: the
 relative error that tests allow (at most 2e-3) when the kernel itself rounds q or the weights below float32, and
-``FAST_BOUND`` (at most 3e-2) in its place for problems with the feature ``fast``.
+``FAST_BOUND`` (at most 3e-2) in its place for problems with the feature ``fast``, and ``how(spec) -> str``: which of its
+kernels runs a problem, and why.
 
 ``attend`` gets q ``[B, Hq, Tq, padded]`` in the space of the stored keys and returns out ``[B, Hq, Tq, padded]`` in
-the space of the stored values and lse ``[B, Hq, Tq]``, both float32: no backend knows of rotations. Features that
+the space of the stored values, float32 (or in the dtype of ``spec`` where no rotation follows), and lse
+``[B, Hq, Tq]``, float32: no backend knows of rotations. Features that
 ``UNDERSTANDS`` does not list become reasons by themselves (``dispatch.reasons``). Views with ``lengths`` or pages
 (``view.py``) are read where they lie: on an accelerator without waiting for it. A block map may be left unused.
 """

@@ -18,7 +18,7 @@ from ...layer import LayerCache
 from ...masks import BlockMap
 from ...spec import AttentionSpec, features
 from ...view import KVView
-from . import calls, encode, nvrtc, plan
+from . import calls, encode, nvrtc, plan, prefill
 
 __all__ = ["BOUND", "UNDERSTANDS", "append", "attend", "missing", "name", "tile", "why_not", "why_not_append"]
 
@@ -59,13 +59,31 @@ def why_not(spec: AttentionSpec) -> list[str]:
 
 
 def tile(spec: AttentionSpec) -> tuple[int, int]:
-    return min(spec.q_len, _TILE), _TILE
+    return prefill.tile(spec) if not _why_decode(spec) else (min(spec.q_len, _TILE), _TILE)
+
+
+def how(spec: AttentionSpec) -> str:
+    """Which kernels run ``spec``, and why."""
+    why = _why_decode(spec)
+    if why:
+        return f"decode: {why}"
+    return "prefill; packed rows are unpacked a bounded number of tokens at a time"
+
+
+def _why_decode(spec: AttentionSpec) -> str:
+    """Why the prefill kernels do not serve ``spec`` here; empty if they do."""
+    capability = torch.cuda.get_device_capability()
+    if capability[0] != 9:
+        return f"prefill needs compute capability 9.0 (this GPU has {capability[0]}.{capability[1]})"
+    return prefill.why_not(spec)
 
 
 def attend(
     q: Tensor, view: KVView, spec: AttentionSpec, mask: Tensor | None, block_map: BlockMap | None, sinks: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    return calls.attend(q, view, spec, mask, sinks)
+    if _why_decode(spec):
+        return calls.attend(q, view, spec, mask, sinks)
+    return prefill.attend(q, view, spec, mask, block_map, sinks)
 
 
 def why_not_append(layer: LayerCache) -> list[str]:

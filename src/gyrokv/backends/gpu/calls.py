@@ -17,7 +17,7 @@ from . import plan
 from .nvrtc import kernel
 
 Q_TYPES = {torch.float16: plan.F16, torch.bfloat16: plan.BF16, torch.float32: plan.F32}
-_MASKS = {torch.bool: 1, torch.float32: 2, torch.float16: 3, torch.bfloat16: 4}
+MASKS = {torch.bool: 1, torch.float32: 2, torch.float16: 3, torch.bfloat16: 4}
 _FAR = 2**62  # positions: no limit
 
 
@@ -108,7 +108,7 @@ def _table(fmt: KVFormat, row: plan.Row, device: torch.device) -> Tensor | None:
 
 
 @cache
-def _slopes(q_heads: int, max_bias: float, device: torch.device) -> Tensor:
+def head_slopes(q_heads: int, max_bias: float, device: torch.device) -> Tensor:
     return alibi_slopes(q_heads, max_bias).to(device, torch.float32)
 
 
@@ -126,7 +126,7 @@ def _pointer(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
-def _strides(t: Tensor) -> tuple[int, ...]:
+def strides(t: Tensor) -> tuple[int, ...]:
     """In elements, 0 for axes of one."""
     return tuple(0 if size == 1 else stride for size, stride in zip(t.shape, t.stride()))
 
@@ -141,7 +141,7 @@ class _Part:
         columns = spec.groups * spec.q_len
         problem = plan.Problem(
             k.row, v.row, columns, Q_TYPES[q.dtype], spec.dtype == torch.float32, spec.softcap > 0,
-            _MASKS[mask.dtype] if mask is not None else 0, spec.alibi > 0, segment.page_slots,
+            MASKS[mask.dtype] if mask is not None else 0, spec.alibi > 0, segment.page_slots,
             k.row.kind == plan.TABLE and segment.k_format is segment.v_format, k.copy, v.copy, k.stride, v.stride,
             k.scale_stride, v.scale_stride,
         )  # fmt: skip
@@ -156,7 +156,7 @@ class _Part:
         self.splits = plan.splits(units, tiles, self.plan.warps, _processors(device.index))
         self.held = k, v, _table(segment.k_format, k.row, device), _table(segment.v_format, v.row, device)
         self.call = Attend(
-            q=q.data_ptr(), q_strides=_strides(q)[:3], k=k.side, v=v.side,
+            q=q.data_ptr(), q_strides=strides(q)[:3], k=k.side, v=v.side,
             k_table=_pointer(self.held[2]), v_table=_pointer(self.held[3]),
             length=view.length, base=segment.base, first=segment.first, stop=segment.stop, trail=segment.trail,
             keep=_FAR if segment.keep is None else segment.keep,
@@ -169,9 +169,9 @@ class _Part:
             self.call.pages, self.call.pages_batch = segment.pages.data_ptr(), segment.pages.stride(0)
             self.call.page_slots = segment.page_slots
         if view.lengths is not None:
-            self.call.lengths, self.call.lengths_batch = view.lengths.data_ptr(), _strides(view.lengths)[0]
+            self.call.lengths, self.call.lengths_batch = view.lengths.data_ptr(), strides(view.lengths)[0]
         if mask is not None:
-            self.call.mask, self.call.mask_strides = mask.data_ptr(), _strides(mask)
+            self.call.mask, self.call.mask_strides = mask.data_ptr(), strides(mask)
 
 
 def attend(q: Tensor, view: KVView, spec: AttentionSpec, mask: Tensor | None, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -184,7 +184,7 @@ def attend(q: Tensor, view: KVView, spec: AttentionSpec, mask: Tensor | None, si
     lse = torch.empty((batch, q_heads, q_len), dtype=torch.float32, device=device)
     sinks = None if sinks is None else sinks.to(torch.float32).contiguous()
     starts = None if view.starts is None else view.starts.contiguous()
-    slopes = _slopes(q_heads, spec.alibi, device) if spec.alibi else None
+    slopes = head_slopes(q_heads, spec.alibi, device) if spec.alibi else None
     stream = torch.cuda.current_stream(device).cuda_stream
     with torch.cuda.device(device):
         parts = [_Part(segment, view, q, spec, mask) for segment in view.segments]

@@ -180,7 +180,7 @@ def _driver() -> ctypes.CDLL:
     return library
 
 
-def _check_driver(status: int, what: str) -> None:
+def check_driver(status: int, what: str) -> None:
     if status:
         text = ctypes.c_char_p()
         _driver().cuGetErrorName(status, ctypes.byref(text))
@@ -216,12 +216,12 @@ class Kernel:
         with torch.cuda.device(device):
             torch.cuda.current_stream().synchronize()  # makes the context exist
             load = driver.cuLibraryLoadData
-            _check_driver(load(ctypes.byref(self._library), code, None, None, 0, None, None, 0), f"{name}: loading")
-            _check_driver(driver.cuLibraryGetKernel(ctypes.byref(kernel), self._library, name.encode()), name)
-            _check_driver(driver.cuKernelGetFunction(ctypes.byref(function), kernel), name)
+            check_driver(load(ctypes.byref(self._library), code, None, None, 0, None, None, 0), f"{name}: loading")
+            check_driver(driver.cuLibraryGetKernel(ctypes.byref(kernel), self._library, name.encode()), name)
+            check_driver(driver.cuKernelGetFunction(ctypes.byref(function), kernel), name)
             if shared:  # more than 48 KiB, with what the kernel declares itself, must be asked for
                 status = driver.cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED, shared)
-                _check_driver(status, f"{name}: {shared} bytes of shared memory")
+                check_driver(status, f"{name}: {shared} bytes of shared memory")
         overlaps = torch.cuda.get_device_capability(device) >= (9, 0)
         self._attributes = (_LaunchAttribute * overlaps)(*[_LaunchAttribute(_PROGRAMMATIC, b"", 1)] * overlaps)
         self._function, self._launch, self._name, self._shared = function, driver.cuLaunchKernelEx, name, shared
@@ -233,7 +233,7 @@ class Kernel:
         config = _LaunchConfig(*grid, threads, 1, 1, self._shared, stream, self._attributes, len(self._attributes))
         status = self._launch(ctypes.byref(config), self._function, places, None)
         if status:
-            _check_driver(status, f"{self._name}: launching {grid} x {threads}")
+            check_driver(status, f"{self._name}: launching {grid} x {threads}")
 
 
 @cache

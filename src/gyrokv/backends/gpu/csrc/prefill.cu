@@ -1,0 +1,334 @@
+// Flash attention, forward, for many query rows on Hopper (Dao et al. 2022; Shah et al. 2024: warpgroups with roles).
+//
+// A block owns 64 query rows; at DV 512 their output is half of the register file. So roles are split by what they hold:
+//   load    warp 0: q once, then k in chunks [KEYS keys, 64 dims]; warp 1: v in parts [32 keys, the columns of a warpgroup]
+//   score   s = q k^T of a block of keys, the running softmax; weights go to shared memory, 16 bits, in slots of 64 keys
+//   value   o += p v: two warpgroups, each with its columns of the output
+// The tensor cores are never idle if there are values to multiply while a softmax runs; so weights are held back until most
+// of the next scores have been asked for (SEND). Maxima grow lazily, by 2^8 or not at all: the output is rarely rescaled, and
+// a slot says by which factor, and whether.
+//
+// A key costs 2 (DK + DV) bytes of L2 per block of 64 rows, and that is what limits long contexts. CLUSTER 2: two blocks with
+// 128 rows of one head take turns to load chunks for both. It costs waiting for each other; worth it once L2 no longer holds
+// the keys and values of a head (above some 24 MB).
+//
+// The host defines DK, DV (multiples of 64, at most 576), KEYS (128; 64 for DV > 512), CLUSTER (1, 2), K_STAGES, V_STAGES
+// (even), Q_TYPE (0 f16, 1 bf16: of q, k and v), OUT_TYPE (0 f16, 1 bf16, 2 f32), MASK (0 none, 1 boolean, 2 f32, 3 f16,
+// 4 bf16), SOFTCAP, ALIBI, ANY_SCALE (0: scale > 0). Head sizes between multiples of 64 are padded by the tensor maps.
+//
+// Launch: grid CLUSTER * batches * q_heads * ceil(q_len / (64 * CLUSTER)), block 512, shared memory BYTES:
+//   128 DK + 32768 + K_STAGES * 128 KEYS + V_STAGES * 64 up(DV / 2, 64) + 1280 + 8 (9 + 2 K_STAGES + 2 V_STAGES)
+// Tensor maps of q, k, v: 16 bits, dims (dim, token, head, batch), true sizes and strides, swizzle of 128 bytes, zeros out of
+// bounds, boxes q (64, 64, 1, 1), k (64, KEYS, 1, 1), v (64, 32, 1, 1).
+constexpr int ROWS = 64 * CLUSTER, BLOCKS = CLUSTER;
+#include "prefill.cuh"
+
+constexpr int CHUNKS = DK / 64;
+constexpr int COLUMNS_A = (DV / 64 + 1) / 2 * 64, COLUMNS_B = DV - COLUMNS_A, VALUE_GROUPS = COLUMNS_B ? 2 : 1;
+#ifndef SEND
+#define SEND (MASK ? 0 : 99)  // masks take the registers of the weights
+#endif
+constexpr int SEND_AT = SEND < CHUNKS ? SEND : CHUNKS - 1;  // chunk of the next scores after which weights leave
+constexpr int SLOTS = 4;
+
+constexpr int SLOT_BYTES = 64 * 128, FACTOR_BYTES = 80;  // factors: of a warp's 16 rows, whether any is not 1
+constexpr int K_BYTES = KEYS * 128, V_BYTES = 32 * COLUMNS_A * 2;
+constexpr int P_AT = 64 * DK * 2, K_AT = P_AT + SLOTS * SLOT_BYTES, V_AT = K_AT + K_STAGES * K_BYTES;
+constexpr int FACTORS_AT = V_AT + V_STAGES * V_BYTES, BARRIERS_AT = FACTORS_AT + SLOTS * 4 * FACTOR_BYTES;
+constexpr int Q_FULL = 0, K_FULL = 1, K_EMPTY = K_FULL + K_STAGES, V_FULL = K_EMPTY + K_STAGES, V_EMPTY = V_FULL + V_STAGES;
+constexpr int P_FULL = V_EMPTY + V_STAGES, P_EMPTY = P_FULL + SLOTS, BARRIERS = P_EMPTY + SLOTS;
+constexpr int BYTES = BARRIERS_AT + 8 * BARRIERS;
+static_assert(BYTES <= 232448, "shared memory of a block");
+static_assert(K_STAGES >= 2 && V_STAGES >= 2, "a product runs while the next operand arrives");
+static_assert(V_STAGES % 2 == 0, "a stage always serves the same warpgroup: it may be two rounds ahead of the other");
+
+// registers of a thread, by role: all that is left goes to the scores
+constexpr int LOAD_REGISTERS = 24;
+__device__ constexpr int value_registers(int columns) { return columns ? columns / 2 + 32 : LOAD_REGISTERS; }
+constexpr int A_REGISTERS = value_registers(COLUMNS_A), B_REGISTERS = value_registers(COLUMNS_B);
+constexpr int REST = 512 - LOAD_REGISTERS - A_REGISTERS - B_REGISTERS, SCORE_REGISTERS = REST < 240 ? REST : 240;
+
+extern __shared__ __align__(1024) char memory[];
+
+INLINE u32 barrier(u32 shared, int index) { return shared + BARRIERS_AT + 8 * index; }
+
+// One warp each; one of its lanes asks for copies. Of a cluster, each block loads every other chunk, for both.
+INLINE void load_part(u32 to, const TensorMap* map, int dim, int token, int head, int batch, u32 full, bool mine) {
+  if constexpr (CLUSTER == 1) load_box(to, map, dim, token, head, batch, full);
+  else if (mine) load_box(to, map, dim, token, head, batch, full, (u16)3);
+}
+
+INLINE void load_keys(const TensorMap* q_map, const TensorMap* k_map, const Tile& tile, u32 shared, u32 rank) {
+  Ring<K_STAGES> ring;
+  if (tile.block < 0) return;
+  if (elected()) {
+    arrive_expect(barrier(shared, Q_FULL), 64 * DK * 2);
+    for (int c = 0; c < CHUNKS; ++c)
+      load_box(shared + c * 8192, q_map, c * 64, tile.row + rank * 64, tile.head, tile.batch, barrier(shared, Q_FULL));
+  }
+  u32 turn = rank;
+  for (int block = tile.block; block >= 0; block = tile.seen(block - 1))
+    for (int c = 0; c < CHUNKS; ++c, ++turn, ring.advance()) {
+      u32 full = barrier(shared, K_FULL + ring.stage), to = shared + K_AT + ring.stage * K_BYTES;
+      wait(barrier(shared, K_EMPTY + ring.stage), ring.parity ^ 1);
+      if (elected()) {
+        arrive_expect(full, K_BYTES);
+        load_part(to, k_map, c * 64, block * KEYS, tile.kv_head, tile.batch, full, turn % 2);
+      }
+    }
+}
+
+INLINE void load_values(const TensorMap* v_map, const Tile& tile, u32 shared, u32 rank) {
+  Ring<V_STAGES> ring;
+  for (int block = tile.block; block >= 0; block = tile.seen(block - 1))
+    for (int part = 0; part < KEYS / 32; ++part)
+      for (int which = 0; which < VALUE_GROUPS; ++which, ring.advance()) {
+        u32 full = barrier(shared, V_FULL + ring.stage), to = shared + V_AT + ring.stage * V_BYTES;
+        int columns = which ? COLUMNS_B : COLUMNS_A, from = which * COLUMNS_A, key = block * KEYS + part * 32;
+        wait(barrier(shared, V_EMPTY + ring.stage), ring.parity ^ 1);
+        if (elected()) {
+          arrive_expect(full, columns * 64);
+          for (int c = 0; c < columns; c += 64)
+            load_part(to + c * 64, v_map, from + c, key, tile.kv_head, tile.batch, full, c / 64 % 2 == rank);
+        }
+      }
+}
+
+// A warp's share of a slot: 16 rows of weights, their factors.
+struct Sender {
+  Ring<SLOTS> ring;
+  u32 shared;
+  int warp, lane;
+
+  INLINE u32 weights() const { return shared + P_AT + ring.stage * SLOT_BYTES + warp * 2048; }
+  INLINE u32 factors() const { return shared + FACTORS_AT + (ring.stage * 4 + warp) * FACTOR_BYTES; }
+  INLINE void open(float a, float b, bool any) {
+    wait(barrier(shared, P_EMPTY + ring.stage), ring.parity ^ 1);
+    if (lane % 4 == 0) {
+      store_shared(factors() + lane, a);
+      store_shared(factors() + 32 + lane, b);
+    }
+    if (lane == 0) store_shared(factors() + 64, any ? 1.0f : 0.0f);
+  }
+  INLINE void close() {
+    fence_async();
+    __syncwarp();
+    if (lane == 0) arrive(barrier(shared, P_FULL + ring.stage));
+    ring.advance();
+  }
+};
+
+// the weights of a block, to shared memory
+INLINE void send(Sender& to, const Softmax& softmax, const u32 (&w)[UNITS][4]) {
+  int row = to.lane % 16;
+#pragma unroll
+  for (int unit = 0; unit < UNITS; ++unit) {
+    bool first = unit == 0;
+    if (unit % 4 == 0) to.open(first ? softmax.factor[0] : 1.0f, first ? softmax.factor[1] : 1.0f, first && softmax.grown);
+    int column = 2 * (unit % 4) + to.lane / 16;
+    store_matrices(to.weights() + row * 128 + ((column ^ (row % 8)) << 4), w[unit][0], w[unit][1], w[unit][2], w[unit][3]);
+    if (unit % 4 == 3) to.close();
+  }
+}
+
+INLINE void score_role(const Prefill& p, const Tile& tile, u32 shared, u32 rank) {
+  int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, row = tile.row + rank * 64 + warp * 16 + lane / 4;
+  float slope = ALIBI ? p.slopes[tile.head] : 1.0f, scale = p.scale * LOG2E;
+  Softmax softmax;
+  Sender to{{}, shared, warp, lane};
+  Ring<K_STAGES> ring;
+  auto multiply = [&](float (&s)[SCORES], int c) {
+    wait(barrier(shared, K_FULL + ring.stage), ring.parity);
+    Operand a(shared + c * 8192), b(shared + K_AT + ring.stage * K_BYTES);
+    products_begin();
+#pragma unroll
+    for (int i = 0; i < 4; ++i) product<KEYS, BF16, 0>(s, a.at(32 * i), b.at(32 * i), c + i > 0);
+    products_commit();
+    ring.advance();
+  };
+  const u32 empty = CLUSTER == 2 ? in_block(barrier(shared, K_EMPTY), lane % 2) : 0;
+  auto release = [&](u32 stage) {
+    if (CLUSTER == 2) {
+      if (lane < 2) arrive_in_cluster(empty + 8 * stage);
+    } else if (lane == 0) {
+      arrive(barrier(shared, K_EMPTY + stage));
+    }
+  };
+  float s[SCORES];
+  u32 w[UNITS][4];
+  if (tile.block >= 0) wait(barrier(shared, Q_FULL), 0);
+  for (int block = tile.block; block >= 0; block = tile.seen(block - 1)) {
+    Mask mask;
+#pragma unroll
+    for (int c = 0; c < CHUNKS; ++c) {
+      multiply(s, c);
+      if (c) {
+        products_wait<1>();
+        release((ring.stage + 2 * K_STAGES - 2) % K_STAGES);
+      }
+      if (c == SEND_AT) {
+        if (block != tile.block) send(to, softmax, w);
+        if constexpr (MASK > 0) mask.load(p, tile, block, row, lane % 4);
+      }
+    }
+    products_wait<0>();
+    settle(s);
+    release((ring.stage + K_STAGES - 1) % K_STAGES);
+    softmax.begin(s, p, Range(p, block, row, lane % 4), mask, slope);
+#pragma unroll
+    for (int unit = 0; unit < UNITS; ++unit) softmax.weights(s, unit, scale, w[unit]);
+  }
+  if (tile.block >= 0) send(to, softmax, w);
+  float last[2];
+  softmax.finish(last, p, tile, row, lane % 4);
+  to.open(last[0], last[1], true);
+  to.close();
+}
+
+// 64 rows and COLUMNS columns of the output, in products of at most 128: the assembler has 128 registers to place one in
+template <int COLUMNS>
+struct Output {
+  static constexpr int A = COLUMNS < 128 ? COLUMNS : 128, B = COLUMNS - A < 128 ? COLUMNS - A : 128, C = COLUMNS - A - B;
+  float a[A / 2], b[B ? B / 2 : 1], c[C ? C / 2 : 1];
+
+  template <class F>
+  INLINE void each(F f) {
+#pragma unroll
+    for (int i = 0; i < A / 2; ++i) f(a[i], i);
+#pragma unroll
+    for (int i = 0; i < B / 2; ++i) f(b[i], i);
+#pragma unroll
+    for (int i = 0; i < C / 2; ++i) f(c[i], i);
+  }
+  INLINE float at(int i) const { return i < A / 2 ? a[i] : i < (A + B) / 2 ? b[i - A / 2] : c[i - (A + B) / 2]; }
+  INLINE void settle() {
+    each([](float& x, int) { asm volatile("" : "+f"(x)::"memory"); });
+  }
+  INLINE void multiply(u64 weights, Operand v, int at) {  // 16 keys, chunks of 64 columns 4096 bytes apart
+    product<A, BF16, 1>(a, weights, v.at(at), 1);
+    if constexpr (B > 0) product<B, BF16, 1>(b, weights, v.at(at + A * 64), 1);
+    if constexpr (C > 0) product<C, BF16, 1>(c, weights, v.at(at + (A + B) * 64), 1);
+  }
+};
+
+template <int COLUMNS>
+INLINE void value_role(const Prefill& p, const Tile& tile, u32 shared, u32 rank, int which) {
+  int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+  Output<COLUMNS> o;
+  o.each([](float& x, int) { x = 0.0f; });
+  Ring<SLOTS> slots;
+  Ring<V_STAGES> ring;
+  if (which) ring.advance();
+  auto rescale = [&](bool always) {
+    u32 factors = shared + FACTORS_AT + (slots.stage * 4 + warp) * FACTOR_BYTES;
+    if (always || load_shared_f32(factors + 64) != 0.0f) {
+      float f[2] = {load_shared_f32(factors + lane / 4 * 4), load_shared_f32(factors + 32 + lane / 4 * 4)};
+      o.each([&](float& x, int i) { x *= f[i / 2 % 2]; });
+    }
+  };
+  const u32 empty = CLUSTER == 2 ? in_block(barrier(shared, V_EMPTY), lane % 2) : 0;
+  auto release = [&](u32 stage) {
+    if (CLUSTER == 2) {
+      if (lane < 2) arrive_in_cluster(empty + 8 * stage);
+    } else if (lane == 0) {
+      arrive(barrier(shared, V_EMPTY + stage));
+    }
+  };
+  for (int block = tile.block; block >= 0; block = tile.seen(block - 1)) {
+#pragma unroll 1
+    for (int slot = 0; slot < KEYS / 64; ++slot) {
+      wait(barrier(shared, P_FULL + slots.stage), slots.parity);
+      rescale(false);
+      o.settle();
+      Operand a(shared + P_AT + slots.stage * SLOT_BYTES);
+      u32 before = 0;
+#pragma unroll
+      for (int part = 0; part < 2; ++part) {
+        wait(barrier(shared, V_FULL + ring.stage), ring.parity);
+        Operand v(shared + V_AT + ring.stage * V_BYTES, 4096);
+        products_begin();
+#pragma unroll
+        for (int i = 0; i < 2; ++i) o.multiply(a.at(64 * part + 32 * i), v, 2048 * i);
+        products_commit();
+        if (part) {
+          products_wait<1>();
+          release(before);
+        }
+        before = ring.stage;
+        ring.advance(VALUE_GROUPS);
+      }
+      products_wait<0>();
+      o.settle();
+      release(before);
+      if (lane == 0) arrive(barrier(shared, P_EMPTY + slots.stage));
+      slots.advance();
+    }
+  }
+  wait(barrier(shared, P_FULL + slots.stage), slots.parity);
+  rescale(true);
+  int row = tile.row + rank * 64 + warp * 16 + lane / 4;
+  int column = which * COLUMNS_A + 2 * (lane % 4);
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    if (row + 8 * r >= p.q_len) break;
+    i64 at = tile.batch * p.out_batch + tile.head * p.out_head + (row + 8 * r) * p.out_token + column;
+#pragma unroll
+    for (int j = 0; j < COLUMNS / 8; ++j) {
+      if (column + 8 * j >= p.dv) break;
+      store(p, at + 8 * j, o.at(4 * j + 2 * r), o.at(4 * j + 2 * r + 1));
+    }
+  }
+}
+
+#if CLUSTER == 2
+#define SHAPE __cluster_dims__(2, 1, 1) __launch_bounds__(512, 1)
+#else
+#define SHAPE __launch_bounds__(512, 1)
+#endif
+extern "C" __global__ void SHAPE
+    prefill(const __grid_constant__ Prefill p, const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
+            const __grid_constant__ TensorMap v_map) {
+  wait_for_earlier_kernels();
+  let_later_kernels_start();
+  u32 shared = shared_address(memory), rank = CLUSTER == 2 ? cluster_rank() : 0;
+  int warp = __shfl_sync(~0u, (int)threadIdx.x / 32, 0);
+  if (threadIdx.x == 0) {
+    auto init = [&](int from, int many, int count) {
+      for (int i = 0; i < many; ++i) barrier_init(barrier(shared, from + i), count);
+    };
+    init(Q_FULL, 1, 1);
+    init(K_FULL, K_STAGES, 1);
+    init(K_EMPTY, K_STAGES, 4 * CLUSTER);
+    init(V_FULL, V_STAGES, 1);
+    init(V_EMPTY, V_STAGES, 4 * CLUSTER);
+    init(P_FULL, SLOTS, 4);
+    init(P_EMPTY, SLOTS, 4 * VALUE_GROUPS);
+    fence_barrier_init();
+    prefetch(&q_map);
+    prefetch(&k_map);
+    prefetch(&v_map);
+  }
+  if (CLUSTER == 2) cluster_sync();
+  else __syncthreads();
+  const Tile tile(p);
+  if (warp < 4) {
+    registers<LOAD_REGISTERS, 128>();
+    if (warp == 0) load_keys(&q_map, &k_map, tile, shared, rank);
+    if (warp == 1) load_values(&v_map, tile, shared, rank);
+  } else if (warp < 8) {
+    registers<SCORE_REGISTERS, 128>();
+    score_role(p, tile, shared, rank);
+  } else if (warp < 12 || COLUMNS_A == COLUMNS_B) {
+    registers<A_REGISTERS, 128>();
+    value_role<COLUMNS_A>(p, tile, shared, rank, warp >= 12);
+  } else if constexpr (COLUMNS_B > 0) {
+    registers<B_REGISTERS, 128>();
+    value_role<COLUMNS_B>(p, tile, shared, rank, 1);
+  } else {
+    registers<LOAD_REGISTERS, 128>();
+  }
+  if (CLUSTER == 2) {  // the other block may still send here
+    __syncwarp();
+    cluster_sync();
+  }
+}

@@ -1,0 +1,350 @@
+"""Many query rows at once, on Hopper: tensor maps, staging of packed rows, results of pieces of the keys joined.
+
+16-bit rows are read where they lie; rows of other formats are unpacked to 16 bits, a bounded number of tokens at a time
+(csrc/unpack.cu), so that the workspace does not grow with the context. The kernels are csrc/prefill.cu and
+prefill_narrow.cu; ``plan`` says which serves what, and with which constants.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_char, c_float, c_int, c_int64, c_uint32, c_uint64, c_void_p
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from ...formats import KVFormat, dense_format
+from ...masks import BlockMap
+from ...quant import Packed, code_values, saturate, scale_divisor
+from ...spec import AttentionSpec
+from ...view import KVView, Segment
+from . import calls, nvrtc
+from .plan import TABLE, row_of
+
+FEWEST_QUERIES = 33  # below, decode reads every key once for all of them
+_DTYPES = (torch.float16, torch.bfloat16)
+_STAGED = 128 * 2**20  # bytes of K and V that are unpacked at a time
+_PART = 64 * 2**20  # bytes of results that wait to be joined
+_UNPACK_THREADS, _JOIN_THREADS = 256, 128
+
+
+class Prefill(ctypes.Structure):
+    _fields_ = [
+        ("out", c_void_p), ("out_strides", c_int64 * 3), ("lse", c_void_p), ("sinks", c_void_p), ("slopes", c_void_p),
+        ("mask", c_void_p), ("mask_strides", c_int64 * 4), ("map", c_void_p), ("map_strides", c_int64 * 3),
+        ("q_heads", c_int), ("groups", c_int), ("q_len", c_int), ("kv_len", c_int), ("tiles", c_int), ("section", c_int),
+        ("pairs", c_int), ("causal", c_int), ("window", c_int), ("first", c_int), ("dv", c_int), ("scale", c_float),
+        ("softcap", c_float),
+    ]  # fmt: skip
+
+
+class Unpack(ctypes.Structure):
+    _fields_ = [
+        ("source", calls.Side), ("table", c_void_p), ("to", c_void_p), ("to_batch", c_int64), ("to_head", c_int64),
+        ("pages", c_void_p), ("pages_batch", c_int64), ("page_slots", c_int64), ("slot", c_int64),
+        ("count", c_int), ("capacity", c_int), ("heads", c_int),
+    ]  # fmt: skip
+
+
+class Join(ctypes.Structure):
+    _fields_ = [
+        ("out", c_void_p), ("lse", c_void_p), ("part", c_void_p), ("part_lse", c_void_p), ("out_strides", c_int64 * 3),
+        ("lse_strides", c_int64 * 2), ("heads", c_int), ("tokens", c_int), ("dim", c_int),
+    ]  # fmt: skip
+
+
+def why_not(spec: AttentionSpec) -> str:
+    """Why the decode kernel serves ``spec`` instead; empty if these do (on compute capability 9.0)."""
+    if spec.q_len < FEWEST_QUERIES:
+        return f"q_len={spec.q_len} (below {FEWEST_QUERIES}, decode reads each key once for all rows)"
+    if spec.dtype not in _DTYPES:
+        return f"dtype={spec.dtype}"
+    used = sorted(spec.uses() & {"starts", "lengths", "paged"})
+    return f"the feature {used[0]}" if used else ""
+
+
+# -- pieces of the keys
+
+
+@dataclass(frozen=True)
+class Piece:
+    """``count`` keys of positions ``first`` on, in consecutive slots of a segment. ``stored``: read where they lie."""
+
+    segment: Segment
+    slot: int
+    first: int
+    count: int
+    stored: bool
+
+
+def _pieces(view: KVView, spec: AttentionSpec, most: int) -> list[Piece]:
+    """The keys that some query sees; rows to unpack in pieces of at most ``most``."""
+    low = 0 if spec.window is None else max(0, view.length - spec.q_len - spec.window + 1)
+    dense, pieces = dense_format(spec.dtype), []
+    for segment in view.segments:
+        formats, first = (segment.k_format, segment.v_format), max(segment.first, low)
+        stored = all(f is dense and _mappable(p.words) for f, p in zip(formats, (segment.k, segment.v)))
+        for slot, count in segment.runs(first, segment.stop):
+            step = count if stored else most
+            pieces += [Piece(segment, slot + i, first + i, min(step, count - i), stored) for i in range(0, count, step)]
+            first += count
+    return pieces
+
+
+def _mappable(t: Tensor) -> bool:
+    """Can a tensor map describe ``t [B, H, T, D]`` of 16-bit values?"""
+    strides = [s * 2 for s, n in zip(t.stride()[:3], t.shape) if n > 1]
+    return t.stride(3) == 1 and t.data_ptr() % 16 == 0 and all(s % 16 == 0 and s > 0 for s in strides)
+
+
+class _Staging:
+    """Room for the unpacked rows of one piece."""
+
+    def __init__(self, view: KVView, spec: AttentionSpec, stream: int) -> None:
+        self._codecs, self._dtype, self._stream = (view.k_codec, view.v_codec), spec.dtype, stream
+        self._shape, self._device = (spec.batch, spec.kv_heads), view.device
+        self._rows: list[Tensor] = []
+        self.most = max(128, _STAGED // (spec.batch * spec.kv_heads * sum(c.padded for c in self._codecs) * 2) // 128 * 128)
+
+    def rows(self, piece: Piece, longest: int) -> list[Tensor]:
+        """k ``[B, Hkv, count, Dk]`` and v of a piece; the next call may overwrite them."""
+        segment, packed = piece.segment, (piece.segment.k, piece.segment.v)
+        if piece.stored:
+            return [p.words.narrow(2, piece.slot, piece.count) for p in packed]
+        if not self._rows:
+            sizes = [(*self._shape, longest, c.padded) for c in self._codecs]
+            self._rows = [torch.empty(size, dtype=self._dtype, device=self._device) for size in sizes]
+        rows = [t.narrow(2, 0, piece.count) for t in self._rows]
+        for codec, fmt, source, to in zip(self._codecs, (segment.k_format, segment.v_format), packed, rows):
+            _unpack(source, fmt, codec, to, piece.slot, segment.capacity, self._stream)
+        return rows
+
+
+@cache
+def _values(fmt_id: int, device: torch.device, head_dim: int) -> Tensor:
+    fmt = _known[fmt_id]
+    return (code_values(fmt) / scale_divisor(fmt, head_dim)).to(device)
+
+
+_known: dict[int, KVFormat] = {}  # by identity: hashing a row hashes all of its levels
+
+
+def _unpack(packed: Packed, fmt: KVFormat, codec, to: Tensor, slot: int, capacity: int, stream: int) -> None:
+    device = to.device
+    row = row_of(fmt, codec.head_dim, codec.padded)
+    rows = calls.Rows(packed, row)
+    table = None
+    if fmt.has_levels:
+        _known.setdefault(id(fmt), fmt)
+        table = _values(id(fmt), device, codec.head_dim)
+    defines = (
+        ("ROW_KIND", TABLE if fmt.has_levels else row.kind), ("ROW_BITS", fmt.bits), ("ROW_DIM", row.dim),
+        ("ROW_SPAN", row.span), ("WIDE_SCALE", int(row.wide_scale)), ("OUT_BF16", int(to.dtype == torch.bfloat16)),
+    )  # fmt: skip
+    call = Unpack(
+        rows.side, 0 if table is None else table.data_ptr(), to.data_ptr(), to.stride(0), to.stride(1), 0, 0, 1, slot,
+        to.shape[2], capacity, to.shape[1],
+    )  # fmt: skip
+    blocks = -(-to.shape[2] * (row.dim // 8) // _UNPACK_THREADS)
+    nvrtc.kernel("unpack", defines, device.index).launch((blocks, to.shape[1], to.shape[0]), _UNPACK_THREADS, stream, call)
+
+
+# -- kernels
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a kernel is compiled with, and its launch. ``dk``, ``dv``: multiples of 64; others are padded by tensor maps."""
+
+    dk: int
+    dv: int
+    q_type: int
+    out_type: int
+    mask: int
+    softcap: bool
+    alibi: bool
+    any_scale: bool
+
+    @property
+    def groups(self) -> int:
+        """Warpgroups that attend in the narrow kernel, whose output fits beside the scores; 0: the wide kernel."""
+        return 0 if self.dv > 128 or self.dk > 192 else 3 if self.dv == 64 and not self.mask else 2
+
+    @property
+    def rows(self) -> int:
+        return 64 * max(self.groups, 1)
+
+    @property
+    def threads(self) -> int:
+        return 128 * (self.groups + 1) if self.groups else 512
+
+    @property
+    def keys(self) -> int:
+        return 128 if self.dv <= 512 else 64
+
+    @property
+    def boxes(self) -> tuple[int, int, int]:
+        """Tokens of a box of q, k and v."""
+        return (64, self.keys, self.keys) if self.groups else (64, self.keys, 32)
+
+    @property
+    def _parts(self) -> tuple[int, int, int, int]:
+        """Bytes of shared memory: before the rings, of a stage of k and of v, after them."""
+        if self.groups:
+            return self.groups * 128 * self.dk, 256 * self.dk, 256 * self.dv, 0
+        return 128 * self.dk + 4 * 8192, 128 * self.keys, 64 * ((self.dv // 64 + 1) // 2 * 64), 16 * 80 + 64
+
+    @property
+    def stages(self) -> tuple[int, int]:
+        """Stages of k and of v, as many as fit; those of v in twos where two warpgroups take turns."""
+        before, k, v, after = self._parts
+        left = _SHARED - before - after - 8 - 4 * 8 * 6
+        if self.groups:
+            return (min(4, left // (k + v)),) * 2
+        many = next(n for n in (6, 4, 2) if n * v + max(2, n - 1) * k <= left)
+        return min(6, (left - many * v) // k), many
+
+    @property
+    def shared(self) -> int:
+        (before, k, v, after), (many_k, many_v) = self._parts, self.stages
+        return before + many_k * k + many_v * v + after + 8 * (1 + 2 * many_k + 2 * many_v)
+
+    @property
+    def defines(self) -> tuple[tuple[str, int], ...]:
+        k, v = self.stages
+        own = {"GROUPS": self.groups} if self.groups else {"CLUSTER": 1, "EXCHANGE": 0, "SEND": 0 if self.mask else 7}
+        names = {
+            "DK": self.dk, "DV": self.dv, "KEYS": self.keys, "K_STAGES": k, "V_STAGES": v, "Q_TYPE": self.q_type,
+            "OUT_TYPE": self.out_type, "MASK": self.mask, "SOFTCAP": int(self.softcap), "ALIBI": int(self.alibi),
+            "ANY_SCALE": int(self.any_scale),
+        }  # fmt: skip
+        return tuple((names | own).items())
+
+    @property
+    def kernel(self) -> str:
+        return "prefill_narrow" if self.groups else "prefill"
+
+
+_SHARED = 232448  # bytes of a block on compute capability 9.0
+_SECTION = 24 * 2**20  # bytes of K and V that blocks read at a time, to stay in L2
+
+
+def shape(spec: AttentionSpec, dims: tuple[int, int], out: torch.dtype, mask: int) -> Shape:
+    """The kernel of a problem whose stored rows have ``dims`` values. ``mask``: its type, 0 for none."""
+    dk, dv = (-(-d // 64) * 64 for d in dims)
+    types = calls.Q_TYPES[spec.dtype], calls.Q_TYPES[out]
+    return Shape(dk, dv, *types, mask, spec.softcap > 0, spec.alibi > 0, spec.scale <= 0)
+
+
+def tile(spec: AttentionSpec) -> tuple[int, int]:
+    """Queries and keys of a tile."""
+    dims = spec.k_format.layout(spec.head_dim)[0], spec.v_format.layout(spec.head_dim_v)[0]
+    found = shape(spec, dims, spec.dtype, int(spec.mask is not None))
+    return found.rows, found.keys
+
+
+@cache
+def _encode_map():
+    return ctypes.CDLL("libcuda.so.1").cuTensorMapEncodeTiled
+
+
+def _tensor_map(x: Tensor, tokens: int) -> ctypes.Array:
+    """x ``[B, H, T, D]`` of 16 bits in boxes of 64 dims and ``tokens`` tokens: swizzle of 128 bytes, zeros beyond its end."""
+    room = (c_char * 192)()
+    at = -ctypes.addressof(room) % 64
+    sizes = (c_uint64 * 4)(*reversed(x.shape))
+    strides = (c_uint64 * 3)(*(s * 2 if n > 1 else 16 for s, n in reversed(list(zip(x.stride()[:3], x.shape)))))
+    box, steps = (c_uint32 * 4)(64, tokens, 1, 1), (c_uint32 * 4)(1, 1, 1, 1)
+    element = 9 if x.dtype == torch.bfloat16 else 6  # CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, _FLOAT16
+    made = (c_char * 128).from_buffer(room, at)
+    nvrtc.check_driver(
+        _encode_map()(ctypes.byref(made), element, 4, c_void_p(x.data_ptr()), sizes, strides, box, steps, 0, 3, 3, 0),
+        f"tensor map of {tuple(x.shape)}, strides {x.stride()}",
+    )
+    return made
+
+
+def attend(
+    q: Tensor, view: KVView, spec: AttentionSpec, mask: Tensor | None, block_map: BlockMap | None, sinks: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The contract's ``attend``; out in the dtype of ``spec`` where nothing but a cast would follow."""
+    q = saturate(q, spec.dtype)
+    call = _Call(q if _mappable(q) else q.contiguous(), view, spec, mask, sinks)
+    with torch.cuda.device(q.device):
+        staging = _Staging(view, spec, call.stream)
+        pieces = _pieces(view, spec, staging.most)
+        alone = len(pieces) == 1
+        out, lse = call.results(spec.q_len, spec.dtype if alone and view.v_codec.identity else torch.float32)
+        longest = max((piece.count for piece in pieces if not piece.stored), default=0)
+        for i, piece in enumerate(pieces):
+            k, v = staging.rows(piece, longest)
+            if i == 0:
+                call.launch(0, spec.q_len, piece.first, k, v, out, lse, block_map if alone else None, call.sinks)
+            else:
+                call.join(piece.first, k, v, out, lse)
+        if not pieces:
+            out.zero_()
+            lse.copy_(torch.full_like(lse, -torch.inf) if sinks is None else call.sinks[None, :, None].expand_as(lse))
+    return out, lse
+
+
+class _Call:
+    """What the launches of one call share."""
+
+    def __init__(self, q: Tensor, view: KVView, spec: AttentionSpec, mask: Tensor | None, sinks: Tensor | None) -> None:
+        self.q, self.view, self.spec, self.mask = q, view, spec, mask
+        self.sinks = None if sinks is None else sinks.to(torch.float32).contiguous()
+        self.slopes = calls.head_slopes(spec.q_heads, spec.alibi, q.device) if spec.alibi else None
+        self.stream = torch.cuda.current_stream(q.device).cuda_stream
+        self.dims = view.k_codec.padded, view.v_codec.padded
+
+    def results(self, tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        sizes, device = (self.spec.batch, self.spec.q_heads, tokens), self.q.device
+        return torch.empty((*sizes, self.dims[1]), dtype=dtype, device=device), torch.empty(sizes, device=device)
+
+    def launch(
+        self, low: int, high: int, first: int, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+        block_map: BlockMap | None = None, sinks: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """Queries ``low`` to ``high`` over keys of positions ``first`` on; ``out`` and ``lse`` are of these queries."""
+        spec, mask, q = self.spec, self.mask, self.q[:, :, low:high]
+        made = shape(spec, self.dims, out.dtype, 0 if mask is None else calls.MASKS[mask.dtype])
+        heads, keys = spec.batch * spec.kv_heads, k.shape[2]
+        tiles = -(-q.shape[2] // made.rows)
+        call = Prefill(
+            out=out.data_ptr(), out_strides=out.stride()[:3], lse=lse.data_ptr(),
+            sinks=0 if sinks is None else sinks.data_ptr(), slopes=0 if self.slopes is None else self.slopes.data_ptr(),
+            q_heads=spec.q_heads, groups=spec.groups, q_len=q.shape[2], kv_len=keys, tiles=tiles,
+            section=max(1, min(heads, _SECTION // (keys * sum(self.dims) * 2))), pairs=heads, causal=spec.causal,
+            window=spec.window or 0, first=self.view.length - spec.q_len + low - first, dv=self.dims[1],
+            scale=spec.scale, softcap=spec.softcap,
+        )  # fmt: skip
+        if mask is not None:
+            strides = calls.strides(mask)
+            at = low * strides[2] + (first - self.view.first) * strides[3]
+            call.mask, call.mask_strides = mask.data_ptr() + at * mask.element_size(), strides
+        if block_map is not None:
+            call.map, call.map_strides = block_map.states.data_ptr(), calls.strides(block_map.states)[:3]
+        maps = [_tensor_map(x, tokens) for x, tokens in zip((q, k, v), made.boxes)]
+        kernel = nvrtc.kernel(made.kernel, made.defines, q.device.index, made.shared)
+        kernel.launch((heads * spec.groups * tiles, 1, 1), made.threads, self.stream, call, *maps)
+
+    def join(self, first: int, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
+        """Add keys of positions ``first`` on to out and lse, a bounded number of queries at a time."""
+        spec, dim = self.spec, self.dims[1]
+        rows = spec.batch * spec.q_heads
+        step = min(spec.q_len, max(128, _PART // (rows * dim * 4) // 128 * 128))
+        part, part_lse = (t.flatten() for t in self.results(step, torch.float32))
+        for low in range(0, spec.q_len, step):
+            n = min(step, spec.q_len - low)
+            sizes = spec.batch, spec.q_heads, n
+            these, these_lse = part[: rows * n * dim].view(*sizes, dim), part_lse[: rows * n].view(sizes)
+            self.launch(low, low + n, first, k, v, these, these_lse)
+            to, to_lse = out[:, :, low : low + n], lse[:, :, low : low + n]
+            call = Join(
+                to.data_ptr(), to_lse.data_ptr(), these.data_ptr(), these_lse.data_ptr(), to.stride()[:3],
+                to_lse.stride()[:2], spec.q_heads, n, dim,
+            )  # fmt: skip
+            nvrtc.kernel("join", (), out.device.index).launch((rows * n, 1, 1), _JOIN_THREADS, self.stream, call)
