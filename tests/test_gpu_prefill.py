@@ -108,7 +108,7 @@ def test_plans_fit():
     """Every problem has a kernel whose shared memory fits, with at least two stages of each operand."""
     for (dk, dv), mask, out in product(HEADS, (0, 1), (BF16, torch.float32)):
         spec = case("bf16", "bf16", (dk, dv), q_len=100, dtype=BF16, device="cuda").spec
-        made = prefill.shape(spec, (dk, dv), out, mask)
+        made = prefill.shape(spec, (dk, dv), (BF16, F16, out), mask)
         assert made.shared <= 232448 and min(made.stages) >= 2
         assert made.dk % 64 == made.dv % 64 == 0 and made.dk >= dk and made.dv >= dv
 

@@ -8,6 +8,7 @@ prefill_narrow.cu; ``plan`` says which serves what, and with which constants.
 from __future__ import annotations
 
 import ctypes
+import math
 from ctypes import c_char, c_float, c_int, c_int64, c_uint32, c_uint64, c_void_p
 from dataclasses import dataclass
 from functools import cache
@@ -15,7 +16,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ...formats import KVFormat, dense_format
+from ...formats import KVFormat
 from ...masks import BlockMap
 from ...quant import Packed, code_values, saturate, scale_divisor
 from ...spec import AttentionSpec
@@ -27,6 +28,7 @@ FEWEST_QUERIES = 33  # below, decode reads every key once for all of them
 _DTYPES = (torch.float16, torch.bfloat16)
 _STAGED = 128 * 2**20  # bytes of K and V that are unpacked at a time
 _PART = 64 * 2**20  # bytes of results that wait to be joined
+_ROOM = 4  # q in half precision is divided by 2**4: values up to 2**20 are exact, larger ones saturate
 _UNPACK_THREADS, _JOIN_THREADS = 256, 128
 
 
@@ -36,7 +38,7 @@ class Prefill(ctypes.Structure):
         ("mask", c_void_p), ("mask_strides", c_int64 * 4), ("map", c_void_p), ("map_strides", c_int64 * 3),
         ("q_heads", c_int), ("groups", c_int), ("q_len", c_int), ("kv_len", c_int), ("tiles", c_int), ("section", c_int),
         ("pairs", c_int), ("causal", c_int), ("window", c_int), ("first", c_int), ("dv", c_int), ("scale", c_float),
-        ("softcap", c_float),
+        ("softcap", c_float), ("v_scale", c_float),
     ]  # fmt: skip
 
 
@@ -68,6 +70,18 @@ def why_not(spec: AttentionSpec) -> str:
 # -- pieces of the keys
 
 
+def stored_as(formats: tuple[KVFormat, ...], head_dim: int, dtype: torch.dtype) -> tuple[torch.dtype, int]:
+    """(element type that rows are multiplied as, n: they are unpacked divided by 2**n).
+
+    Codes and float8 become half precision, which holds more of them than bfloat16 does: n makes room for the largest
+    scale. Where some rows are dense all are taken as the problem's ``dtype``.
+    """
+    if any(fmt.is_dense or (fmt.has_levels and fmt.scale_dtype != "float16") for fmt in formats):
+        return dtype, 0
+    most = [float(code_values(f).abs().max()) / scale_divisor(f, head_dim) if f.has_levels else 0.0 for f in formats]
+    return torch.float16, max(0, math.ceil(math.log2(max(*most, 1.0, 1.0))))
+
+
 @dataclass(frozen=True)
 class Piece:
     """``count`` keys of positions ``first`` on, in consecutive slots of a segment. ``stored``: read where they lie."""
@@ -82,10 +96,10 @@ class Piece:
 def _pieces(view: KVView, spec: AttentionSpec, most: int) -> list[Piece]:
     """The keys that some query sees; rows to unpack in pieces of at most ``most``."""
     low = 0 if spec.window is None else max(0, view.length - spec.q_len - spec.window + 1)
-    dense, pieces = dense_format(spec.dtype), []
+    pieces = []
     for segment in view.segments:
         formats, first = (segment.k_format, segment.v_format), max(segment.first, low)
-        stored = all(f is dense and _mappable(p.words) for f, p in zip(formats, (segment.k, segment.v)))
+        stored = all(_as_stored(f, p.words, spec.dtype) for f, p in zip(formats, (segment.k, segment.v)))
         for slot, count in segment.runs(first, segment.stop):
             step = count if stored else most
             pieces += [Piece(segment, slot + i, first + i, min(step, count - i), stored) for i in range(0, count, step)]
@@ -100,45 +114,55 @@ def _mappable(t: Tensor) -> bool:
 
 
 class _Staging:
-    """Room for the unpacked rows of one piece."""
+    """Room for the unpacked rows of one piece. ``types``, ``shifts``: of k and v, see :func:`stored_as`."""
 
     def __init__(self, view: KVView, spec: AttentionSpec, stream: int) -> None:
-        self._codecs, self._dtype, self._stream = (view.k_codec, view.v_codec), spec.dtype, stream
+        self._codecs, self._stream = (view.k_codec, view.v_codec), stream
         self._shape, self._device = (spec.batch, spec.kv_heads), view.device
+        formats = tuple(s.k_format for s in view.segments), tuple(s.v_format for s in view.segments)
+        found = [stored_as(f, c.head_dim, spec.dtype) for f, c in zip(formats, self._codecs)]
+        self.types, self.shifts = zip(*found)
         self._rows: list[Tensor] = []
         self.most = max(128, _STAGED // (spec.batch * spec.kv_heads * sum(c.padded for c in self._codecs) * 2) // 128 * 128)
 
     def rows(self, piece: Piece, longest: int) -> list[Tensor]:
         """k ``[B, Hkv, count, Dk]`` and v of a piece; the next call may overwrite them."""
         segment, packed = piece.segment, (piece.segment.k, piece.segment.v)
-        if piece.stored:
-            return [p.words.narrow(2, piece.slot, piece.count) for p in packed]
-        if not self._rows:
+        if not piece.stored and not self._rows:
             sizes = [(*self._shape, longest, c.padded) for c in self._codecs]
-            self._rows = [torch.empty(size, dtype=self._dtype, device=self._device) for size in sizes]
-        rows = [t.narrow(2, 0, piece.count) for t in self._rows]
-        for codec, fmt, source, to in zip(self._codecs, (segment.k_format, segment.v_format), packed, rows):
-            _unpack(source, fmt, codec, to, piece.slot, segment.capacity, self._stream)
+            self._rows = [torch.empty(size, dtype=t, device=self._device) for size, t in zip(sizes, self.types)]
+        rows = []
+        for i, (codec, fmt) in enumerate(zip(self._codecs, (segment.k_format, segment.v_format))):
+            if _as_stored(fmt, packed[i].words, self.types[i]):
+                rows.append(packed[i].words.narrow(2, piece.slot, piece.count))
+                continue
+            rows.append(self._rows[i].narrow(2, 0, piece.count))
+            _unpack(packed[i], fmt, codec, rows[i], piece.slot, segment.capacity, self.shifts[i], self._stream)
         return rows
 
 
+def _as_stored(fmt: KVFormat, words: Tensor, dtype: torch.dtype) -> bool:
+    """True when rows are read where they lie."""
+    return fmt.is_dense and fmt.dtype == dtype and _mappable(words)
+
+
 @cache
-def _values(fmt_id: int, device: torch.device, head_dim: int) -> Tensor:
+def _values(fmt_id: int, device: torch.device, head_dim: int, shift: int) -> Tensor:
     fmt = _known[fmt_id]
-    return (code_values(fmt) / scale_divisor(fmt, head_dim)).to(device)
+    return (code_values(fmt) / scale_divisor(fmt, head_dim) * 2.0**-shift).to(device)
 
 
 _known: dict[int, KVFormat] = {}  # by identity: hashing a row hashes all of its levels
 
 
-def _unpack(packed: Packed, fmt: KVFormat, codec, to: Tensor, slot: int, capacity: int, stream: int) -> None:
+def _unpack(packed: Packed, fmt: KVFormat, codec, to: Tensor, slot: int, capacity: int, shift: int, stream: int) -> None:
     device = to.device
     row = row_of(fmt, codec.head_dim, codec.padded)
     rows = calls.Rows(packed, row)
     table = None
     if fmt.has_levels:
         _known.setdefault(id(fmt), fmt)
-        table = _values(id(fmt), device, codec.head_dim)
+        table = _values(id(fmt), device, codec.head_dim, shift)
     defines = (
         ("ROW_KIND", TABLE if fmt.has_levels else row.kind), ("ROW_BITS", fmt.bits), ("ROW_DIM", row.dim),
         ("ROW_SPAN", row.span), ("WIDE_SCALE", int(row.wide_scale)), ("OUT_BF16", int(to.dtype == torch.bfloat16)),
@@ -161,6 +185,7 @@ class Shape:
     dk: int
     dv: int
     q_type: int
+    v_type: int
     out_type: int
     mask: int
     softcap: bool
@@ -217,7 +242,7 @@ class Shape:
         own = {"GROUPS": self.groups} if self.groups else {"CLUSTER": 1, "EXCHANGE": 0, "SEND": 0 if self.mask else 7}
         names = {
             "DK": self.dk, "DV": self.dv, "KEYS": self.keys, "K_STAGES": k, "V_STAGES": v, "Q_TYPE": self.q_type,
-            "OUT_TYPE": self.out_type, "MASK": self.mask, "SOFTCAP": int(self.softcap), "ALIBI": int(self.alibi),
+            "V_TYPE": self.v_type, "OUT_TYPE": self.out_type, "MASK": self.mask, "SOFTCAP": int(self.softcap), "ALIBI": int(self.alibi),
             "ANY_SCALE": int(self.any_scale),
         }  # fmt: skip
         return tuple((names | own).items())
@@ -231,17 +256,16 @@ _SHARED = 232448  # bytes of a block on compute capability 9.0
 _SECTION = 24 * 2**20  # bytes of K and V that blocks read at a time, to stay in L2
 
 
-def shape(spec: AttentionSpec, dims: tuple[int, int], out: torch.dtype, mask: int) -> Shape:
-    """The kernel of a problem whose stored rows have ``dims`` values. ``mask``: its type, 0 for none."""
+def shape(spec: AttentionSpec, dims: tuple[int, int], types: tuple[torch.dtype, ...], mask: int) -> Shape:
+    """The kernel of a problem whose rows have ``dims`` values. ``types``: of k, v and the output; ``mask``: 0 for none."""
     dk, dv = (-(-d // 64) * 64 for d in dims)
-    types = calls.Q_TYPES[spec.dtype], calls.Q_TYPES[out]
-    return Shape(dk, dv, *types, mask, spec.softcap > 0, spec.alibi > 0, spec.scale <= 0)
+    return Shape(dk, dv, *(calls.Q_TYPES[t] for t in types), mask, spec.softcap > 0, spec.alibi > 0, spec.scale <= 0)
 
 
 def tile(spec: AttentionSpec) -> tuple[int, int]:
     """Queries and keys of a tile."""
     dims = spec.k_format.layout(spec.head_dim)[0], spec.v_format.layout(spec.head_dim_v)[0]
-    found = shape(spec, dims, spec.dtype, int(spec.mask is not None))
+    found = shape(spec, dims, (spec.dtype,) * 3, int(spec.mask is not None))
     return found.rows, found.keys
 
 
@@ -270,10 +294,10 @@ def attend(
     q: Tensor, view: KVView, spec: AttentionSpec, mask: Tensor | None, block_map: BlockMap | None, sinks: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The contract's ``attend``; out in the dtype of ``spec`` where nothing but a cast would follow."""
-    q = saturate(q, spec.dtype)
-    call = _Call(q if _mappable(q) else q.contiguous(), view, spec, mask, sinks)
+    stream = torch.cuda.current_stream(q.device).cuda_stream
     with torch.cuda.device(q.device):
-        staging = _Staging(view, spec, call.stream)
+        staging = _Staging(view, spec, stream)
+        call = _Call(q, view, spec, mask, sinks, staging, stream)
         pieces = _pieces(view, spec, staging.most)
         alone = len(pieces) == 1
         out, lse = call.results(spec.q_len, spec.dtype if alone and view.v_codec.identity else torch.float32)
@@ -293,11 +317,17 @@ def attend(
 class _Call:
     """What the launches of one call share."""
 
-    def __init__(self, q: Tensor, view: KVView, spec: AttentionSpec, mask: Tensor | None, sinks: Tensor | None) -> None:
-        self.q, self.view, self.spec, self.mask = q, view, spec, mask
+    def __init__(
+        self, q: Tensor, view: KVView, spec: AttentionSpec, mask: Tensor | None, sinks: Tensor | None, staging: _Staging, stream: int
+    ) -> None:  # fmt: skip
+        self.view, self.spec, self.mask, self.stream = view, spec, mask, stream
+        self.scale, self.v_scale = spec.scale * 2.0 ** staging.shifts[0], 2.0 ** staging.shifts[1]
+        if q.dtype != staging.types[0] and staging.types[0] == torch.float16:
+            q, self.scale = q.to(torch.float32) * 2.0**-_ROOM, self.scale * 2.0**_ROOM
+        q = saturate(q, staging.types[0])
+        self.q = q if _mappable(q) else q.contiguous()
         self.sinks = None if sinks is None else sinks.to(torch.float32).contiguous()
         self.slopes = calls.head_slopes(spec.q_heads, spec.alibi, q.device) if spec.alibi else None
-        self.stream = torch.cuda.current_stream(q.device).cuda_stream
         self.dims = view.k_codec.padded, view.v_codec.padded
 
     def results(self, tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -310,7 +340,8 @@ class _Call:
     ) -> None:  # fmt: skip
         """Queries ``low`` to ``high`` over keys of positions ``first`` on; ``out`` and ``lse`` are of these queries."""
         spec, mask, q = self.spec, self.mask, self.q[:, :, low:high]
-        made = shape(spec, self.dims, out.dtype, 0 if mask is None else calls.MASKS[mask.dtype])
+        types = q.dtype, v.dtype, out.dtype
+        made = shape(spec, self.dims, types, 0 if mask is None else calls.MASKS[mask.dtype])
         heads, keys = spec.batch * spec.kv_heads, k.shape[2]
         tiles = -(-q.shape[2] // made.rows)
         call = Prefill(
@@ -319,7 +350,7 @@ class _Call:
             q_heads=spec.q_heads, groups=spec.groups, q_len=q.shape[2], kv_len=keys, tiles=tiles,
             section=max(1, min(heads, _SECTION // (keys * sum(self.dims) * 2))), pairs=heads, causal=spec.causal,
             window=spec.window or 0, first=self.view.length - spec.q_len + low - first, dv=self.dims[1],
-            scale=spec.scale, softcap=spec.softcap,
+            scale=self.scale, softcap=spec.softcap, v_scale=self.v_scale,
         )  # fmt: skip
         if mask is not None:
             strides = calls.strides(mask)

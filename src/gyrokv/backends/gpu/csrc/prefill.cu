@@ -13,7 +13,7 @@
 // the keys and values of a head (above some 24 MB).
 //
 // The host defines DK, DV (multiples of 64, at most 576), KEYS (128; 64 for DV > 512), CLUSTER (1, 2), K_STAGES, V_STAGES
-// (even), Q_TYPE (0 f16, 1 bf16: of q, k and v), OUT_TYPE (0 f16, 1 bf16, 2 f32), MASK (0 none, 1 boolean, 2 f32, 3 f16,
+// (even), Q_TYPE (0 f16, 1 bf16: of q and k), V_TYPE, OUT_TYPE (0 f16, 1 bf16, 2 f32), MASK (0 none, 1 boolean, 2 f32, 3 f16,
 // 4 bf16), SOFTCAP, ALIBI, ANY_SCALE (0: scale > 0). Head sizes between multiples of 64 are padded by the tensor maps.
 //
 // Launch: grid CLUSTER * batches * q_heads * ceil(q_len / (64 * CLUSTER)), block 512, shared memory BYTES:
@@ -205,9 +205,9 @@ struct Output {
     each([](float& x, int) { asm volatile("" : "+f"(x)::"memory"); });
   }
   INLINE void multiply(u64 weights, Operand v, int at) {  // 16 keys, chunks of 64 columns 4096 bytes apart
-    product<A, BF16, 1>(a, weights, v.at(at), 1);
-    if constexpr (B > 0) product<B, BF16, 1>(b, weights, v.at(at + A * 64), 1);
-    if constexpr (C > 0) product<C, BF16, 1>(c, weights, v.at(at + (A + B) * 64), 1);
+    product<A, V_BF16, 1>(a, weights, v.at(at), 1);
+    if constexpr (B > 0) product<B, V_BF16, 1>(b, weights, v.at(at + A * 64), 1);
+    if constexpr (C > 0) product<C, V_BF16, 1>(c, weights, v.at(at + (A + B) * 64), 1);
   }
 };
 

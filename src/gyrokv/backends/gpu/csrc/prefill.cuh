@@ -17,13 +17,13 @@ struct Prefill {
   int section, pairs;                         // KV heads served at a time, for L2; all (batch, KV head)
   int causal, window, first;                  // window 0: none; first: position of query 0 among the keys
   int dv;                                     // true columns
-  float scale, softcap;
+  float scale, softcap, v_scale;              // v_scale: of the output
 };
 
 #define INFINITE __int_as_float(0x7F800000)
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 constexpr float SLACK = 8.0f;  // log2 by which scores may pass the reference before the output is rescaled
-constexpr bool BF16 = Q_TYPE == 1;
+constexpr bool BF16 = Q_TYPE == 1, V_BF16 = V_TYPE == 1;
 constexpr bool PLAIN = !SOFTCAP && MASK == 0 && !ANY_SCALE;
 
 constexpr int SCORES = KEYS / 2, UNITS = KEYS / 16;  // scores: of a thread; a unit: 16 keys
@@ -196,19 +196,19 @@ struct Softmax {
         x[e] = exp2_fast(PLAIN ? __fmaf_rn(y, scale, -base[i % 2]) : y - base[i % 2]);
         total[i % 2] += x[e];
       }
-      w[i] = BF16 ? bf16x2(x[0], x[1]) : f16x2(x[0], x[1]);
+      w[i] = V_BF16 ? bf16x2(x[0], x[1]) : f16x2(x[0], x[1]);
     }
   }
 
   // after the last block: what the output is multiplied by; lse
   INLINE void finish(float (&last)[2], const Prefill& p, const Tile& tile, int row, int t) {
-  #pragma unroll
+#pragma unroll
     for (int r = 0; r < 2; ++r) {
       float sum = total[r], sink = p.sinks ? p.sinks[tile.head] * LOG2E : -INFINITE;
       sum += __shfl_xor_sync(~0u, sum, 1);
       sum += __shfl_xor_sync(~0u, sum, 2);
       float most = fmaxf(top[r], sink), all = most == -INFINITE ? 0.0f : sum * exp2_fast(top[r] - most) + exp2_fast(sink - most);
-      last[r] = sum > 0.0f ? exp2_fast(top[r] - most) / all : 0.0f;
+      last[r] = sum > 0.0f ? exp2_fast(top[r] - most) / all * p.v_scale : 0.0f;
       if (p.lse && t == 0 && row + 8 * r < p.q_len)
         p.lse[((i64)tile.batch * p.q_heads + tile.head) * p.q_len + row + 8 * r] = all > 0.0f ? (most + log2f(all)) * LN2 : -INFINITE;
     }

@@ -81,7 +81,7 @@ INLINE void attend_role(const Prefill& p, const Tile& tile, u32 shared, int grou
     Operand v(shared + V_AT + v_ring.stage * V_BYTES, CHUNK_BYTES);
     products_begin();
 #pragma unroll
-    for (int unit = 0; unit < UNITS; ++unit) product_across<DV, BF16>(o, w[unit], v.at(unit * 2048));
+    for (int unit = 0; unit < UNITS; ++unit) product_across<DV, V_BF16>(o, w[unit], v.at(unit * 2048));
     products_commit();
   };
   auto release_k = [&] {
@@ -150,7 +150,7 @@ INLINE void attend_role(const Prefill& p, const Tile& tile, u32 shared, int grou
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-    prefill(const __grid_constant__ Prefill p, const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
+    prefill_narrow(const __grid_constant__ Prefill p, const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
             const __grid_constant__ TensorMap v_map) {
   wait_for_earlier_kernels();
   let_later_kernels_start();
