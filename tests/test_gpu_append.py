@@ -246,6 +246,8 @@ def test_append_of_what_overflows(fmt, many, ours):
         x = torch.randn(2, 2, 5, dim, generator=torch.Generator().manual_seed(0))
         x[:, :, 0], x[:, :, 1], x[:, :, 2, 1::3] = 3.4e38, -3.4e38, 3e38
         x[:, :, 3] *= 1e19
+        x[:, :, 4] = 0.0
+        x[:, :, 4, [0, dim // 2]] = 2e38  # infinite in the last stage alone: 0 times infinity when it is normalised
         there, here = layers(Codec(fmt, dim), Codec(fmt, dim))
         gpu.append(there, x.to(DEVICE), x.flip(-1).to(DEVICE))
         here.append(x, x.flip(-1))
