@@ -127,6 +127,12 @@ INLINE void copy_async(u32 to, const void* from, bool valid) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(from), "n"(SIZE), "r"(size));
 }
 
+// copy_async through the processor's own cache: for what other blocks read too
+template <int SIZE>
+INLINE void copy_async_cached(u32 to, const void* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(from), "n"(SIZE));
+}
+
 INLINE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // all but the last N groups of copies have arrived
