@@ -238,6 +238,24 @@ def test_append_with_another_rotation(name, many, ours):
 
 @pytest.mark.gpu
 @MANY
+@pytest.mark.parametrize("fmt", [f for f in FORMATS.values() if f.has_levels], ids=str)
+def test_append_of_what_overflows(fmt, many, ours):
+    """Sums that reach infinity in the rotation, and what comes of them: the definition has bytes for these too."""
+    ours(many)
+    for dim in (128, 512):
+        x = torch.randn(2, 2, 5, dim, generator=torch.Generator().manual_seed(0))
+        x[:, :, 0], x[:, :, 1], x[:, :, 2, 1::3] = 3.4e38, -3.4e38, 3e38
+        x[:, :, 3] *= 1e19
+        x[:, :, 4] = 0.0
+        x[:, :, 4, [0, dim // 2]] = 2e38  # infinite in the last stage alone: 0 times infinity when it is normalised
+        there, here = layers(Codec(fmt, dim), Codec(fmt, dim))
+        gpu.append(there, x.to(DEVICE), x.flip(-1).to(DEVICE))
+        here.append(x, x.flip(-1))
+        assert same_state(there, here), f"{fmt} of {dim}"
+
+
+@pytest.mark.gpu
+@MANY
 def test_append_where_the_device_says(many, ours):
     """Lengths on the device, one per sequence or one for all, rings, and pages in any order: no row beside its slot."""
     ours(many)

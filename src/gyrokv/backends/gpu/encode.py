@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import math
 import struct
-from ctypes import c_int64, c_uint32, c_void_p
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
@@ -219,32 +218,17 @@ def defines(k: Side, v: Side) -> dict[str, str]:
     threads = max(k.threads, v.threads)
     blocks = max(1, _RESIDENT // threads) if k.wide or v.wide else 1
     both = {"THREADS": str(threads), "BLOCKS": str(blocks), "SAME": str(int(k.defines == v.defines))}
-    both["APPEND_BYTES"] = str(ctypes.sizeof(_Append))
+    both["APPEND_BYTES"] = str(_APPEND.size)
     return both | {f"{which}_{name}": value for which, part in (("K", k), ("V", v)) for name, value in part.defines}
 
 
 # -- launches
 
 
-class _Source(ctypes.Structure):
-    _fields_ = [("values", c_void_p), ("strides", c_int64 * 3)]
-
-
-class _Store(ctypes.Structure):
-    _fields_ = [("words", c_void_p), ("scale", c_void_p), ("word_strides", c_int64 * 3), ("scale_strides", c_int64 * 3)]
-
-
-class _Side(ctypes.Structure):
-    _fields_ = [("source", _Source), ("to", _Store), ("cells", c_void_p)]
-
-
-class _Append(ctypes.Structure):
-    _fields_ = [
-        ("side", _Side * 2), ("lengths", c_void_p), ("pages", c_void_p), ("lengths_batch", c_int64),
-        ("pages_batch", c_int64), ("slot", c_int64), ("base", c_int64), ("page_slots", c_uint32),
-        ("capacity", c_uint32), ("heads", c_uint32), ("tokens", c_uint32), ("rows", c_uint32),
-        ("k_blocks", c_uint32),
-    ]  # fmt: skip
+# struct Append of csrc/params.cuh: 13 numbers per side, 6 more, and 6 of 32 bits. Packing tuples takes a third of the
+# time of filling a structure.
+_APPEND = struct.Struct("=26q6q6I")
+_Append = ctypes.c_char * _APPEND.size
 
 
 @dataclass(frozen=True)
@@ -265,17 +249,14 @@ class Place:
 
 
 class _Launcher:
-    """A kernel, and the structure of its calls without what a call brings."""
+    """A kernel and its tables."""
 
     def __init__(self, sides: tuple[Side, Side], formats: tuple[KVFormat, KVFormat], device: torch.device) -> None:
         self.formats = formats  # kept: they are known by their ids
         names = defines(*sides)
         self.rows, self.threads = tuple(s.rows for s in sides), int(names["THREADS"])
         self.kernel = Kernel("encode", names, device.index, max(s.shared for s in sides))
-        self.tables = [s.cells.rows.to(device) if s.cells else None for s in sides]
-        self.template = _Append()
-        for part, table in zip(self.template.side, self.tables):
-            part.cells = 0 if table is None else table.data_ptr()
+        self.tables = [s.cells.rows.to(device) if s.cells else torch.empty(0, device=device) for s in sides]
 
 
 _launchers: dict[tuple, _Launcher] = {}
@@ -291,60 +272,66 @@ def append(
 ) -> tuple[Packed, Packed]:
     """Write k ``[B, Hkv, T, Dk]`` and v ``[B, Hkv, T, Dv]`` as rows of ``stores``; returns ``stores``."""
     batch, heads, tokens, _ = k.shape
-    sources = [_source(codec.prepare(x)) for codec, x in zip(codecs, (k, v))]
     device, rows = k.device, batch * heads * tokens
     if rows >= 2**31:
         raise GyroKVError(f"{batch} sequences x {heads} heads x {tokens} tokens at once; at most 2**31 - 1 rows")
-    many = rows * min(codec.padded for codec in codecs) >= 128 * _many(device.index)
-    word_strides = [_byte_strides(store.words) for store in stores]
-    aligns = [_alignment(store.words, strides) for store, strides in zip(stores, word_strides)]
-    parts = [(c.head_dim, c.rotation, ELEMENTS[x.dtype], a, many) for c, x, a in zip(codecs, sources, aligns)]
+    many = rows * min(codecs[0].padded, codecs[1].padded) >= 128 * _many(device.index)
+    held, parts, fields = [], [], []
+    for x, codec, (words, scale) in zip((k, v), codecs, stores):
+        x, source = _source(codec.prepare(x))
+        (to, *strides), (scale_to, *scale_strides) = _address(words), _address(scale)
+        align = _aligned(to, words.shape[3] * words.element_size(), *strides)
+        parts.append((codec.head_dim, codec.rotation, ELEMENTS[x.dtype], align, many))
+        fields.append((*source, to, scale_to, *strides, *scale_strides))
+        held.append(x)
     key = (id(codecs[0].format), id(codecs[1].format), *parts, device.index)
     launcher = _launchers.get(key)
     if launcher is None:
         formats = tuple(codec.format for codec in codecs)
         made = _Launcher(tuple(side(fmt, *part) for fmt, part in zip(formats, parts)), formats, device)
         launcher = _launchers.setdefault(key, made)
-    call = _Append.from_buffer_copy(launcher.template)
-    for part, x, store, strides in zip(call.side, sources, stores, word_strides):
-        words, scale = store
-        part.source = _Source(x.data_ptr(), _byte_strides(x))
-        part.to = _Store(words.data_ptr(), scale.data_ptr(), strides, _byte_strides(scale))
-    call.slot, call.base, call.page_slots = place.slot, place.base, place.page_slots
-    call.capacity, call.heads, call.tokens, call.rows = place.capacity or words.shape[2], heads, tokens, rows
-    if place.lengths is not None:
-        call.lengths, call.lengths_batch = place.lengths.data_ptr(), place.lengths.stride(0) * (len(place.lengths) > 1)
-    if place.pages is not None:
-        call.pages, call.pages_batch = place.pages.data_ptr(), place.pages.stride(0)
+    tables = (table.data_ptr() for table in launcher.tables)
+    lengths, pages = place.lengths, place.pages
+    blocks = tuple(-(-rows // n) for n in launcher.rows)
+    call = _Append.from_buffer_copy(
+        _APPEND.pack(
+            *fields[0], next(tables), *fields[1], next(tables),
+            0 if lengths is None else lengths.data_ptr(), 0 if pages is None else pages.data_ptr(),
+            0 if lengths is None or len(lengths) == 1 else lengths.stride(0), 0 if pages is None else pages.stride(0),
+            place.slot, place.base,
+            place.page_slots, place.capacity or words.shape[2], heads, tokens, rows, blocks[0],
+        )
+    )  # fmt: skip
     with torch.cuda.device(device):
         stream = torch.cuda.current_stream(device).cuda_stream
-        call.k_blocks, v_blocks = (-(-rows // n) for n in launcher.rows)
-        launcher.kernel.launch((call.k_blocks + v_blocks, 1, 1), launcher.threads, stream, call)
+        launcher.kernel.launch((sum(blocks), 1, 1), launcher.threads, stream, call)
     return stores
 
 
-def _source(x: Tensor) -> Tensor:
-    """``x`` as the kernel reads it: 16 or 32-bit floats, heads of consecutive values that begin at 16 bytes."""
+def _source(x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """``x`` as the kernel reads it, and its address: 16 or 32-bit floats, consecutive in a head that begins at 16 bytes."""
     if x.dtype not in ELEMENTS:
         x = saturate(x, torch.float32)
-    at = x.data_ptr()
-    for stride, count in zip(x.stride(), x.shape[:3]):
-        at |= stride * x.element_size() if count > 1 else 0
-    return x if x.stride(3) == 1 and at % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
+    address = _address(x)
+    if x.stride(3) != 1 or _aligned(*address) < 16:
+        x = x.clone(memory_format=torch.contiguous_format)
+        address = _address(x)
+    return x, address
 
 
-def _byte_strides(t: Tensor) -> tuple[int, ...]:
+def _address(t: Tensor) -> tuple[int, ...]:
+    """Where the first row of ``t`` lies, and bytes from one to the next along each axis (0 along axes of one)."""
     size = t.element_size()
-    a, b, c, _ = t.stride()
-    return a * size, b * size, c * size
+    (batch, heads, tokens, _), (a, b, c, _) = t.shape, t.stride()
+    return t.data_ptr(), a * size if batch > 1 else 0, b * size if heads > 1 else 0, c * size if tokens > 1 else 0
 
 
-def _alignment(words: Tensor, strides: tuple[int, ...]) -> int:
-    """Bytes that every row of ``words`` is aligned to: 16, 8, 4 or 2."""
-    bits = words.data_ptr() | words.shape[3] * words.element_size()
-    for stride, count in zip(strides, words.shape):
-        bits |= stride if count > 1 else 0
-    return min(16, max(2, bits & -bits))
+def _aligned(*addresses: int) -> int:
+    """Bytes that sums of multiples of ``addresses`` are aligned to: 16, 8, 4 or 2."""
+    bits = 16
+    for address in addresses:
+        bits |= address
+    return max(2, bits & -bits)
 
 
 def empty_rows(x: Tensor, codec: Codec) -> Packed:

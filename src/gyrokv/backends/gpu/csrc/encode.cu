@@ -24,7 +24,6 @@ constexpr float TINY = 1e-10f;  // a group whose norm is no larger is stored as 
 constexpr float LARGEST = 3.402823466e38f, HALF_LARGEST = 65504.0f, BF16_LARGEST = 3.389531390e38f;
 constexpr u32 WHOLE = 0x4B000000;  // bits of 2^23: adding it makes the low bits of a float an integer
 
-constexpr int most(int a, int b) { return a > b ? a : b; }
 constexpr int size_of(int element) { return element == F32 ? 4 : 2; }
 
 // DIM, PADDED: values of a head as given and as stored. GROUP is rotated as one, SPAN shares a scale. ALIGN: of stored
@@ -67,7 +66,7 @@ struct Target {
   char* scale;
 };
 
-// What the threads of a block share: items 0 .. rows * EACH - 1, EACH of a row. f(row, item of the row)
+// What the threads of a block share: EACH items of each row. f(row, item of the row, how many the thread had before)
 template <int ROWS, int EACH, int UNROLL, class F>
 INLINE void share(int rows, F f) {
   constexpr bool EVEN = THREADS % EACH == 0;  // then a thread's items are the same of every row
@@ -76,7 +75,7 @@ INLINE void share(int rows, F f) {
   for (int i = 0; i < (ROWS * EACH + THREADS - 1) / THREADS; ++i) {
     int item = i * THREADS + threadIdx.x;
     int row = EVEN ? i * (THREADS / EACH) + own_row : item / EACH;
-    if (row < rows) f(row, EVEN ? own_item : item % EACH);
+    if (row < rows) f(row, EVEN ? own_item : item % EACH, i);
   }
 }
 
@@ -142,7 +141,10 @@ template <int LANES, bool SIGNED, int N>
 INLINE float extreme(const float (&x)[N], int lane) {
   float found = x[0];
 #pragma unroll
-  for (int i = 1; i < N; ++i) found = SIGNED ? (fabsf(x[i]) > fabsf(found) ? x[i] : found) : fmaxf(fabsf(found), fabsf(x[i]));
+  for (int i = 1; i < N; ++i) {
+    if (SIGNED) found = fabsf(x[i]) > fabsf(found) ? x[i] : found;
+    else found = fmaxf(fabsf(found), fabsf(x[i]));
+  }
 #pragma unroll
   for (int h = 1; h < LANES; h *= 2) {
     float other = __shfl_xor_sync(~0u, found, h);
@@ -360,7 +362,7 @@ INLINE void pack(const char* units, const Target* targets, int rows) {
     constexpr int STEP = N % 8 == 0 ? 8 : N % 4 == 0 ? 4 : 2, PARTS = (STEP + 3) / 4;
     constexpr int START = C::PADDED * LOW / 8, ALIGN = (C::ALIGN | START) & -(C::ALIGN | START);
     static_assert(N % 2 == 0 && C::VALUES % STEP == 0, "pairs of words");
-    share<C::ROWS, N / STEP, 4>(rows, [&](int row, int item) {
+    share<C::ROWS, N / STEP, 4>(rows, [&](int row, int item, int) {
       u32 half[2][PARTS] = {};  // low and high bytes of words
 #pragma unroll
       for (int p = 0; p < PLANES; ++p) {
@@ -406,30 +408,25 @@ struct Address {
 };
 
 template <class C>
-INLINE void fill_table(char* shared, const char* cells) {
-  using L = Layout<C>;
-  for (int i = threadIdx.x; i < (C::CELLS + 1) * C::COPIES; i += THREADS) {
-    const char* from = cells + i / C::COPIES * L::ENTRY;
-    char* to = shared + L::TABLE_AT + i * L::ENTRY;
-    if (L::ENTRY == 16) *(uint4*)to = *(const uint4*)from;
-    else *(uint2*)to = *(const uint2*)from;
-  }
+INLINE void copy_table(u32 to, const char* cells) {
+  constexpr int ENTRY = Layout<C>::ENTRY;
+#pragma unroll 2
+  for (int i = threadIdx.x; i < (C::CELLS + 1) * C::COPIES; i += THREADS)
+    copy_async_cached<ENTRY>(to + i * ENTRY, cells + i / C::COPIES * ENTRY);
 }
 
 template <class C>
-INLINE void convert(const char* from, char* to) {  // 8 values
+INLINE void convert(const uint4* from, char* to) {  // 8 values
   if constexpr (C::IN == C::OUT) {
     u32 x[2 * Layout<C>::SIZE];
 #pragma unroll
-    for (int i = 0; i < Layout<C>::SIZE / 2; ++i) {
-      uint4 u = ((const uint4*)from)[i];
-      x[4 * i] = u.x, x[4 * i + 1] = u.y, x[4 * i + 2] = u.z, x[4 * i + 3] = u.w;
-    }
+    for (int i = 0; i < Layout<C>::SIZE / 2; ++i)
+      x[4 * i] = from[i].x, x[4 * i + 1] = from[i].y, x[4 * i + 2] = from[i].z, x[4 * i + 3] = from[i].w;
     store<C::ALIGN>(to, x);
   } else {
     float x[8];
-    widen<C::IN>(*(const uint4*)from, x);
-    if constexpr (C::IN == F32) widen<C::IN>(((const uint4*)from)[1], x + 4);
+    widen<C::IN>(from[0], x);
+    if constexpr (C::IN == F32) widen<C::IN>(from[1], x + 4);
     u32 y[C::OUT == F32 ? 8 : 4];
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -439,6 +436,20 @@ INLINE void convert(const char* from, char* to) {  // 8 values
     }
     store<C::ALIGN>(to, y);
   }
+}
+
+// Dense rows: everything that a thread has is read before it writes.
+template <class C>
+INLINE void copy_rows(const Target* targets, int rows) {
+  constexpr int EACH = C::DIM / 8, ITEMS = (C::ROWS * EACH + THREADS - 1) / THREADS, N = Layout<C>::SIZE / 2;
+  uint4 x[ITEMS * N];
+  share<C::ROWS, EACH, ITEMS>(rows, [&](int row, int item, int i) {
+#pragma unroll
+    for (int j = 0; j < N; ++j) x[i * N + j] = __ldg((const uint4*)targets[row].from + item * N + j);
+  });
+  share<C::ROWS, EACH, ITEMS>(rows, [&](int row, int item, int i) {
+    convert<C>(x + i * N, targets[row].words + item * 8 * size_of(C::OUT));
+  });
 }
 
 template <class C>
@@ -456,18 +467,17 @@ INLINE void append_rows(const Append& p, const Source& source, const Store& targ
   if constexpr (C::KIND == DENSE) {
     if (thread < rows) address.to(p, target, targets[thread]);
     __syncthreads();
-    share<C::ROWS, C::DIM / 8, 4>(rows, [&](int row, int item) {
-      convert<C>(targets[row].from + item * 8 * L::SIZE, targets[row].words + item * 8 * size_of(C::OUT));
-    });
+    copy_rows<C>(targets, rows);
   } else {
-    __syncthreads();
     constexpr int PER_UNIT = C::VALUES * L::SIZE / 16;
     u32 units = shared_address(shared);
-    share<C::ROWS, C::DIM * L::SIZE / 16, 4>(rows, [&](int row, int item) {
-      copy_async<16>(units + (row * L::UNITS + item / PER_UNIT) * L::PITCH + item % PER_UNIT * 16, targets[row].from + item * 16);
+    if constexpr (C::KIND == TABLE) copy_table<C>(units + L::TABLE_AT, cells);
+    __syncthreads();
+    share<C::ROWS, C::DIM * L::SIZE / 16, 4>(rows, [&](int row, int item, int) {
+      u32 to = units + (row * L::UNITS + item / PER_UNIT) * L::PITCH + item % PER_UNIT * 16;
+      copy_async<16>(to, targets[row].from + item * 16);
     });
     commit_copies();
-    if constexpr (C::KIND == TABLE) fill_table<C>(shared, cells);
     if (thread < rows) address.to(p, target, targets[thread]);
     wait_copies<0>();
     __syncthreads();

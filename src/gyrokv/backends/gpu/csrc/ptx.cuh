@@ -172,6 +172,11 @@ INLINE void let_later_kernels_start() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
+
+// copy_async through the processor's own cache: for what other blocks read too
+template <int SIZE>
+INLINE void copy_async_cached(u32 to, const void* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(from), "n"(SIZE));
 }
 
 INLINE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
