@@ -88,7 +88,8 @@ def test_a_cache_goes_on_elsewhere(device, tmp_path):
     """Saved on one device and continued on another: the same bytes, and attention over them agrees."""
     turned = ("matrix", "matrices", "hadamard")  # by products that devices round differently
     for kind, (source, target) in product([k for k in KINDS if k not in turned], ((device, "cpu"), ("cpu", device))):
-        saved = KINDS[kind]().to(source)
+        saved = KINDS[kind]()
+        saved.to(source)
         append(saved, K[:, :, :60].to(source), V[:, :, :60].to(source))
         save_layers(tmp_path / "cache", [saved])
         (loaded,), _ = load_layers(tmp_path / "cache", target)
