@@ -59,10 +59,12 @@ def features_table() -> str:
     names = [*AUTO, *(n for n in BACKENDS if n not in AUTO)]
     lines = [f"| | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
     base = AttentionSpec("q8_0", "turbo4", 128, 128, q_heads=8, kv_heads=2, q_len=4, kv_len=64)
+    device = {name: "cuda" if BACKENDS[name].why_not(base) else "cpu" for name in names}
 
     def row(label: str, specs: list[AttentionSpec]) -> str:
         cells = []
         for name in names:
+            specs = [replace(spec, device=device[name]) for spec in specs]
             why = [r for spec in specs for r in BACKENDS[name].why_not(spec) if r] + [
                 r for spec in specs for r in sorted(spec.uses() - BACKENDS[name].UNDERSTANDS)
             ]
@@ -161,6 +163,60 @@ def cpu_table() -> str:
     return "\n".join(lines)
 
 
+GPU_SHAPES = {(1, 131072): "One sequence of 131,072 tokens", (16, 16384): "16 sequences of 16,384 tokens"}
+
+
+def gpu_table() -> str:
+    """Decode of the GPU kernels, as recorded in results/gpu.json; nothing while that was not measured."""
+    path = RESULTS / "gpu.json"
+    if not path.is_file():
+        return ""
+    record = json.loads(path.read_text())
+    machine, rows, ceiling = record["environment"], record["rows"], record["ceiling"]
+    lines = [
+        "## How fast it is on a GPU",
+        "",
+        f"One token is decoded per sequence, 4 query heads on each of {record['kv_heads']} KV heads, bfloat16 queries; "
+        "rows are read from memory, not from caches. Each cell: the kernel's time, the share of the speed at which this GPU "
+        f"copies memory ({ceiling['gb_s'] / 1e3:.2f} TB/s, the best of {len(ceiling['ways'])} ways: {ceiling['way']}), and "
+        "how many times faster it is than our bf16 and than the best of PyTorch's kernels on bf16. Before anything is "
+        "timed, each configuration is compared with float64.",
+    ]
+    decode = [r for r in rows if r["part"] == "decode" and r["groups"] == 4]
+    for (batch, kv_len), title in GPU_SHAPES.items():
+        here = [r for r in decode if (r["batch"], r["kv_len"]) == (batch, kv_len)]
+        if not here:
+            continue
+        dims = sorted({r["head_dim"] for r in here})
+        lines += ["", f"{title}:", ""]
+        lines += ["| K / V | " + " | ".join(f"head_dim {d}" for d in dims) + " |", "|---|" + "---|" * len(dims)]
+        same = dict(part="stock", groups=4, batch=batch, kv_len=kv_len)
+        stock = [r for r in rows if "kernel_us" in r and same.items() <= r.items()]
+        cells = []
+        for dim in dims:
+            best = min((r for r in stock if r["head_dim"] == dim), key=lambda r: r["kernel_us"], default=None)
+            cells.append(f"{_us(best)} ({best['by']})" if best else "–")
+        lines.append(f"| PyTorch, its best on bf16 | {' | '.join(cells)} |")
+        for name in dict.fromkeys(r["formats"] for r in here):
+            found = [next((r for r in here if r["formats"] == name and r["head_dim"] == d), None) for d in dims]
+            lines.append(f"| `{name}` | {' | '.join('–' if r is None else _gpu_cell(r) for r in found)} |")
+    lines += [
+        "",
+        f"Measured {record['when'][:10]} on {machine['devices']['cuda']}, driver {machine['driver']}, torch "
+        f"{machine['packages']['torch']}, commit `{(machine['commit'] or 'unknown')[:10]}`, with `{record['command']}`.",
+    ]
+    return "\n".join(lines)
+
+
+def _us(row: dict) -> str:
+    return f"{row['kernel_us']:.1f} µs, {100 * row['ceiling_share']:.0f} %"
+
+
+def _gpu_cell(row: dict) -> str:
+    ratios = [row.get(f"times_faster_than_{other}") for other in ("bf16", "best_stock")]
+    return ", ".join([_us(row), *("–" if ratio is None else f"{ratio:.2f}x" for ratio in ratios)])
+
+
 def gpu_line() -> str:
     """The last run of the tests on an accelerator, as recorded in results/gpu_tests.json."""
     record = json.loads((RESULTS / "gpu_tests.json").read_text())
@@ -174,7 +230,8 @@ def gpu_line() -> str:
 
 
 SECTIONS = {
-    "formats": formats_table, "support": features_table, "quality": quality_table, "cpu": cpu_table, "gpu": gpu_line,
+    "formats": formats_table, "support": features_table, "quality": quality_table, "cpu": cpu_table, "gpu_speed": gpu_table,
+    "gpu": gpu_line,
 }  # fmt: skip
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import struct
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 import gyrokv
-from gyrokv import CacheFileError, Codec, KVCache, LayerCache, LayerShape, attend
+from gyrokv import CacheFileError, Codec, KVCache, LayerCache, LayerShape, append, attend
 from gyrokv.files import load_layers, save_layers
 from gyrokv.formats import FORMATS
 
@@ -81,6 +82,25 @@ def test_round_trip_and_going_on(kind, count, tmp_path, device):
     for x in (saved, loaded):
         x.truncate(count + 29)
     assert_same(saved, loaded)
+
+
+def test_a_cache_goes_on_elsewhere(device, tmp_path):
+    """Saved on one device and continued on another: the same bytes, and attention over them agrees."""
+    turned = ("matrix", "matrices", "hadamard")  # by products that devices round differently
+    for kind, (source, target) in product([k for k in KINDS if k not in turned], ((device, "cpu"), ("cpu", device))):
+        saved = KINDS[kind]()
+        saved.to(source)
+        append(saved, K[:, :, :60].to(source), V[:, :, :60].to(source))
+        save_layers(tmp_path / "cache", [saved])
+        (loaded,), _ = load_layers(tmp_path / "cache", target)
+        outs = []
+        for x, where in ((saved, source), (loaded, target)):
+            view = append(x, K[:, :, 60:90].to(where), V[:, :, 60:90].to(where))
+            outs.append([attend(Q[:, :, :n].to(where), view, window=x.window).cpu() for n in (1, 30)])
+            x.to("cpu")
+        assert_same(saved, loaded)
+        for a, b in zip(*outs):
+            assert float((a - b).norm() / a.norm()) < 2e-3, f"{kind}, {source} to {target}"
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import re
 import shlex
 from pathlib import Path
@@ -54,6 +56,32 @@ def test_every_format_is_in_the_readme_or_new():
     listed = re.findall(r"^\| `([\w.]+)` \| \d", README, re.MULTILINE)
     assert listed
     assert set(listed) <= set(FORMATS)
+
+
+def test_gpu_table(tmp_path, monkeypatch):
+    """A run that lacks a shape, a size or a peer must still give a table; without a run there is none."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    readme = importlib.import_module("readme")
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    assert readme.gpu_table() == ""
+    shape = dict(groups=4, batch=1, kv_len=131072)
+    rows = [
+        dict(part="stock", by="flash", head_dim=128, kernel_us=200.0, ceiling_share=0.5, **shape),
+        dict(part="stock", by="cudnn", head_dim=128, refused={"gqa": "no"}, **shape),
+        dict(part="decode", formats="bf16", head_dim=128, kernel_us=100.0, ceiling_share=0.9, **shape),
+        dict(part="decode", formats="q8_0/turbo4", head_dim=512, kernel_us=50.0, ceiling_share=0.8, **shape)
+        | dict(times_faster_than_bf16=2.0, times_faster_than_best_stock=4.0),
+        dict(part="append", formats="bf16", tokens=1, kernel_us=1.0, ceiling_share=0.1),
+    ]
+    machine = dict(devices={"cuda": "a GPU"}, driver="580", packages={"torch": "2.11"}, commit=None)
+    record = dict(when="2026-01-01T00:00", environment=machine, command="run", kv_heads=8, rows=rows)
+    record["ceiling"] = dict(gb_s=4280.0, way="add", ways={"add": 4280.0})
+    (tmp_path / "gpu.json").write_text(json.dumps(record))
+    lines = readme.gpu_table().splitlines()
+    assert "| PyTorch, its best on bf16 | 200.0 µs, 50 % (flash) | – |" in lines
+    assert "| `bf16` | 100.0 µs, 90 %, –, – | – |" in lines
+    assert "| `q8_0/turbo4` | – | 50.0 µs, 80 %, 2.00x, 4.00x |" in lines
+    assert "4.28 TB/s" in lines[2] and "16 sequences" not in "".join(lines)
 
 
 def test_contributing_row_is_a_format():

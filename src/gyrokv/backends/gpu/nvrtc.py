@@ -148,7 +148,8 @@ def _check(status: int) -> None:
 
 
 def cubin(name: str, defines: Mapping[str, int | str], arch: str) -> bytes:
-    """:func:`compile_source`, kept on disk. Processes may compile the same kernel side by side: the last one wins."""
+    """:func:`compile_source`, kept on disk with a digest: what is damaged there is compiled again. Processes may
+    compile the same kernel side by side: the last one wins."""
     if _edited is not None:
         return compile_source(name, defines, arch)[0]
     digest = hashlib.sha256(repr((name, sorted(defines.items()), arch, _OPTIONS, compiler_version())).encode())
@@ -156,14 +157,16 @@ def cubin(name: str, defines: Mapping[str, int | str], arch: str) -> bytes:
         digest.update(key.encode() + text)
     path = cache_folder() / "kernels" / f"{name.split('.')[0]}-{digest.hexdigest()[:32]}.cubin"
     try:
-        return path.read_bytes()
+        kept = path.read_bytes()
+        if hashlib.sha256(kept[:-32]).digest() == kept[-32:]:
+            return kept[:-32]
     except OSError:
         pass
     code, _ = compile_source(name, defines, arch)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(code)
+            file.write(code + hashlib.sha256(code).digest())
         os.replace(file.name, path)
     except OSError:
         pass  # a folder that cannot be written costs the next process its time, nothing else
