@@ -172,6 +172,7 @@ INLINE void let_later_kernels_start() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
+}
 
 // copy_async through the processor's own cache: for what other blocks read too
 template <int SIZE>
