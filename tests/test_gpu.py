@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -287,7 +288,7 @@ def random_case(kind: dict, dice: random.Random) -> Case:
     if settings.get("mask") and not settings.get("block_map"):
         settings["mask_axes"] = dice.choice(("2", "k", "qk", "hqk", "bqk", "bhqk", "hk", "q", "bh"))
     if dice.random() < 0.2:
-        settings["scale"] = dice.choice((0.5, 0.01, -0.1))
+        settings["scale"] = dice.choice((1.3, 0.3, -0.5)) / math.sqrt(settings["dims"][0])
     kv_heads = dice.randint(1, 5)
     sizes = dict(batch=dice.randint(1, 4), q_heads=kv_heads * groups, kv_heads=kv_heads, q_len=q_len)
     return on_gpu(**settings, **sizes)

@@ -1,4 +1,5 @@
 """Can the suite fail? Known kernel bugs are planted in the CUDA C++ of the GPU backend, and the comparison must notice.
+Missing waits are not among them: whether a copy arrives in time without one is luck.
 
 A fault is pieces of a source file and what replaces them; kernels are compiled anew from the edited sources. The cases
 are those of the suite that need the piece. Everything but the run itself is tested without a GPU too.
@@ -22,7 +23,6 @@ from gyrokv.testing import assert_matches, inputs
 
 _MOST = 6  # cases that are run for one fault, spread over all that are relevant
 _FLOAT32 = 3e-5  # relative error of kernels whose operands are all of two terms
-_LOOP = "    __syncwarp();\n    KScales"
 _CAP = "float y = x + slope[j][e] * bias; x = (SOFTCAP ? p.softcap * tanhf(y / p.softcap) : y) * LOG2E;"
 
 
@@ -111,8 +111,6 @@ FAULTS = (
     Fault("a_ring_takes_the_next_tile_too_early", spec(long),
           attend("later = tile + STAGES * WARPS;", "later = tile + WARPS;"), splits=1),
     Fault("scales_are_one_tile_late", spec(long), attend("fetch_scales(free, tile + WARPS);", "fetch_scales(free, tile);"), splits=1),
-    Fault("keys_have_not_arrived", spec(long),
-          attend(f"    wait_copies<2 * STAGES - 1>();\n{_LOOP}", _LOOP), splits=1),
     Fault("the_first_warp_is_left_out", spec(plain),
           attend("for (int w = 0; w < WARPS; ++w) sum += parts", "for (int w = 1; w < WARPS; ++w) sum += parts")),
     Fault("warps_are_added_without_factors", spec(long),

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import product
 
 import gpu_record
@@ -84,6 +85,15 @@ def test_pinned_plans(pair):
     defines = dict(made.defines)
     pitches = defines["K_PITCH"], defines["V_PITCH"]
     assert (made.rows, made.tile, made.warps, made.stages, *pitches) == PINNED[pair]
+
+
+@pytest.mark.parametrize("columns", COLUMNS)
+def test_q_keeps_the_bits_that_the_bound_counts_on(columns):
+    """One bfloat16 is a term of q only if q has no more bits: 2**-9 would pass the bound."""
+    for name, q_type in product(("f16", "bf16", "f32", "q8_0", "tq6"), (plan.F16, plan.BF16, plan.F32)):
+        made = plan.plan(replace(problem(FORMATS[name], FORMATS["tq5"], 40, columns), q_type=q_type))
+        exact = q_type == plan.BF16 or name not in ("bf16", "f32")
+        assert dict(made.defines)["TERMS"] == (1 if exact and columns > 4 else 2), (name, q_type)
 
 
 @pytest.mark.parametrize("side", ["k", "v"])

@@ -4,9 +4,9 @@ CUDA C++ in ``csrc/``, compiled for one problem at a time by the run-time compil
 ``plan.py`` says with which constants, ``calls.py`` launches. ``encode.py`` does both for new tokens.
 
 ``BOUND``: q is rounded to half precision per row, relative to its largest value (two halves where the output is
-float32; bfloat16 where K is), weights to half precision relative to their largest (two bfloat16 where V is bfloat16 or
-float32), levels of tables that are not integers to half precision: relative errors of 2**-12 each, which add up like
-random walks.
+float32; two bfloat16 where K is bfloat16 or float32 and q is not bfloat16), weights to half precision relative to their
+largest (two bfloat16 where V is bfloat16 or float32), levels of tables that are not integers to half precision: relative
+errors of 2**-12 each, which add up like random walks.
 """
 
 from __future__ import annotations

@@ -222,7 +222,9 @@ def _plan(problem: Problem, shared_memory: int) -> Plan:
     k, v = problem.k, problem.v
     rows = 4 if problem.columns <= 4 else 8 if problem.columns <= 8 or v.dim > 256 else 16
     k_int, v_int = _integers(k, "k", rows), _integers(v, "v", rows)
-    terms = 2 if problem.two_terms or k_int or rows == 4 else 1  # where four rows fill half a product, two terms are free
+    # one bfloat16 holds a q of that dtype only; where four rows fill half a product, two terms are free
+    rounded = k.kind in (BF16, F32) and problem.q_type != BF16
+    terms = 2 if problem.two_terms or rounded or k_int or rows == 4 else 1
     columns = -(-rows // 8)
     k_columns = columns if terms == 1 else 1 if rows == 4 else 2 * columns
     k_pitch, v_pitch = _pitch(k, problem.k_copy, "k"), _pitch(v, problem.v_copy, "v")
