@@ -9,7 +9,7 @@ import torch
 
 from gyrokv import attend, explain
 from gyrokv.backends import gpu
-from gyrokv.backends.gpu import prefill
+from gyrokv.backends.gpu import prefill, shapes
 from gyrokv.cases import FEATURES, HEADS, Case, case, fits
 from gyrokv.formats import FORMATS
 from gyrokv.testing import assert_matches, inputs
@@ -31,11 +31,16 @@ def cases() -> list[Case]:
         if fits(FORMATS[f], dims[0]) and fits(FORMATS[f], dims[1])
     ]
     found += [case(f, f, (64, 64), dtype=BF16, causal=True, **SIZES) for f in FORMATS]
-    found += [case(k, v, (128, 128), dtype=BF16, **SIZES) for k, v in product(("q8_0", "tq5", "turbo2", "fp8_e4m3", "f32"), repeat=2)]
+    found += [
+        case(k, v, (128, 128), dtype=BF16, **SIZES)
+        for k, v in product(("q8_0", "tq5", "turbo2", "fp8_e4m3", "f32"), repeat=2)
+    ]
     found += [_featured(k, v, name, dtype) for (k, v), name, dtype in product(PAIRS, FEATURES, (BF16, F16))]
     for q_len, kv_len in ((33, 33), (63, 64), (65, 1000), (129, 385), (300, 100), (191, 193)):
         for dim, causal in product((64, 128, 256, 512), (False, True)):
-            found.append(case("bf16", "bf16", (dim, dim), dtype=BF16, causal=causal, **(SIZES | dict(q_len=q_len, kv_len=kv_len))))
+            found.append(
+                case("bf16", "bf16", (dim, dim), dtype=BF16, causal=causal, **(SIZES | dict(q_len=q_len, kv_len=kv_len)))
+            )
     for window, dim in product((1, 32, 40, 100, 1024), (64, 256, 512)):
         found.append(case("bf16", "q8_0", (dim, dim), dtype=BF16, causal=True, window=window, **(SIZES | dict(kv_len=1300))))
     for groups in (1, 2, 5, 8):
@@ -54,7 +59,9 @@ def test_prefill_matches_reference(case, backend_here, problem):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("pair", [("bf16", "bf16"), ("q8_0", "turbo4"), ("turbo2", "tq6")])
-@pytest.mark.parametrize("settings", [dict(causal=True), dict(causal=True, window=300), dict(mask="additive"), dict(sinks=True)], ids=str)
+@pytest.mark.parametrize(
+    "settings", [dict(causal=True), dict(causal=True, window=300), dict(mask="additive"), dict(sinks=True)], ids=str
+)
 def test_pieces_change_nothing_but_rounding(pair, settings, backend_here, monkeypatch):
     """Keys unpacked and joined in small pieces, queries a few at a time: the result of one piece."""
     backend_here("gpu")
@@ -65,7 +72,8 @@ def test_pieces_change_nothing_but_rounding(pair, settings, backend_here, monkey
     monkeypatch.setattr(prefill, "_PART", 1)
     assert_matches(data, *data.run("gpu"), gpu.BOUND)
     for a, b in zip(whole, data.run("gpu")):
-        assert float((a.float() - b.float()).norm() / b.float().norm()) < 4e-3
+        a, b = (x.float().nan_to_num(neginf=0.0) for x in (a, b))
+        assert float((a - b).norm() / b.norm()) < 4e-3
 
 
 @pytest.mark.gpu
@@ -108,14 +116,14 @@ def test_plans_fit():
     """Every problem has a kernel whose shared memory fits, with at least two stages of each operand."""
     for (dk, dv), mask, out in product(HEADS, (0, 1), (BF16, torch.float32)):
         spec = case("bf16", "bf16", (dk, dv), q_len=100, dtype=BF16, device="cuda").spec
-        made = prefill.shape(spec, (dk, dv), (BF16, F16, out), mask)
+        made = shapes.shape(spec, (dk, dv), (BF16, F16, out), mask)
         assert made.shared <= 232448 and min(made.stages) >= 2
         assert made.dk % 64 == made.dv % 64 == 0 and made.dk >= dk and made.dv >= dv
 
 
 def test_explain_says_why_decode_serves():
-    assert "q_len=32 (below 33" in prefill.why_not(case("bf16", "bf16", q_len=32, dtype=BF16).spec)
-    assert prefill.why_not(case("bf16", "bf16", q_len=33, kv_len=40).spec) == "dtype=torch.float32"
-    assert prefill.why_not(case("bf16", "bf16", q_len=33, kv_len=40, dtype=BF16, starts=True).spec) == "the feature starts"
-    assert prefill.why_not(case("q8_0", "tq5", q_len=33, kv_len=40, dtype=F16).spec) == ""
+    assert "q_len=32 (below 33" in shapes.why_not(case("bf16", "bf16", q_len=32, dtype=BF16).spec)
+    assert shapes.why_not(case("bf16", "bf16", q_len=33, kv_len=40).spec) == "dtype=torch.float32"
+    assert shapes.why_not(case("bf16", "bf16", q_len=33, kv_len=40, dtype=BF16, starts=True).spec) == "the feature starts"
+    assert shapes.why_not(case("q8_0", "tq5", q_len=33, kv_len=40, dtype=F16).spec) == ""
     assert "gpu" in explain(case("bf16", "bf16", dtype=BF16, device="cuda").spec)

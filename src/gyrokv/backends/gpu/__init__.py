@@ -3,10 +3,11 @@
 CUDA C++ in ``csrc/``, compiled for one problem at a time by the run-time compiler that comes with torch (``nvrtc.py``);
 ``plan.py`` says with which constants, ``calls.py`` launches. ``encode.py`` does both for new tokens.
 
-``BOUND``: q is rounded to half precision per row, relative to its largest value (two halves where the output is
-float32; two bfloat16 where K is bfloat16 or float32 and q is not bfloat16), weights to half precision relative to their
-largest (two bfloat16 where V is bfloat16 or float32), levels of tables that are not integers to half precision: relative
-errors of 2**-12 each, which add up like random walks.
+``BOUND``: decode rounds q to half precision per row, relative to its largest value (to two halves or two bytes where
+that is free or the output is float32; to bfloat16 where K is), weights to half precision relative to their largest (two
+bfloat16 where V is bfloat16 or float32), levels of tables that are not integers to half precision: relative errors of
+2**-12 each, which add up like random walks. Errors of q and of levels are relative to the scores, so scores of some
+tens cost more. Prefill rounds weights to the 16-bit type of V: 2**-9 each for bfloat16.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from ...layer import LayerCache
 from ...masks import BlockMap
 from ...spec import AttentionSpec, features
 from ...view import KVView
-from . import calls, encode, nvrtc, plan, prefill
+from . import calls, encode, nvrtc, plan, prefill, shapes
 
 __all__ = ["BOUND", "UNDERSTANDS", "append", "attend", "missing", "name", "tile", "why_not", "why_not_append"]
 
 name = "gpu"
 UNDERSTANDS = frozenset(f.name for f in features())
-BOUND = 1e-3
+BOUND = 2e-3
 _TILE = 64  # tokens and keys that share a state of a block map
 _GRID = 65535  # most blocks along y and z
 _LENGTH = 2**30
@@ -59,7 +60,7 @@ def why_not(spec: AttentionSpec) -> list[str]:
 
 
 def tile(spec: AttentionSpec) -> tuple[int, int]:
-    return prefill.tile(spec) if not _why_decode(spec) else (min(spec.q_len, _TILE), _TILE)
+    return shapes.tile(spec) if not _why_decode(spec) else (min(spec.q_len, _TILE), _TILE)
 
 
 def how(spec: AttentionSpec) -> str:
@@ -67,6 +68,8 @@ def how(spec: AttentionSpec) -> str:
     why = _why_decode(spec)
     if why:
         return f"decode: {why}"
+    if shapes.served_by_cudnn(spec):
+        return "cuDNN through PyTorch, faster than the prefill kernels at this head_dim"
     return "prefill; packed rows are unpacked a bounded number of tokens at a time"
 
 
@@ -75,7 +78,7 @@ def _why_decode(spec: AttentionSpec) -> str:
     capability = torch.cuda.get_device_capability()
     if capability[0] != 9:
         return f"prefill needs compute capability 9.0 (this GPU has {capability[0]}.{capability[1]})"
-    return prefill.why_not(spec)
+    return shapes.why_not(spec)
 
 
 def attend(

@@ -204,5 +204,7 @@ def attend(q: Tensor, view: KVView, spec: AttentionSpec, mask: Tensor | None, si
         )
         rows = batch * q_heads * q_len
         most = next(n for n in (32, 256, 1024, 8192) if n >= total)
-        kernel("merge", (("SPLITS", most),), device.index).launch((rows, 1, 1), min(512, -(-v_dim // 32) * 32), stream, merge)
+        kernel("merge", (("SPLITS", most),), device.index).launch(
+            (rows, 1, 1), min(512, -(-v_dim // 32) * 32), stream, merge
+        )
     return out, lse

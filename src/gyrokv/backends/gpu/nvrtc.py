@@ -229,7 +229,9 @@ class Kernel:
         self._attributes = (_LaunchAttribute * overlaps)(*[_LaunchAttribute(_PROGRAMMATIC, b"", 1)] * overlaps)
         self._function, self._launch, self._name, self._shared = function, driver.cuLaunchKernelEx, name, shared
 
-    def launch(self, grid: tuple[int, int, int], threads: int, stream: int, *arguments: ctypes.Structure | ctypes.Array) -> None:
+    def launch(
+        self, grid: tuple[int, int, int], threads: int, stream: int, *arguments: ctypes.Structure | ctypes.Array
+    ) -> None:
         """Start on ``stream`` (a CUstream), each argument by value. A kernel waits itself for the kernels before it:
         where the GPU can, its launch overlaps with their end."""
         places = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))

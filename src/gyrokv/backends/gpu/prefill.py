@@ -18,16 +18,16 @@ from torch import Tensor
 
 from ...formats import KVFormat
 from ...masks import BlockMap
-from ...quant import Packed, code_values, saturate, scale_divisor
+from ...quant import Packed, code_values, scale_divisor
 from ...spec import AttentionSpec
 from ...view import KVView, Segment
 from . import calls, nvrtc
+from .shapes import DTYPES, SECTION, served_by_cudnn, shape
 from .plan import TABLE, row_of
 
-FEWEST_QUERIES = 33  # below, decode reads every key once for all of them
-_DTYPES = (torch.float16, torch.bfloat16)
-_STAGED = 128 * 2**20  # bytes of K and V that are unpacked at a time
-_PART = 64 * 2**20  # bytes of results that wait to be joined
+_STAGED = 96 * 2**20  # bytes of K and V that are unpacked at a time
+_PART = 24 * 2**20  # bytes of results that wait to be joined
+_DENSE_ROOM = 128.0
 _ROOM = 4  # q in half precision is divided by 2**4: values up to 2**20 are exact, larger ones saturate
 _UNPACK_THREADS, _JOIN_THREADS = 256, 128
 
@@ -57,29 +57,22 @@ class Join(ctypes.Structure):
     ]  # fmt: skip
 
 
-def why_not(spec: AttentionSpec) -> str:
-    """Why the decode kernel serves ``spec`` instead; empty if these do (on compute capability 9.0)."""
-    if spec.q_len < FEWEST_QUERIES:
-        return f"q_len={spec.q_len} (below {FEWEST_QUERIES}, decode reads each key once for all rows)"
-    if spec.dtype not in _DTYPES:
-        return f"dtype={spec.dtype}"
-    used = sorted(spec.uses() & {"starts", "lengths", "paged"})
-    return f"the feature {used[0]}" if used else ""
-
-
 # -- pieces of the keys
 
 
-def stored_as(formats: tuple[KVFormat, ...], head_dim: int, dtype: torch.dtype) -> tuple[torch.dtype, int]:
+def stored_as(formats: tuple[KVFormat, ...], head_dim: int, exact: torch.dtype | None) -> tuple[torch.dtype, int]:
     """(element type that rows are multiplied as, n: they are unpacked divided by 2**n).
 
-    Codes and float8 become half precision, which holds more of them than bfloat16 does: n makes room for the largest
-    scale. Where some rows are dense all are taken as the problem's ``dtype``.
+    Dense rows of one 16-bit type are taken as they are; for K if q comes in that type too (``exact``; None for V). All
+    others become half precision, which keeps more of codes and of rotated values than bfloat16 does: n makes room for
+    the largest scale, and for what dense rows may hold up to 2**23. What is larger saturates.
     """
-    if any(fmt.is_dense or (fmt.has_levels and fmt.scale_dtype != "float16") for fmt in formats):
-        return dtype, 0
-    most = [float(code_values(f).abs().max()) / scale_divisor(f, head_dim) if f.has_levels else 0.0 for f in formats]
-    return torch.float16, max(0, math.ceil(math.log2(max(*most, 1.0, 1.0))))
+    if all(f.is_dense for f in formats) and len({f.dtype for f in formats}) == 1 and formats[0].dtype in DTYPES:
+        if exact in (None, formats[0].dtype):
+            return formats[0].dtype, 0
+    most = [float(code_values(f).abs().max()) / scale_divisor(f, head_dim) for f in formats if f.has_levels]
+    most += [_DENSE_ROOM for f in formats if f.is_dense or f.scale_dtype != "float16"]
+    return torch.float16, max(0, math.ceil(math.log2(max(1.0, *most))) if most else 0)
 
 
 @dataclass(frozen=True)
@@ -93,15 +86,14 @@ class Piece:
     stored: bool
 
 
-def _pieces(view: KVView, spec: AttentionSpec, most: int) -> list[Piece]:
-    """The keys that some query sees; rows to unpack in pieces of at most ``most``."""
+def _pieces(view: KVView, spec: AttentionSpec, staging: _Staging) -> list[Piece]:
+    """The keys that some query sees; rows to unpack in pieces that there is room for."""
     low = 0 if spec.window is None else max(0, view.length - spec.q_len - spec.window + 1)
     pieces = []
     for segment in view.segments:
-        formats, first = (segment.k_format, segment.v_format), max(segment.first, low)
-        stored = all(_as_stored(f, p.words, spec.dtype) for f, p in zip(formats, (segment.k, segment.v)))
+        stored, first = staging.reads(segment), max(segment.first, low)
         for slot, count in segment.runs(first, segment.stop):
-            step = count if stored else most
+            step = count if stored else staging.most
             pieces += [Piece(segment, slot + i, first + i, min(step, count - i), stored) for i in range(0, count, step)]
             first += count
     return pieces
@@ -116,14 +108,22 @@ def _mappable(t: Tensor) -> bool:
 class _Staging:
     """Room for the unpacked rows of one piece. ``types``, ``shifts``: of k and v, see :func:`stored_as`."""
 
-    def __init__(self, view: KVView, spec: AttentionSpec, stream: int) -> None:
+    def __init__(self, q: Tensor, view: KVView, spec: AttentionSpec, stream: int) -> None:
         self._codecs, self._stream = (view.k_codec, view.v_codec), stream
         self._shape, self._device = (spec.batch, spec.kv_heads), view.device
-        formats = tuple(s.k_format for s in view.segments), tuple(s.v_format for s in view.segments)
-        found = [stored_as(f, c.head_dim, spec.dtype) for f, c in zip(formats, self._codecs)]
+        formats = (
+            tuple(s.k_format for s in view.segments) or (view.k_codec.format,),
+            tuple(s.v_format for s in view.segments) or (view.v_codec.format,),
+        )
+        found = [stored_as(f, c.head_dim, t) for f, c, t in zip(formats, self._codecs, (q.dtype, None))]
         self.types, self.shifts = zip(*found)
         self._rows: list[Tensor] = []
         self.most = max(128, _STAGED // (spec.batch * spec.kv_heads * sum(c.padded for c in self._codecs) * 2) // 128 * 128)
+
+    def reads(self, segment: Segment) -> bool:
+        """True when its rows are read where they lie."""
+        sides = zip((segment.k_format, segment.v_format), (segment.k, segment.v), self.types)
+        return all(_as_stored(f, p.words, t) for f, p, t in sides)
 
     def rows(self, piece: Piece, longest: int) -> list[Tensor]:
         """k ``[B, Hkv, count, Dk]`` and v of a piece; the next call may overwrite them."""
@@ -175,98 +175,7 @@ def _unpack(packed: Packed, fmt: KVFormat, codec, to: Tensor, slot: int, capacit
     nvrtc.kernel("unpack", defines, device.index).launch((blocks, to.shape[1], to.shape[0]), _UNPACK_THREADS, stream, call)
 
 
-# -- kernels
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What a kernel is compiled with, and its launch. ``dk``, ``dv``: multiples of 64; others are padded by tensor maps."""
-
-    dk: int
-    dv: int
-    q_type: int
-    v_type: int
-    out_type: int
-    mask: int
-    softcap: bool
-    alibi: bool
-    any_scale: bool
-
-    @property
-    def groups(self) -> int:
-        """Warpgroups that attend in the narrow kernel, whose output fits beside the scores; 0: the wide kernel."""
-        return 0 if self.dv > 128 or self.dk > 192 else 3 if self.dv == 64 and not self.mask else 2
-
-    @property
-    def rows(self) -> int:
-        return 64 * max(self.groups, 1)
-
-    @property
-    def threads(self) -> int:
-        return 128 * (self.groups + 1) if self.groups else 512
-
-    @property
-    def keys(self) -> int:
-        return 128 if self.dv <= 512 else 64
-
-    @property
-    def boxes(self) -> tuple[int, int, int]:
-        """Tokens of a box of q, k and v."""
-        return (64, self.keys, self.keys) if self.groups else (64, self.keys, 32)
-
-    @property
-    def _parts(self) -> tuple[int, int, int, int]:
-        """Bytes of shared memory: before the rings, of a stage of k and of v, after them."""
-        if self.groups:
-            return self.groups * 128 * self.dk, 256 * self.dk, 256 * self.dv, 0
-        return 128 * self.dk + 4 * 8192, 128 * self.keys, 64 * ((self.dv // 64 + 1) // 2 * 64), 16 * 80 + 64
-
-    @property
-    def stages(self) -> tuple[int, int]:
-        """Stages of k and of v, as many as fit; those of v in twos where two warpgroups take turns."""
-        before, k, v, after = self._parts
-        left = _SHARED - before - after - 8 - 4 * 8 * 6
-        if self.groups:
-            return (min(4, left // (k + v)),) * 2
-        many = next(n for n in (6, 4, 2) if n * v + max(2, n - 1) * k <= left)
-        return min(6, (left - many * v) // k), many
-
-    @property
-    def shared(self) -> int:
-        (before, k, v, after), (many_k, many_v) = self._parts, self.stages
-        return before + many_k * k + many_v * v + after + 8 * (1 + 2 * many_k + 2 * many_v)
-
-    @property
-    def defines(self) -> tuple[tuple[str, int], ...]:
-        k, v = self.stages
-        own = {"GROUPS": self.groups} if self.groups else {"CLUSTER": 1, "EXCHANGE": 0, "SEND": 0 if self.mask else 7}
-        names = {
-            "DK": self.dk, "DV": self.dv, "KEYS": self.keys, "K_STAGES": k, "V_STAGES": v, "Q_TYPE": self.q_type,
-            "V_TYPE": self.v_type, "OUT_TYPE": self.out_type, "MASK": self.mask, "SOFTCAP": int(self.softcap), "ALIBI": int(self.alibi),
-            "ANY_SCALE": int(self.any_scale),
-        }  # fmt: skip
-        return tuple((names | own).items())
-
-    @property
-    def kernel(self) -> str:
-        return "prefill_narrow" if self.groups else "prefill"
-
-
-_SHARED = 232448  # bytes of a block on compute capability 9.0
-_SECTION = 24 * 2**20  # bytes of K and V that blocks read at a time, to stay in L2
-
-
-def shape(spec: AttentionSpec, dims: tuple[int, int], types: tuple[torch.dtype, ...], mask: int) -> Shape:
-    """The kernel of a problem whose rows have ``dims`` values. ``types``: of k, v and the output; ``mask``: 0 for none."""
-    dk, dv = (-(-d // 64) * 64 for d in dims)
-    return Shape(dk, dv, *(calls.Q_TYPES[t] for t in types), mask, spec.softcap > 0, spec.alibi > 0, spec.scale <= 0)
-
-
-def tile(spec: AttentionSpec) -> tuple[int, int]:
-    """Queries and keys of a tile."""
-    dims = spec.k_format.layout(spec.head_dim)[0], spec.v_format.layout(spec.head_dim_v)[0]
-    found = shape(spec, dims, (spec.dtype,) * 3, int(spec.mask is not None))
-    return found.rows, found.keys
+# -- launches
 
 
 @cache
@@ -296,14 +205,16 @@ def attend(
     """The contract's ``attend``; out in the dtype of ``spec`` where nothing but a cast would follow."""
     stream = torch.cuda.current_stream(q.device).cuda_stream
     with torch.cuda.device(q.device):
-        staging = _Staging(view, spec, stream)
+        staging = _Staging(q, view, spec, stream)
         call = _Call(q, view, spec, mask, sinks, staging, stream)
-        pieces = _pieces(view, spec, staging.most)
+        pieces = _pieces(view, spec, staging)
         alone = len(pieces) == 1
         out, lse = call.results(spec.q_len, spec.dtype if alone and view.v_codec.identity else torch.float32)
         longest = max((piece.count for piece in pieces if not piece.stored), default=0)
         for i, piece in enumerate(pieces):
             k, v = staging.rows(piece, longest)
+            if alone and view.v_codec.identity and call.q.dtype == k.dtype == v.dtype and served_by_cudnn(spec):
+                return call.cudnn(k, v)
             if i == 0:
                 call.launch(0, spec.q_len, piece.first, k, v, out, lse, block_map if alone else None, call.sinks)
             else:
@@ -322,9 +233,10 @@ class _Call:
     ) -> None:  # fmt: skip
         self.view, self.spec, self.mask, self.stream = view, spec, mask, stream
         self.scale, self.v_scale = spec.scale * 2.0 ** staging.shifts[0], 2.0 ** staging.shifts[1]
-        if q.dtype != staging.types[0] and staging.types[0] == torch.float16:
-            q, self.scale = q.to(torch.float32) * 2.0**-_ROOM, self.scale * 2.0**_ROOM
-        q = saturate(q, staging.types[0])
+        if q.dtype != staging.types[0]:  # to half precision, without a copy in between
+            half = torch.empty_like(q, dtype=torch.float16, memory_format=torch.contiguous_format)
+            torch.mul(q, 2.0**-_ROOM, out=half) if q.dtype == torch.float32 else half.copy_(q.float() * 2.0**-_ROOM)
+            q, self.scale = half.clamp_(-65504.0, 65504.0), self.scale * 2.0**_ROOM
         self.q = q if _mappable(q) else q.contiguous()
         self.sinks = None if sinks is None else sinks.to(torch.float32).contiguous()
         self.slopes = calls.head_slopes(spec.q_heads, spec.alibi, q.device) if spec.alibi else None
@@ -334,6 +246,11 @@ class _Call:
         sizes, device = (self.spec.batch, self.spec.q_heads, tokens), self.q.device
         return torch.empty((*sizes, self.dims[1]), dtype=dtype, device=device), torch.empty(sizes, device=device)
 
+    def cudnn(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        run = torch.ops.aten._scaled_dot_product_cudnn_attention
+        out, lse, *_ = run(self.q, k, v, None, True, 0.0, self.spec.causal, False, scale=self.spec.scale)
+        return out, lse.reshape(self.q.shape[:3])
+
     def launch(
         self, low: int, high: int, first: int, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
         block_map: BlockMap | None = None, sinks: Tensor | None = None,
@@ -341,14 +258,14 @@ class _Call:
         """Queries ``low`` to ``high`` over keys of positions ``first`` on; ``out`` and ``lse`` are of these queries."""
         spec, mask, q = self.spec, self.mask, self.q[:, :, low:high]
         types = q.dtype, v.dtype, out.dtype
-        made = shape(spec, self.dims, types, 0 if mask is None else calls.MASKS[mask.dtype])
+        made = shape(spec, self.dims, types, 0 if mask is None else calls.MASKS[mask.dtype], k.shape[2])
         heads, keys = spec.batch * spec.kv_heads, k.shape[2]
         tiles = -(-q.shape[2] // made.rows)
         call = Prefill(
             out=out.data_ptr(), out_strides=out.stride()[:3], lse=lse.data_ptr(),
             sinks=0 if sinks is None else sinks.data_ptr(), slopes=0 if self.slopes is None else self.slopes.data_ptr(),
             q_heads=spec.q_heads, groups=spec.groups, q_len=q.shape[2], kv_len=keys, tiles=tiles,
-            section=max(1, min(heads, _SECTION // (keys * sum(self.dims) * 2))), pairs=heads, causal=spec.causal,
+            section=max(1, min(heads, SECTION // (keys * sum(self.dims) * 2))), pairs=heads, causal=spec.causal,
             window=spec.window or 0, first=self.view.length - spec.q_len + low - first, dv=self.dims[1],
             scale=self.scale, softcap=spec.softcap, v_scale=self.v_scale,
         )  # fmt: skip
@@ -360,7 +277,7 @@ class _Call:
             call.map, call.map_strides = block_map.states.data_ptr(), calls.strides(block_map.states)[:3]
         maps = [_tensor_map(x, tokens) for x, tokens in zip((q, k, v), made.boxes)]
         kernel = nvrtc.kernel(made.kernel, made.defines, q.device.index, made.shared)
-        kernel.launch((heads * spec.groups * tiles, 1, 1), made.threads, self.stream, call, *maps)
+        kernel.launch((made.cluster * heads * spec.groups * tiles, 1, 1), made.threads, self.stream, call, *maps)
 
     def join(self, first: int, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
         """Add keys of positions ``first`` on to out and lse, a bounded number of queries at a time."""

@@ -14,7 +14,7 @@ struct Prefill {
   const u8* map;                    // of the mask, per tile of rows and KEYS keys: 0 skip, 1 all visible, 2 look; or null
   i64 map_batch, map_head, map_row;
   int q_heads, groups, q_len, kv_len, tiles;  // groups: query heads per KV head; tiles: of a head
-  int section, pairs;                         // KV heads served at a time, for L2; all (batch, KV head)
+  int section, pairs;                         // KV heads at a time, for L2: some 24 MB; all (batch, KV head)
   int causal, window, first;                  // window 0: none; first: position of query 0 among the keys
   int dv;                                     // true columns
   float scale, softcap, v_scale;              // v_scale: of the output
@@ -92,8 +92,10 @@ struct Mask {
     i64 step = p.mask_key * SIZE;
     const char* at[2];
 #pragma unroll
-    for (int r = 0; r < 2; ++r)
-      at[r] = p.mask + (tile.batch * p.mask_batch + tile.head * p.mask_head + min(row + 8 * r, p.q_len - 1) * p.mask_token + key * p.mask_key) * SIZE;
+    for (int r = 0; r < 2; ++r) {
+      i64 from = tile.batch * p.mask_batch + tile.head * p.mask_head + min(row + 8 * r, p.q_len - 1) * p.mask_token;
+      at[r] = p.mask + (from + key * p.mask_key) * SIZE;
+    }
     if (pairs) {
 #pragma unroll
       for (int j = 0; j < KEYS / 8; ++j)
@@ -207,10 +209,11 @@ struct Softmax {
       float sum = total[r], sink = p.sinks ? p.sinks[tile.head] * LOG2E : -INFINITE;
       sum += __shfl_xor_sync(~0u, sum, 1);
       sum += __shfl_xor_sync(~0u, sum, 2);
-      float most = fmaxf(top[r], sink), all = most == -INFINITE ? 0.0f : sum * exp2_fast(top[r] - most) + exp2_fast(sink - most);
+      float most = fmaxf(top[r], sink);
+      float all = most == -INFINITE ? 0.0f : sum * exp2_fast(top[r] - most) + exp2_fast(sink - most);
       last[r] = sum > 0.0f ? exp2_fast(top[r] - most) / all * p.v_scale : 0.0f;
-      if (p.lse && t == 0 && row + 8 * r < p.q_len)
-        p.lse[((i64)tile.batch * p.q_heads + tile.head) * p.q_len + row + 8 * r] = all > 0.0f ? (most + log2f(all)) * LN2 : -INFINITE;
+      i64 at = ((i64)tile.batch * p.q_heads + tile.head) * p.q_len + row + 8 * r;
+      if (p.lse && t == 0 && row + 8 * r < p.q_len) p.lse[at] = all > 0.0f ? (most + log2f(all)) * LN2 : -INFINITE;
     }
   }
 };

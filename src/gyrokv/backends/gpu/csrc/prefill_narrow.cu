@@ -32,14 +32,16 @@ INLINE void load_keys(const TensorMap* q_map, const TensorMap* k_map, const Tile
   if (elected()) {
     arrive_expect(barrier(shared, Q_FULL), GROUPS * Q_BYTES);
     for (int i = 0; i < GROUPS * CHUNKS; ++i)
-      load_box(shared + i * 8192, q_map, i % CHUNKS * 64, tile.row + i / CHUNKS * 64, tile.head, tile.batch, barrier(shared, Q_FULL));
+      load_box(shared + i * 8192, q_map, i % CHUNKS * 64, tile.row + i / CHUNKS * 64, tile.head, tile.batch,
+               barrier(shared, Q_FULL));
   }
   for (int block = tile.block; block >= 0; block = tile.seen(block - 1), ring.advance()) {
     u32 full = barrier(shared, K_FULL + ring.stage), to = shared + K_AT + ring.stage * K_BYTES;
     wait(barrier(shared, K_EMPTY + ring.stage), ring.parity ^ 1);
     if (elected()) {
       arrive_expect(full, K_BYTES);
-      for (int c = 0; c < CHUNKS; ++c) load_box(to + c * CHUNK_BYTES, k_map, c * 64, block * KEYS, tile.kv_head, tile.batch, full);
+      for (int c = 0; c < CHUNKS; ++c)
+        load_box(to + c * CHUNK_BYTES, k_map, c * 64, block * KEYS, tile.kv_head, tile.batch, full);
     }
   }
 }
@@ -51,7 +53,8 @@ INLINE void load_values(const TensorMap* v_map, const Tile& tile, u32 shared) {
     wait(barrier(shared, V_EMPTY + ring.stage), ring.parity ^ 1);
     if (elected()) {
       arrive_expect(full, V_BYTES);
-      for (int c = 0; c < COLUMNS; ++c) load_box(to + c * CHUNK_BYTES, v_map, c * 64, block * KEYS, tile.kv_head, tile.batch, full);
+      for (int c = 0; c < COLUMNS; ++c)
+        load_box(to + c * CHUNK_BYTES, v_map, c * 64, block * KEYS, tile.kv_head, tile.batch, full);
     }
   }
 }

@@ -1,0 +1,127 @@
+"""Which prefill kernel serves a problem, what it is compiled with, and how it is launched: pure functions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ...spec import AttentionSpec
+from .calls import Q_TYPES
+
+FEWEST_QUERIES = 33  # below, decode reads every key once for all of them
+DTYPES = (torch.float16, torch.bfloat16)
+
+
+def why_not(spec: AttentionSpec) -> str:
+    """Why the decode kernel serves ``spec`` instead; empty if these do (on compute capability 9.0)."""
+    if spec.q_len < FEWEST_QUERIES:
+        return f"q_len={spec.q_len} (below {FEWEST_QUERIES}, decode reads each key once for all rows)"
+    if spec.dtype not in DTYPES:
+        return f"dtype={spec.dtype}"
+    used = sorted(spec.uses() & {"starts", "lengths", "paged"})
+    return f"the feature {used[0]}" if used else ""
+
+
+def served_by_cudnn(spec: AttentionSpec) -> bool:
+    """True where cuDNN, through PyTorch, is the fastest there is, and the problem is one that it takes."""
+    plain = spec.uses() <= {"causal"} and spec.scale > 0 and (not spec.causal or spec.q_len == spec.kv_len)
+    dense = all(f.is_dense and f.dtype == spec.dtype for f in (spec.k_format, spec.v_format))
+    return plain and dense and 192 < spec.head_dim == spec.head_dim_v <= 256
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a kernel is compiled with, and its launch. ``dk``, ``dv``: multiples of 64; others are padded by tensor maps."""
+
+    dk: int
+    dv: int
+    q_type: int
+    v_type: int
+    out_type: int
+    mask: int
+    softcap: bool
+    alibi: bool
+    any_scale: bool
+    cluster: int = 1  # blocks that load k and v for each other; of the wide kernel
+
+    @property
+    def groups(self) -> int:
+        """Warpgroups that attend in the narrow kernel, whose output fits beside the scores; 0: the wide kernel."""
+        return 0 if self.dv > 128 or self.dk > 192 else 3 if self.dv == 64 and not self.mask else 2
+
+    @property
+    def rows(self) -> int:
+        return 64 * (self.groups or self.cluster)
+
+    @property
+    def threads(self) -> int:
+        return 128 * (self.groups + 1) if self.groups else 512
+
+    @property
+    def keys(self) -> int:
+        return 128 if self.dv <= 512 else 64
+
+    @property
+    def boxes(self) -> tuple[int, int, int]:
+        """Tokens of a box of q, k and v."""
+        return (64, self.keys, self.keys) if self.groups else (64, self.keys, 32)
+
+    @property
+    def _parts(self) -> tuple[int, int, int, int]:
+        """Bytes of shared memory: before the rings, of a stage of k and of v, after them."""
+        if self.groups:
+            return self.groups * 128 * self.dk, 256 * self.dk, 256 * self.dv, 0
+        return 128 * self.dk + 4 * 8192, 128 * self.keys, 64 * ((self.dv // 64 + 1) // 2 * 64), 16 * 80 + 64
+
+    @property
+    def stages(self) -> tuple[int, int]:
+        """Stages of k and of v, as many as fit; those of v in twos where two warpgroups take turns."""
+        before, k, v, after = self._parts
+        left = _SHARED - before - after - 8 - 4 * 8 * 6
+        if self.groups:
+            return (min(4, left // (k + v)),) * 2
+        many = next(n for n in (6, 4, 2) if n * v + max(2, n - 1) * k <= left)
+        return min(6, (left - many * v) // k), many
+
+    @property
+    def shared(self) -> int:
+        (before, k, v, after), (many_k, many_v) = self._parts, self.stages
+        return before + many_k * k + many_v * v + after + 8 * (1 + 2 * many_k + 2 * many_v)
+
+    @property
+    def defines(self) -> tuple[tuple[str, int], ...]:
+        k, v = self.stages
+        own = {"GROUPS": self.groups} if self.groups else {"CLUSTER": self.cluster}
+        names = {
+            "DK": self.dk, "DV": self.dv, "KEYS": self.keys, "K_STAGES": k, "V_STAGES": v, "Q_TYPE": self.q_type,
+            "V_TYPE": self.v_type, "OUT_TYPE": self.out_type, "MASK": self.mask, "SOFTCAP": int(self.softcap), "ALIBI": int(self.alibi),
+            "ANY_SCALE": int(self.any_scale),
+        }  # fmt: skip
+        return tuple((names | own).items())
+
+    @property
+    def kernel(self) -> str:
+        return "prefill_narrow" if self.groups else "prefill"
+
+
+_SHARED = 232448  # bytes of a block on compute capability 9.0
+SECTION = 24 * 2**20  # bytes of K and V that blocks read at a time, to stay in L2
+
+
+def shape(spec: AttentionSpec, dims: tuple[int, int], types: tuple[torch.dtype, ...], mask: int, keys: int = 0) -> Shape:
+    """The kernel of a problem whose rows have ``dims`` values. ``types``: of k, v and the output; ``mask``: 0 for none.
+
+    Blocks share what they load once ``keys`` rows of K and V no longer stay in L2; not under a mask, whose map has one
+    tile shape.
+    """
+    dk, dv = (-(-d // 64) * 64 for d in dims)
+    cluster = 2 if not mask and dv > 128 and keys * sum(dims) * 2 > SECTION else 1
+    return Shape(dk, dv, *(Q_TYPES[t] for t in types), mask, spec.softcap > 0, spec.alibi > 0, spec.scale <= 0, cluster)
+
+
+def tile(spec: AttentionSpec) -> tuple[int, int]:
+    """Queries and keys of a tile."""
+    dims = spec.k_format.layout(spec.head_dim)[0], spec.v_format.layout(spec.head_dim_v)[0]
+    found = shape(spec, dims, (spec.dtype,) * 3, int(spec.mask is not None))
+    return found.rows, found.keys
