@@ -8,7 +8,6 @@ the CPU, where looking costs no wait, raises at once.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import cache
 
@@ -37,25 +36,25 @@ class Rows:
     head_dim_v: int
     bound: int
     window: int = 0
-    keep: int = 0
     k_rotation: str = ""
     v_rotation: str = ""
+    keep: int = 0
 
     @classmethod
     def of(cls, policy: LayerPolicy, shape: LayerShape, bound: int, keep: int = 0) -> Rows:
         """For a layer of ``shape`` under ``policy``, whose dense rows (``sinks``, ``recent``) are not among these."""
         return cls(
-            policy.k, policy.v, shape.head_dim, shape.head_dim_v or shape.head_dim, bound, shape.window or 0, keep,
-            policy.k_rotation, policy.v_rotation,
+            policy.k, policy.v, shape.head_dim, shape.head_dim_v or shape.head_dim, bound, shape.window or 0,
+            policy.k_rotation, policy.v_rotation, keep,
         )  # fmt: skip
 
     def __str__(self) -> str:
-        return json.dumps(vars(self))
+        return ",".join(str(value) for value in vars(self).values())
 
 
 @cache
 def _rows(text: str) -> Rows:
-    return Rows(**json.loads(text))
+    return Rows(*(int(value) if value.isdecimal() else value for value in text.split(",")))
 
 
 @cache
