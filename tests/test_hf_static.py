@@ -10,6 +10,7 @@ from transformers import CompileConfig
 
 from gyrokv import CapacityError, GyroKVError
 from gyrokv.cases import kinds
+from gyrokv.formats import FORMATS
 from gyrokv.hf import StaticPackedCache, attach, cache
 
 LENGTH = 128  # slots; a window of 16 has a ring of 64, the prompt is longer
@@ -115,6 +116,34 @@ def test_chunks_turns_and_reset(name):
         assert torch.equal(model.generate(**prompts(), past_key_values=held), want)
         assert held.nbytes == bytes_held and held.packed[0].k_words.data_ptr() == first
         assert "static, at most 128 tokens" in held.report()
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_beams(name):
+    """Beam search reorders the batch in place: each beam must go on from its own past."""
+    found = []
+    for options in ({}, {"static": LENGTH}):
+        model, attachment = attached(name, "k=f32,v=f32", **options)
+        with attachment:
+            found.append(model.generate(**prompts(), num_beams=3))
+    assert torch.equal(*found)
+
+
+def test_memory_is_allocated_once():
+    """The bytes are those of the formats, and a step leaves every tensor where it was."""
+    model, attachment = attached("gemma3", "k=q8_0,v=turbo4")
+    held = StaticPackedCache(model.config, "k=q8_0,v=turbo4", LENGTH)
+    ids, places = prompts()["input_ids"], []
+    with attachment, torch.no_grad():
+        for step in (ids, ids[:, :1], ids[:, :3]):
+            model(step, past_key_values=held)
+            places.append([t.data_ptr() for layer in held.packed for t in layer.tensors])
+    assert places[0] == places[1] == places[2] and int(held.get_seq_length()) == PROMPT + 4
+    per_token = 2 * 2 * (FORMATS["q8_0"].bytes_per_head(64) + FORMATS["turbo4"].bytes_per_head(64))
+    small = sum(t.numel() * t.element_size() for layer in held.packed for t in (layer.lengths, layer.trouble))
+    assert held.nbytes == per_token * (64 + LENGTH) + small
+    marked = [t for layer in held.packed for t in layer.tensors]
+    assert all(getattr(t, "_dynamo_static_input_type", None) for t in marked)
 
 
 def test_too_many_tokens_and_what_is_not_a_number():

@@ -116,11 +116,11 @@ class StaticPackedLayer(CacheLayerMixin):
         rows = str(ops.Rows.of(self.policy, shape, self.max_length))  # ends with keep=0
         self._rows = rows[: rows.rindex(",") + 1]
         self.rows = f"{self._rows}{self.slots if self.ring else 0}"
+        self.is_initialized = True
         if not torch.compiler.is_compiling():
             for t in self.tensors:
                 torch._dynamo.mark_static_address(t)
-            ops.codecs(self.rows, self.device)
-        self.is_initialized = True
+            ops.codecs(self.rows, self.device)  # before a graph is captured
 
     @property
     def stores(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
