@@ -132,6 +132,12 @@ def same_state(there: LayerCache, here: LayerCache) -> bool:
     return equal_layers(there, here)
 
 
+def same_but_for_nan(there: LayerCache, here: LayerCache) -> bool:
+    """The same values: what is no number has other bits on other processors."""
+    pairs = ((a.cpu(), b) for a, b in zip(there.tensors, here.tensors))
+    return all(torch.equal(*(x.nan_to_num(nan=-7.0) if x.is_floating_point() else x for x in pair)) for pair in pairs)
+
+
 @pytest.fixture
 def ours(backend_here, monkeypatch):
     """``ours(many)``: after it the GPU backend encodes, as many tokens or as few."""
@@ -193,7 +199,7 @@ def test_rows_of_every_width(width, coding, many, ours):
         there, here = layers(Codec(fmt, dim), Codec(fmt, dim))
         gpu.append(there, x.to(DEVICE), x.flip(-1).to(DEVICE))
         here.append(x, x.flip(-1))
-        assert same_state(there, here), f"{fmt} of {dim}"
+        assert same_but_for_nan(there, here), f"{fmt} of {dim}"
 
 
 @pytest.mark.gpu

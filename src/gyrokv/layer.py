@@ -12,66 +12,13 @@ from torch import Tensor
 
 from .errors import CapacityError
 from .formats import dense_format
-from .memory import empty_rows
 from .quant import Codec, Packed, cat, check_finite
+from .rows import Rows
 from .spec import check_head_dims, check_positive
 from .view import KVView, Segment, chronological, rows_of
+from .watch import Watch
 
 _GROWTH = 256  # rows: the least that a growing layer allocates; it doubles, then adds 16 times this
-
-
-class _Rows:
-    """A store of packed K and V rows ``[B, Hkv, capacity, *]``; position p lies in slot ``p % capacity``."""
-
-    def __init__(self, k_format, v_format) -> None:
-        self.k_format, self.v_format = k_format, v_format
-        self.k: Packed | None = None
-        self.v: Packed | None = None
-        self.first = self.stop = 0
-
-    @property
-    def capacity(self) -> int:
-        return 0 if self.k is None else self.k.words.shape[-2]
-
-    def reserve(self, capacity: int, like_k: Packed, like_v: Packed) -> None:
-        """Move the live rows, bytes untouched, to a store of ``capacity`` slots."""
-        if capacity == self.capacity:
-            return
-        old = self.segment() if self.k is not None else None
-        self.k, self.v = (like.map(lambda t: empty_rows(t, capacity)) for like in (like_k, like_v))
-        if old is not None and old.first < old.stop:
-            first, stop = max(old.first, old.stop - capacity), old.stop
-            self.first = self.stop = first
-            self.write(first, *(chronological(p, old, first, stop) for p in (old.k, old.v)))
-
-    def write(self, position: int, k: Packed, v: Packed) -> None:
-        """Store rows (no more than the capacity) for the positions from ``position`` on; older ones may be lost."""
-        done, count = 0, k.words.shape[-2]
-        while done < count:
-            slot = (position + done) % self.capacity
-            n = min(count - done, self.capacity - slot)
-            for store, rows in ((self.k, k), (self.v, v)):
-                for into, part in zip(rows_of(store, slot, n), rows_of(rows, done, n)):
-                    into.copy_(part)
-            done += n
-        self.stop = position + count
-        self.first = max(self.first, self.stop - self.capacity)
-
-    def truncate(self, length: int) -> None:
-        self.stop = min(self.stop, length)
-        self.first = min(self.first, self.stop)
-
-    def segment(self, first: int | None = None, stop: int | None = None) -> Segment:
-        first, stop = self.first if first is None else first, self.stop if stop is None else stop
-        return Segment(self.k, self.v, self.k_format, self.v_format, base=0, first=first, stop=stop)
-
-    def map(self, f) -> None:
-        if self.k is not None:
-            self.k, self.v = self.k.map(f), self.v.map(f)
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        return () if self.k is None else (*self.k, *self.v)
 
 
 def ring_capacity(window: int) -> int:
@@ -90,7 +37,8 @@ class LayerCache:
     ``batch``, ``kv_heads``: sizes. ``dtype``: of the dense rows of ``sinks`` and ``recent`` (the model's). ``window``:
     sliding window in tokens; older ones are dropped. ``sinks``, ``recent``: how many of the first and of the last
     tokens are also kept dense (sinks only without a window). ``capacity``: slots allocated at once; ``grow=False``
-    makes it a limit. ``check=False`` skips the test for NaN and inf. Raises ValueError for sizes that make no sense.
+    makes it a limit. ``check=False`` skips the test for NaN and inf (see :meth:`check_values`). Raises ValueError for
+    sizes that make no sense.
     """
 
     def __init__(
@@ -122,6 +70,7 @@ class LayerCache:
         self.window, self.grow, self.check = window, grow, check
         self.sinks = 0 if window is not None else sinks
         self.recent = recent
+        self._watch = Watch.on(self.device)
         self.length = 0
         self.version = 0
         self.keep_past = False
@@ -129,8 +78,8 @@ class LayerCache:
         self._limit = None if grow or window is not None else capacity
         self._kept_from = 0
         dense = dense_format(dtype)
-        self._main = _Rows(k_codec.format, v_codec.format)
-        self._sinks, self._recent = _Rows(dense, dense), _Rows(dense, dense)
+        self._main = Rows(k_codec.format, v_codec.format)
+        self._sinks, self._recent = Rows(dense, dense), Rows(dense, dense)
         if window is None and capacity:
             self._reserve(capacity, *self._encode_nothing())
 
@@ -162,10 +111,18 @@ class LayerCache:
                 raise ValueError(f"{name} is on {x.device} but the cache is on {self.device}")
             if not x.is_floating_point():
                 raise TypeError(f"{name} has dtype {x.dtype}; it must be floating point")
-            if self.check:
+            if self.check and self._watch is None:
                 check_finite(x, name)
         if self._limit is not None and self.length + tokens > self._limit:
             raise CapacityError(f"{self.length} tokens held and {tokens} more exceed capacity={self._limit}")
+        if self.check and self._watch is not None:
+            self._watch.look(k, v)
+
+    def check_values(self) -> None:
+        """Raise ValueError if NaN or inf was appended: on an accelerator :meth:`append` does not wait to find out, and
+        says so in a later call. Waits for the device; does nothing on the CPU, where :meth:`append` raised."""
+        if self._watch is not None:
+            self._watch.wait()
 
     def write(self, k_rows: Packed, v_rows: Packed, k: Tensor, v: Tensor) -> KVView:
         """:meth:`append` for rows that a backend encoded; ``k``, ``v`` are the same tokens, for the dense segments."""
@@ -236,7 +193,7 @@ class LayerCache:
             grown = max(rows, min(2 * capacity, capacity + 16 * _GROWTH), _GROWTH)
             self._main.reserve(grown if self._limit is None else self._limit, like_k, like_v)
 
-    def _write_dense(self, rows: _Rows, capacity: int, position: int, count: int, skip: int, k: Tensor, v: Tensor) -> None:
+    def _write_dense(self, rows: Rows, capacity: int, position: int, count: int, skip: int, k: Tensor, v: Tensor) -> None:
         if not count:
             return
         packed = []
@@ -340,6 +297,7 @@ class LayerCache:
         """Move all rows to ``device``."""
         self._map(lambda t: t.to(device))
         self.device = _numbered(device)
+        self._watch = Watch.on(self.device)
 
     def reset(self) -> None:
         """Forget all tokens; allocated slots stay."""

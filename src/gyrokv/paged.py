@@ -24,6 +24,7 @@ from .place import NOBODY, append_at
 from .quant import Codec, Packed, check_finite
 from .spec import check_head_dims, check_positive
 from .view import KVView, Segment
+from .watch import Watch
 
 PAGE_SIZES = (16, 32, 64, 128, 256)
 
@@ -56,7 +57,8 @@ class Batch:
         """Encode and store k ``[B, Hkv, T, Dk]``, v ``[B, Hkv, T, Dv]``, T the largest count; sequences with fewer new
         tokens have them at the right. Returns the view for queries of these tokens.
 
-        Raises ValueError or TypeError (shapes, devices, NaN, inf) before anything is written.
+        Raises ValueError or TypeError (shapes, devices, NaN, inf) before anything is written; on an accelerator NaN
+        and inf are raised by a later call, or by :meth:`PagedCache.check_values`.
         """
         here = self._cache.layers[layer]
         for name, x, codec in (("k", k, here.k_codec), ("v", v, here.v_codec)):
@@ -65,10 +67,12 @@ class Batch:
                 raise ValueError(f"{name} has shape {tuple(x.shape)}; this batch takes {list(wanted)} in layer {layer}")
             if x.device != self.pages.device:
                 raise ValueError(f"{name} is on {x.device} but the cache is on {self.pages.device}")
-            if self._cache.check and x.device.type == "cpu":
-                check_finite(x, name)
-            elif not x.is_floating_point():
+            if not x.is_floating_point():
                 raise TypeError(f"{name} has dtype {x.dtype}; it must be floating point")
+            if self._cache.check and self._cache.watch is None:
+                check_finite(x, name)
+        if self._cache.check and self._cache.watch is not None:
+            self._cache.watch.look(k, v)
         codecs = here.k_codec, here.v_codec
         append_at((here.k, here.v), codecs, (k, v), self.before, self.pages, self.counts)
         return self.view(layer)
@@ -109,6 +113,7 @@ class PagedCache:
         check_positive(pages=pages)
         self.page_size, self.pages, self.check = page_size, pages, check
         self.device = torch.empty(0, device=device).device
+        self.watch = Watch.on(self.device)
         self.layers = [self._layer(i, len(shapes), shape) for i, shape in enumerate(shapes)]
         self._free = list(range(pages, 0, -1))
         self._users = [0] * (pages + 1)
@@ -132,6 +137,11 @@ class PagedCache:
             size = (self.pages + 1, shape.kv_heads, self.page_size)
             pools.append(like.map(lambda t: t.new_empty(*size, t.shape[-1])))  # noqa: B023 (called at once)
         return _Layer(*codecs, *pools, shape)
+
+    def check_values(self) -> None:
+        """Raise ValueError if NaN or inf was appended on an accelerator. Waits for it."""
+        if self.watch is not None:
+            self.watch.wait()
 
     # -- sequences
 

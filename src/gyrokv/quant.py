@@ -87,7 +87,7 @@ def encode(x: Tensor, fmt: KVFormat, rotation: str) -> Packed:
     index = _nearest(normalised, fmt)
     codes = packing.to_sign_magnitude(index, fmt.bits) if fmt.coding == "sign_magnitude" else index
     if fmt.corrected:
-        levels = fmt.level_values.to(x.device)[index.long()].unflatten(-1, (norm.shape[-1], -1))
+        levels = _constant(fmt, "level_values", x.device)[index.long()].unflatten(-1, (norm.shape[-1], -1))
         length = _root(_sum_in_order(levels * levels))
         norm = torch.where(length > _TINY, norm / length, norm)
     scale_dtype = getattr(torch, fmt.scale_dtype)
@@ -121,15 +121,23 @@ def decode(packed: Packed, fmt: KVFormat, head_dim: int) -> Tensor:
 
 def code_values(fmt: KVFormat, device: torch.device | str = "cpu") -> Tensor:
     """The value of each *stored* code of a row with levels: float32 ``[2 ** bits]``, to be multiplied by the scale."""
-    return _code_values(fmt).to(device)
+    return _code_values(fmt, torch.device(device))
 
 
 @cache
-def _code_values(fmt: KVFormat) -> Tensor:
+@torch.inference_mode(False)
+def _constant(fmt: KVFormat, table: str, device: torch.device) -> Tensor:
+    """A table of a row on ``device``: a captured graph must copy nothing from the host."""
+    return getattr(fmt, table).to(device)
+
+
+@cache
+@torch.inference_mode(False)
+def _code_values(fmt: KVFormat, device: torch.device) -> Tensor:
     index = torch.arange(2**fmt.bits, dtype=torch.int64)
     if fmt.coding == "sign_magnitude":
         index = packing.from_sign_magnitude(index, fmt.bits)
-    return fmt.level_values[index]
+    return fmt.level_values[index].to(device)
 
 
 def scale_divisor(fmt: KVFormat, head_dim: int) -> float:
@@ -194,7 +202,7 @@ def _nearest(z: Tensor, fmt: KVFormat) -> Tensor:
         whole = z.trunc()
         whole = whole + torch.where((z - whole).abs() >= 0.5, z.sign(), 0.0)
         return (whole.clamp(-high, high) - low).to(torch.uint8)
-    return torch.bucketize(z.contiguous(), fmt.boundaries.to(z.device), right=fmt.ties == "up").to(torch.uint8)
+    return torch.bucketize(z.contiguous(), _constant(fmt, "boundaries", z.device), right=fmt.ties == "up").to(torch.uint8)
 
 
 class Codec:

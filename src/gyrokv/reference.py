@@ -68,7 +68,8 @@ def attention(
     bottom right (of each sequence's ``lengths``, if given); see :func:`visible`. ``mask`` broadcasts to
     ``[B, Hq, Tq, Tkv]`` (see ``masks.py``); ``alibi`` > 0 multiplies an additive mask by each head's slope.
     ``sinks [Hq]``: one extra logit per query head that joins the maximum and the denominator and has no value (as in
-    GPT-OSS). Returns out ``[B, Hq, Tq, Dv]`` and the natural-log log-sum-exp ``[B, Hq, Tq]``, both in ``dtype``. A row that sees no key gives out = 0 and lse = -inf (= sink with sinks).
+    GPT-OSS). Returns out ``[B, Hq, Tq, Dv]`` and the natural-log log-sum-exp ``[B, Hq, Tq]``, both in ``dtype``. A row
+    that sees no key gives out = 0 and lse = -inf (= sink with sinks).
     """
     groups = q.shape[1] // k.shape[1]
     q, k, v = (x.to(dtype) for x in (q, k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)))

@@ -60,6 +60,13 @@ def sign_table(table: str, block: int) -> Tensor:
     return torch.tensor([-1.0 if raw[j // 8] >> (j % 8) & 1 else 1.0 for j in range(block)], device="cpu")
 
 
+@cache
+@torch.inference_mode(False)
+def _signs(table: str, block: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """:func:`sign_table` on ``device``: a captured graph must copy nothing from the host."""
+    return sign_table(table, block).to(device, dtype)
+
+
 def hadamard(x: Tensor) -> Tensor:
     """H of the last axis (a power of two), unscaled. Keeps the dtype of ``x`` (float32 or float64)."""
     dim = x.shape[-1]
@@ -83,7 +90,7 @@ def rotate(x: Tensor, name: str, block: int, factor: float | None = None) -> Ten
     row = ROTATIONS[name]
     if not row.mixes:
         return x if factor is None else x * _round(factor * math.sqrt(block), x)
-    before, after = (sign_table(table, block).to(x) for table in row.signs)
+    before, after = (_signs(table, block, x.dtype, x.device) for table in row.signs)
     factor = 1.0 / math.sqrt(block) if factor is None else factor
     y = hadamard(x.unflatten(-1, (-1, block)) * before) * _round(factor, x)
     return (y * after).flatten(-2)
@@ -94,7 +101,7 @@ def unrotate(y: Tensor, name: str, block: int) -> Tensor:
     row = ROTATIONS[name]
     if not row.mixes:
         return y
-    before, after = (sign_table(table, block).to(y) for table in row.signs)
+    before, after = (_signs(table, block, y.dtype, y.device) for table in row.signs)
     x = hadamard(y.unflatten(-1, (-1, block)) * after) * _round(1.0 / math.sqrt(block), y)
     return (x * before).flatten(-2)
 

@@ -184,8 +184,9 @@ def _view(case: Case, k: Tensor, v: Tensor, normal) -> KVView:
         rows = slice(b, b + 1) if spec.lengths else b
         layer = LayerCache(
             *(codecs(case, normal) if not views else (views[0].k_codec, views[0].v_codec)),
-            batch=1 if spec.lengths else spec.batch, kv_heads=spec.kv_heads, dtype=k.dtype, device=spec.device, window=case.sliding or None, sinks=case.first,
-            recent=case.recent, capacity=0 if case.sliding else case.length + _SPARE,
+            batch=1 if spec.lengths else spec.batch, kv_heads=spec.kv_heads, dtype=k.dtype, device=spec.device,
+            window=case.sliding or None, sinks=case.first, recent=case.recent,
+            capacity=0 if case.sliding else case.length + _SPARE,
         )  # fmt: skip
         length = case.lengths[b if spec.lengths else 0]
         view, before = layer.view(), max(0, length - spec.q_len)

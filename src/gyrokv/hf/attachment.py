@@ -14,7 +14,8 @@ from ..config import CacheConfig
 from ..errors import FallbackError, Unsupported
 from .attention import IMPLEMENTATION
 from .handles import LayerLog
-from .packed import DEFAULT, PackedCache
+from .packed import PackedCache
+from .static import DEFAULT, StaticPackedCache
 
 _SLOT = "_gyrokv_attachment"
 _PREPARE = "_prepare_cache_for_generation"
@@ -26,9 +27,9 @@ class Attachment:
     ``cache``: the packed cache used last, or None. ``uncached``: forward passes that used none, by reason.
     """
 
-    def __init__(self, model: PreTrainedModel, config: CacheConfig, strict: bool) -> None:
-        self.model, self.config, self.strict = model, config, strict
-        self.cache: PackedCache | None = None
+    def __init__(self, model: PreTrainedModel, config: CacheConfig, strict: bool, static: int) -> None:
+        self.model, self.config, self.strict, self.static = model, config, strict, static
+        self.cache: PackedCache | StaticPackedCache | None = None
         self.uncached: dict[str, int] = {}
         self._logs: dict[int, LayerLog] = {}
         self._position = _cache_argument(model)
@@ -82,8 +83,11 @@ class Attachment:
         lines += [f"without a packed cache: {n} forward passes, because {reason}" for reason, n in self.uncached.items()]
         return "\n".join(lines)
 
-    def _new_cache(self) -> PackedCache:
+    def _new_cache(self, static: int = 0) -> PackedCache | StaticPackedCache:
         self.cache = None  # so that the last one can be freed before the next grows
+        if static:
+            self.cache = StaticPackedCache(self.model.config, self.config, static)
+            return self.cache
         self.cache = PackedCache(self.model.config, self.config, strict=self.strict, logs=self._logs)
         return self.cache
 
@@ -97,7 +101,7 @@ class Attachment:
                     f"cache_implementation={asked!r} is not used: gyrokv.hf.attach provides the cache", stacklevel=2
                 )
             generation_config.cache_implementation = None  # generate's own copy
-            new = model_kwargs["past_key_values"] = self._new_cache()
+            new = model_kwargs["past_key_values"] = self._new_cache(self.static)
             if generation_config.is_assistant:
                 new.activate_past_recording()
         result = self._prepare_original(generation_config, model_kwargs, *args, **kwargs)
@@ -109,8 +113,9 @@ class Attachment:
         """In front of the base model: give it a packed cache when it has none."""
         by_position = len(args) > self._position
         given = args[self._position] if by_position else kwargs.get("past_key_values")
-        if isinstance(given, PackedCache):
-            self.cache = given
+        if isinstance(given, (PackedCache, StaticPackedCache)):
+            if not torch.compiler.is_compiling():
+                self.cache = given
             return None
         if given is not None:
             return self._without(f"past_key_values is a {type(given).__name__}")
@@ -134,21 +139,26 @@ class Attachment:
         self.uncached[reason] = self.uncached.get(reason, 0) + 1
 
 
-def attach(model: PreTrainedModel, config: CacheConfig | str = DEFAULT, *, strict: bool = False) -> Attachment:
+def attach(
+    model: PreTrainedModel, config: CacheConfig | str = DEFAULT, *, strict: bool = False, static: int = 0
+) -> Attachment:
     """Make ``model.generate(...)`` and ``model(ids)`` (in eval mode, without gradients) use a packed cache.
 
     ``config``: what layers store, see ``gyrokv.config``. ``strict``: FallbackError instead of a count when something
     asks for dense keys or values. A forward pass without ``past_key_values`` gets a fresh cache, so that measurements
     read what is stored; one that cannot (``use_cache=False``, gradients, another cache) is warned of, and refused when
-    strict. Attaching again replaces. Raises TypeError, or Unsupported when the model's attention or cache cannot be
-    exchanged, FormatError and ValueError for a bad config.
+    strict. ``static``: tokens at most; ``generate`` then gets static caches and compiles its steps where transformers does
+    that (on CUDA), see :class:`StaticPackedCache`. Attaching again replaces. Raises TypeError, or Unsupported when the
+    model's attention or cache cannot be exchanged, FormatError and ValueError for a bad config.
     """
     config = CacheConfig.parse(config)
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model is a {type(model).__name__}; it must be a transformers model")
     PackedCache(model.config, config, strict=strict)
+    if static:
+        StaticPackedCache(model.config, config, static)
     detach(model)
-    attachment = Attachment(model, config, strict)
+    attachment = Attachment(model, config, strict, static)
     with ExitStack() as undo:
         undo.callback(attachment.detach)
         attachment._attach()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -13,19 +11,9 @@ from ..errors import GyroKVError
 from ..reference import attention as dense_attention
 from .handles import KVHandle
 from .mask import CausalMask
+from .static import Asked, StaticHandle
 
 IMPLEMENTATION = "gyrokv"
-
-
-class Asked(NamedTuple):
-    """What a model asks of attention, besides queries, keys and values. See :func:`attention`."""
-
-    mask: Tensor | None
-    scale: float | None
-    is_causal: bool
-    window: int | None
-    softcap: float
-    sinks: Tensor | None
 
 
 # what models pass on to attention although it has no say in it: the mask and the positions are applied already
@@ -63,6 +51,10 @@ def attention(
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     asked = Asked(attention_mask, scaling, is_causal, sliding_window, softcap or 0.0, s_aux)
+    if isinstance(key, StaticHandle) and isinstance(value, StaticHandle):
+        if dropout:
+            raise ValueError(f"dropout={dropout} over a packed cache is not supported; call model.eval()")
+        return key.attend(query, asked).transpose(1, 2).contiguous(), None
     if isinstance(key, KVHandle) and isinstance(value, KVHandle) and key.source is value.source:
         if dropout:
             raise ValueError(f"dropout={dropout} over a packed cache is not supported; call model.eval()")

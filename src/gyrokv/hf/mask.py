@@ -54,6 +54,10 @@ class Pattern:
         return self.keys is None and whole and self.q_len in (1, self.kv_len)
 
 
+class Slots(int):
+    """A number of keys that says: these are all slots of a static cache of ours, whose queries come last."""
+
+
 class CausalMask(Tensor):
     """A boolean mask ``[B, 1, Tq, Tkv]`` that is only described; any operation but a slice of rows builds it."""
 
@@ -115,28 +119,37 @@ def mask(
     device: torch.device | str = "cpu",
     **kwargs,
 ) -> Tensor | None:
-    """transformers' mask interface. Returns a :class:`CausalMask`, or what its sdpa mask function returns.
+    """transformers' mask interface. Returns a :class:`CausalMask`, or what its sdpa mask function returns; for a static
+    cache of ours one row per sequence, bool ``[B, 1, 1, kv_length]`` of the keys that are no padding, or None.
 
     Causal and sliding masks are recognised when their last query and last key are the same position. ``attention_mask
     [B, T]`` marks padding by False; the mask returned covers the keys from ``kv_offset`` on.
     """
+    full = dict(
+        batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
+        mask_function=mask_function, attention_mask=attention_mask, local_size=local_size, device=device,
+        **{**kwargs, "allow_is_causal_skip": False},
+    )  # fmt: skip
+    if torch.compiler.is_compiling():
+        return sdpa_mask(**full)
     known = {None: causal_mask_function}
     if local_size is not None:
         known = {local_size: sliding_window_causal_mask_function(local_size), **known}
     window = next((w for w, f in known.items() if _same(mask_function, f)), mask_function)
     aligned = isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length
-    if window is mask_function or not aligned:
-        return sdpa_mask(
-            batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
-            mask_function=mask_function, attention_mask=attention_mask, local_size=local_size, device=device,
-            **{**kwargs, "allow_is_causal_skip": False},
-        )  # fmt: skip
+    static = isinstance(kv_length, Slots)
+    if window is mask_function or not (aligned or static):
+        return sdpa_mask(**full)
     keys = None
     if attention_mask is not None:
         keys = attention_mask[:, kv_offset : kv_offset + kv_length].to(device=device, dtype=torch.bool)
         keys = torch.nn.functional.pad(keys, (0, kv_length - keys.shape[1]))
+        if static and q_length == 1:  # a graph may have been captured with it
+            return keys[:, None, None, :]
         # reading the flag costs a wait per mask, an unneeded mask costs every layer
-        keys = None if bool(keys.all()) else keys
+        keys = None if bool(keys[:, : attention_mask.shape[1]].all()) else keys
+    if static:
+        return None if keys is None else keys[:, None, None, :]
     return CausalMask(Pattern(batch_size, q_offset, q_length, kv_offset, kv_length, window, keys), device)
 
 

@@ -19,8 +19,7 @@ from ..files import load_layers, save_layers
 from ..layer import LayerCache
 from .attention import IMPLEMENTATION
 from .handles import KVHandle, LayerLog, Source
-
-DEFAULT = "k=q8_0,v=turbo4"
+from .static import DEFAULT, StaticPackedCache
 
 
 class PackedLayer(CacheLayerMixin):
@@ -259,15 +258,22 @@ class PackedCache(Cache):
         return loaded
 
 
-def cache(model: PreTrainedModel | PreTrainedConfig, config: CacheConfig | str = DEFAULT, *, strict: bool = False):
+def cache(
+    model: PreTrainedModel | PreTrainedConfig, config: CacheConfig | str = DEFAULT, *, strict: bool = False, static: int = 0
+) -> PackedCache | StaticPackedCache:
     """A :class:`PackedCache` to pass as ``past_key_values=`` to ``model`` (or a model with this config).
 
     ``config``: what layers store, see ``gyrokv.config``. Packed rows are read by ``attn_implementation="gyrokv"``
     (:func:`attach`, or when loading the model); any other gets dense copies, which :attr:`PackedCache.fallbacks`
-    counts and ``strict=True`` forbids (FallbackError). A model that would do so is warned of. Raises Unsupported for a
-    model whose cache cannot be packed, FormatError and ValueError for a bad config.
+    counts and ``strict=True`` forbids (FallbackError). ``static``: tokens at most; then a :class:`StaticPackedCache`,
+    allocated once, for torch.compile and CUDA graphs, which nothing but that implementation can read. A model of another
+    is warned of. Raises Unsupported for a model whose cache cannot be packed, FormatError and ValueError for a bad config.
     """
-    made = PackedCache(config_of(model), config, strict=strict)
+    made = (
+        StaticPackedCache(config_of(model), config, static)
+        if static
+        else PackedCache(config_of(model), config, strict=strict)
+    )
     if isinstance(model, PreTrainedModel):
         used = config_of(model).get_text_config(decoder=True)._attn_implementation
         if used != IMPLEMENTATION:
