@@ -22,8 +22,8 @@ from ...quant import Packed, code_values, scale_divisor
 from ...spec import AttentionSpec
 from ...view import KVView, Segment
 from . import calls, nvrtc
-from .shapes import DTYPES, SECTION, served_by_cudnn, shape
 from .plan import TABLE, row_of
+from .shapes import DTYPES, SECTION, served_by_cudnn, shape
 
 _STAGED = 96 * 2**20  # bytes of K and V that are unpacked at a time
 _PART = 24 * 2**20  # bytes of results that wait to be joined
@@ -46,7 +46,7 @@ class Unpack(ctypes.Structure):
     _fields_ = [
         ("source", calls.Side), ("table", c_void_p), ("to", c_void_p), ("to_batch", c_int64), ("to_head", c_int64),
         ("pages", c_void_p), ("pages_batch", c_int64), ("page_slots", c_int64), ("slot", c_int64),
-        ("count", c_int), ("capacity", c_int), ("heads", c_int),
+        ("count", c_int), ("capacity", c_int), ("heads", c_int), ("factor", c_float),
     ]  # fmt: skip
 
 
@@ -169,7 +169,7 @@ def _unpack(packed: Packed, fmt: KVFormat, codec, to: Tensor, slot: int, capacit
     )  # fmt: skip
     call = Unpack(
         rows.side, 0 if table is None else table.data_ptr(), to.data_ptr(), to.stride(0), to.stride(1), 0, 0, 1, slot,
-        to.shape[2], capacity, to.shape[1],
+        to.shape[2], capacity, to.shape[1], 2.0**-shift,
     )  # fmt: skip
     blocks = -(-to.shape[2] * (row.dim // 8) // _UNPACK_THREADS)
     nvrtc.kernel("unpack", defines, device.index).launch((blocks, to.shape[1], to.shape[0]), _UNPACK_THREADS, stream, call)
@@ -184,7 +184,7 @@ def _encode_map():
 
 
 def _tensor_map(x: Tensor, tokens: int) -> ctypes.Array:
-    """x ``[B, H, T, D]`` of 16 bits in boxes of 64 dims and ``tokens`` tokens: swizzle of 128 bytes, zeros beyond its end."""
+    """x ``[B, H, T, D]`` of 16 bits in boxes of 64 dims and ``tokens`` tokens: swizzled by 128 bytes, zeros around."""
     room = (c_char * 192)()
     at = -ctypes.addressof(room) % 64
     sizes = (c_uint64 * 4)(*reversed(x.shape))
@@ -229,7 +229,8 @@ class _Call:
     """What the launches of one call share."""
 
     def __init__(
-        self, q: Tensor, view: KVView, spec: AttentionSpec, mask: Tensor | None, sinks: Tensor | None, staging: _Staging, stream: int
+        self, q: Tensor, view: KVView, spec: AttentionSpec, mask: Tensor | None, sinks: Tensor | None, staging: _Staging,
+        stream: int,
     ) -> None:  # fmt: skip
         self.view, self.spec, self.mask, self.stream = view, spec, mask, stream
         self.scale, self.v_scale = spec.scale * 2.0 ** staging.shifts[0], 2.0 ** staging.shifts[1]

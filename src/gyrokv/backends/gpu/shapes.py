@@ -95,7 +95,8 @@ class Shape:
         own = {"GROUPS": self.groups} if self.groups else {"CLUSTER": self.cluster}
         names = {
             "DK": self.dk, "DV": self.dv, "KEYS": self.keys, "K_STAGES": k, "V_STAGES": v, "Q_TYPE": self.q_type,
-            "V_TYPE": self.v_type, "OUT_TYPE": self.out_type, "MASK": self.mask, "SOFTCAP": int(self.softcap), "ALIBI": int(self.alibi),
+            "V_TYPE": self.v_type, "OUT_TYPE": self.out_type, "MASK": self.mask,
+            "SOFTCAP": int(self.softcap), "ALIBI": int(self.alibi),
             "ANY_SCALE": int(self.any_scale),
         }  # fmt: skip
         return tuple((names | own).items())

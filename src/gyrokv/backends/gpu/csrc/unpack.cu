@@ -13,6 +13,7 @@ struct Unpack {
   const int* pages;
   i64 pages_batch, page_slots, slot;  // slot of the first row
   int count, capacity, heads;
+  float factor;  // on values that no table gives
 };
 
 constexpr bool CODES = ROW_KIND == TABLE;
@@ -84,6 +85,9 @@ extern "C" __global__ void __launch_bounds__(256) unpack(const __grid_constant__
     for (int i = 0; i < 8; ++i)
       x[i] = ROW_KIND == F32 ? ((const float*)row)[first + i] : ROW_KIND == F16 ? f32_of_f16(((const u16*)row)[first + i]) : f32_of_bf16(((const u16*)row)[first + i]);
   }
+  if (!CODES)
+#pragma unroll
+    for (int i = 0; i < 8; ++i) x[i] *= p.factor;
   u32 y[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
