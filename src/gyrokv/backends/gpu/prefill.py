@@ -67,9 +67,9 @@ def stored_as(formats: tuple[KVFormat, ...], head_dim: int, exact: torch.dtype |
     others become half precision, which keeps more of codes and of rotated values than bfloat16 does: n makes room for
     the largest scale, and for what dense rows may hold up to 2**23. What is larger saturates.
     """
-    if all(f.is_dense for f in formats) and len({f.dtype for f in formats}) == 1 and formats[0].dtype in DTYPES:
-        if exact in (None, formats[0].dtype):
-            return formats[0].dtype, 0
+    types = {f.dtype if f.is_dense else None for f in formats}
+    if len(types) == 1 and types <= set(DTYPES) and (exact is None or exact in types):
+        return formats[0].dtype, 0
     most = [float(code_values(f).abs().max()) / scale_divisor(f, head_dim) for f in formats if f.has_levels]
     most += [_DENSE_ROOM for f in formats if f.is_dense or f.scale_dtype != "float16"]
     return torch.float16, max(0, math.ceil(math.log2(max(1.0, *most))) if most else 0)
