@@ -94,7 +94,8 @@ def test_cuda_graphs_are_not_skipped(name):
         attachment.cache.check()
     assert not counters["inductor"]["cudagraph_skips"] and not counters["graph_break"]
     assert torch.equal(got.sequences[:, : PROMPT + 1], want.sequences[:, : PROMPT + 1])
-    error = float((got.scores[1] - want.scores[1]).norm() / want.scores[1].norm())
+    mine, other = (x.scores[1].masked_fill(x.scores[1] == -torch.inf, 0.0) for x in (got, want))  # -inf: n-grams that repeat
+    error = float((mine - other).norm() / other.norm())
     assert error < 1e-2
 
 

@@ -25,8 +25,8 @@ from . import calls, nvrtc
 from .plan import TABLE, row_of
 from .shapes import DTYPES, SECTION, served_by_cudnn, shape
 
-_STAGED = 96 * 2**20  # bytes of K and V that are unpacked at a time
-_PART = 24 * 2**20  # bytes of results that wait to be joined
+# the workspace, bytes: K and V that are unpacked at a time; queries in 16 bits; results that wait to be joined
+_STAGED, _QUERIES, _PART = (n * 2**20 for n in (112, 64, 64))
 _DENSE_ROOM = 128.0
 _ROOM = 4  # q in half precision is divided by 2**4: values up to 2**20 are exact, larger ones saturate
 _UNPACK_THREADS, _JOIN_THREADS = 256, 128
@@ -60,15 +60,15 @@ class Join(ctypes.Structure):
 # -- pieces of the keys
 
 
-def stored_as(formats: tuple[KVFormat, ...], head_dim: int, exact: torch.dtype | None) -> tuple[torch.dtype, int]:
+def stored_as(formats: tuple[KVFormat, ...], head_dim: int, native: torch.dtype) -> tuple[torch.dtype, int]:
     """(element type that rows are multiplied as, n: they are unpacked divided by 2**n).
 
-    Dense rows of one 16-bit type are taken as they are; for K if q comes in that type too (``exact``; None for V). All
-    others become half precision, which keeps more of codes and of rotated values than bfloat16 does: n makes room for
-    the largest scale, and for what dense rows may hold up to 2**23. What is larger saturates.
+    Dense rows of ``native`` (K: the type that q comes in; V: that of the problem) or of half precision are taken as they
+    are. All others become half precision, which keeps more of codes and of rotated values than bfloat16 does: n makes
+    room for the largest scale, and for dense values up to 2**23. What is larger saturates.
     """
     types = {f.dtype if f.is_dense else None for f in formats}
-    if len(types) == 1 and types <= set(DTYPES) and (exact is None or exact in types):
+    if types == {torch.float16} or (types == {native} and native in DTYPES):
         return formats[0].dtype, 0
     most = [float(code_values(f).abs().max()) / scale_divisor(f, head_dim) for f in formats if f.has_levels]
     most += [_DENSE_ROOM for f in formats if f.is_dense or f.scale_dtype != "float16"]
@@ -115,15 +115,18 @@ class _Staging:
             tuple(s.k_format for s in view.segments) or (view.k_codec.format,),
             tuple(s.v_format for s in view.segments) or (view.v_codec.format,),
         )
-        found = [stored_as(f, c.head_dim, t) for f, c, t in zip(formats, self._codecs, (q.dtype, None))]
+        found = [stored_as(f, c.head_dim, t) for f, c, t in zip(formats, self._codecs, (q.dtype, spec.dtype))]
         self.types, self.shifts = zip(*found)
         self._rows: list[Tensor] = []
         self.most = max(128, _STAGED // (spec.batch * spec.kv_heads * sum(c.padded for c in self._codecs) * 2) // 128 * 128)
 
     def reads(self, segment: Segment) -> bool:
         """True when its rows are read where they lie."""
-        sides = zip((segment.k_format, segment.v_format), (segment.k, segment.v), self.types)
-        return all(_as_stored(f, p.words, t) for f, p, t in sides)
+        sides = (segment.k_format, segment.k), (segment.v_format, segment.v)
+        return all(self._as_stored(i, fmt, packed.words) for i, (fmt, packed) in enumerate(sides))
+
+    def _as_stored(self, side: int, fmt: KVFormat, words: Tensor) -> bool:
+        return not self.shifts[side] and fmt.is_dense and fmt.dtype == self.types[side] and _mappable(words)
 
     def rows(self, piece: Piece, longest: int) -> list[Tensor]:
         """k ``[B, Hkv, count, Dk]`` and v of a piece; the next call may overwrite them."""
@@ -133,17 +136,12 @@ class _Staging:
             self._rows = [torch.empty(size, dtype=t, device=self._device) for size, t in zip(sizes, self.types)]
         rows = []
         for i, (codec, fmt) in enumerate(zip(self._codecs, (segment.k_format, segment.v_format))):
-            if _as_stored(fmt, packed[i].words, self.types[i]):
+            if self._as_stored(i, fmt, packed[i].words):
                 rows.append(packed[i].words.narrow(2, piece.slot, piece.count))
                 continue
             rows.append(self._rows[i].narrow(2, 0, piece.count))
             _unpack(packed[i], fmt, codec, rows[i], piece.slot, segment.capacity, self.shifts[i], self._stream)
         return rows
-
-
-def _as_stored(fmt: KVFormat, words: Tensor, dtype: torch.dtype) -> bool:
-    """True when rows are read where they lie."""
-    return fmt.is_dense and fmt.dtype == dtype and _mappable(words)
 
 
 @cache
@@ -206,19 +204,21 @@ def attend(
     stream = torch.cuda.current_stream(q.device).cuda_stream
     with torch.cuda.device(q.device):
         staging = _Staging(q, view, spec, stream)
-        call = _Call(q, view, spec, mask, sinks, staging, stream)
         pieces = _pieces(view, spec, staging)
-        alone = len(pieces) == 1
+        call = _Call(q, view, spec, mask, sinks, staging, stream)
+        alone, longest = len(pieces) == 1, max((p.count for p in pieces if not p.stored), default=0)
+        whole = alone and call.step >= spec.q_len
+        if whole and view.v_codec.identity and pieces[0].stored and served_by_cudnn(spec):
+            return call.cudnn(*staging.rows(pieces[0], 0))
         out, lse = call.results(spec.q_len, spec.dtype if alone and view.v_codec.identity else torch.float32)
-        longest = max((piece.count for piece in pieces if not piece.stored), default=0)
-        for i, piece in enumerate(pieces):
-            k, v = staging.rows(piece, longest)
-            if alone and view.v_codec.identity and call.q.dtype == k.dtype == v.dtype and served_by_cudnn(spec):
-                return call.cudnn(k, v)
-            if i == 0:
-                call.launch(0, spec.q_len, piece.first, k, v, out, lse, block_map if alone else None, call.sinks)
-            else:
-                call.join(piece.first, k, v, out, lse)
+        for low in range(0, spec.q_len, call.step):
+            call.take(low, min(spec.q_len, low + call.step))
+            for i, piece in enumerate(pieces):
+                rows = staging.rows(piece, longest)
+                if i == 0:
+                    call.first(piece.first, *rows, out, lse, block_map if whole else None)
+                else:
+                    call.join(piece.first, *rows, out, lse)
         if not pieces:
             out.zero_()
             lse.copy_(torch.full_like(lse, -torch.inf) if sinks is None else call.sinks[None, :, None].expand_as(lse))
@@ -226,28 +226,47 @@ def attend(
 
 
 class _Call:
-    """What the launches of one call share."""
+    """What the launches of one call share. Queries are taken ``step`` at a time, so that their 16-bit copy is bounded."""
 
     def __init__(
         self, q: Tensor, view: KVView, spec: AttentionSpec, mask: Tensor | None, sinks: Tensor | None, staging: _Staging,
         stream: int,
     ) -> None:  # fmt: skip
-        self.view, self.spec, self.mask, self.stream = view, spec, mask, stream
-        self.scale, self.v_scale = spec.scale * 2.0 ** staging.shifts[0], 2.0 ** staging.shifts[1]
-        if q.dtype != staging.types[0]:  # to half precision, without a copy in between
-            half = torch.empty_like(q, dtype=torch.float16, memory_format=torch.contiguous_format)
-            torch.mul(q, 2.0**-_ROOM, out=half) if q.dtype == torch.float32 else half.copy_(q.float() * 2.0**-_ROOM)
-            q, self.scale = half.clamp_(-65504.0, 65504.0), self.scale * 2.0**_ROOM
-        self.q = q if _mappable(q) else q.contiguous()
+        self.all, self.view, self.spec, self.mask, self.stream = q, view, spec, mask, stream
         self.sinks = None if sinks is None else sinks.to(torch.float32).contiguous()
         self.slopes = calls.head_slopes(spec.q_heads, spec.alibi, q.device) if spec.alibi else None
         self.dims = view.k_codec.padded, view.v_codec.padded
+        self.scale, self.v_scale = spec.scale * 2.0 ** staging.shifts[0], 2.0 ** staging.shifts[1]
+        self.low, self.q, self.step = 0, q, spec.q_len
+        self.copied = q.dtype != staging.types[0]
+        if self.copied:
+            self.scale *= 2.0**_ROOM
+            self.step = max(128, _QUERIES // (spec.batch * spec.q_heads * self.dims[0] * 2) // 128 * 128)
+        elif not _mappable(q):
+            self.all = self.q = q.contiguous()
+
+    def take(self, low: int, high: int) -> None:
+        """Go on with queries ``low`` to ``high``."""
+        self.low, self.q = low, self.all[:, :, low:high]
+        if self.copied:  # to half precision, without a copy in between
+            q = self.q if self.q.dtype == torch.float32 else self.q.float()
+            half = torch.empty(q.shape, dtype=torch.float16, device=q.device)
+            self.q = torch.mul(q, 2.0**-_ROOM, out=half).clamp_(-65504.0, 65504.0)
+
+    def first(self, first: int, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, block_map: BlockMap | None) -> None:
+        """Keys of positions ``first`` on, and sinks, to out and lse of all queries."""
+        n = self.q.shape[2]
+        these = lse if n == self.spec.q_len else torch.empty((*lse.shape[:2], n), device=lse.device)
+        self.launch(0, n, first, k, v, out[:, :, self.low : self.low + n], these, block_map, self.sinks)
+        if these is not lse:
+            lse[:, :, self.low : self.low + n] = these
 
     def results(self, tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         sizes, device = (self.spec.batch, self.spec.q_heads, tokens), self.q.device
         return torch.empty((*sizes, self.dims[1]), dtype=dtype, device=device), torch.empty(sizes, device=device)
 
     def cudnn(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """All queries, by PyTorch's operator."""
         run = torch.ops.aten._scaled_dot_product_cudnn_attention
         out, lse, *_ = run(self.q, k, v, None, True, 0.0, self.spec.causal, False, scale=self.spec.scale)
         return out, lse.reshape(self.q.shape[:3])
@@ -256,7 +275,7 @@ class _Call:
         self, low: int, high: int, first: int, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
         block_map: BlockMap | None = None, sinks: Tensor | None = None,
     ) -> None:  # fmt: skip
-        """Queries ``low`` to ``high`` over keys of positions ``first`` on; ``out`` and ``lse`` are of these queries."""
+        """Queries ``low`` to ``high`` of those taken over keys of positions ``first`` on, to their ``out`` and ``lse``."""
         spec, mask, q = self.spec, self.mask, self.q[:, :, low:high]
         types = q.dtype, v.dtype, out.dtype
         made = shape(spec, self.dims, types, 0 if mask is None else calls.MASKS[mask.dtype], k.shape[2])
@@ -267,12 +286,12 @@ class _Call:
             sinks=0 if sinks is None else sinks.data_ptr(), slopes=0 if self.slopes is None else self.slopes.data_ptr(),
             q_heads=spec.q_heads, groups=spec.groups, q_len=q.shape[2], kv_len=keys, tiles=tiles,
             section=max(1, min(heads, SECTION // (keys * sum(self.dims) * 2))), pairs=heads, causal=spec.causal,
-            window=spec.window or 0, first=self.view.length - spec.q_len + low - first, dv=self.dims[1],
+            window=spec.window or 0, first=self.view.length - spec.q_len + self.low + low - first, dv=self.dims[1],
             scale=self.scale, softcap=spec.softcap, v_scale=self.v_scale,
         )  # fmt: skip
         if mask is not None:
             strides = calls.strides(mask)
-            at = low * strides[2] + (first - self.view.first) * strides[3]
+            at = (self.low + low) * strides[2] + (first - self.view.first) * strides[3]
             call.mask, call.mask_strides = mask.data_ptr() + at * mask.element_size(), strides
         if block_map is not None:
             call.map, call.map_strides = block_map.states.data_ptr(), calls.strides(block_map.states)[:3]
@@ -284,14 +303,15 @@ class _Call:
         """Add keys of positions ``first`` on to out and lse, a bounded number of queries at a time."""
         spec, dim = self.spec, self.dims[1]
         rows = spec.batch * spec.q_heads
-        step = min(spec.q_len, max(128, _PART // (rows * dim * 4) // 128 * 128))
+        step = min(self.q.shape[2], max(128, _PART // (rows * dim * 4) // 128 * 128))
         part, part_lse = (t.flatten() for t in self.results(step, torch.float32))
-        for low in range(0, spec.q_len, step):
-            n = min(step, spec.q_len - low)
+        for low in range(0, self.q.shape[2], step):
+            n = min(step, self.q.shape[2] - low)
             sizes = spec.batch, spec.q_heads, n
             these, these_lse = part[: rows * n * dim].view(*sizes, dim), part_lse[: rows * n].view(sizes)
             self.launch(low, low + n, first, k, v, these, these_lse)
-            to, to_lse = out[:, :, low : low + n], lse[:, :, low : low + n]
+            at = slice(self.low + low, self.low + low + n)
+            to, to_lse = out[:, :, at], lse[:, :, at]
             call = Join(
                 to.data_ptr(), to_lse.data_ptr(), these.data_ptr(), these_lse.data_ptr(), to.stride()[:3],
                 to_lse.stride()[:2], spec.q_heads, n, dim,
