@@ -23,6 +23,7 @@ EXAMPLES = {
     "mask": {"mask": "bool"}, "alibi": {"alibi": 8.0, "mask": "additive"},
     "block_map": {"block_map": True, "mask": "bool"}, "sinks": {"sinks": True}, "starts": {"starts": True},
     "ring": {"ring": True, "window": 7}, "unquantised": {"unquantised": True}, "fast": {"fast": True},
+    "paged": {"paged": True}, "lengths": {"lengths": True},
 }  # fmt: skip
 MEANING = {
     "causal": "causal, bottom right",
@@ -35,6 +36,8 @@ MEANING = {
     "starts": "ragged batches (left padding)",
     "ring": "ring buffers",
     "unquantised": "dense first and recent tokens",
+    "paged": "paged rows",
+    "lengths": "ragged batches (lengths on the device)",
     "fast": "`fast=True` (rounding to 8 bits is allowed)",
 }
 
@@ -61,10 +64,10 @@ def features_table() -> str:
     base = AttentionSpec("q8_0", "turbo4", 128, 128, q_heads=8, kv_heads=2, q_len=4, kv_len=64)
     device = {name: "cuda" if BACKENDS[name].why_not(base) else "cpu" for name in names}
 
-    def row(label: str, specs: list[AttentionSpec]) -> str:
+    def row(label: str, cases: list[AttentionSpec]) -> str:
         cells = []
         for name in names:
-            specs = [replace(spec, device=device[name]) for spec in specs]
+            specs = [replace(spec, device=device[name]) for spec in cases]
             why = [r for spec in specs for r in BACKENDS[name].why_not(spec) if r] + [
                 r for spec in specs for r in sorted(spec.uses() - BACKENDS[name].UNDERSTANDS)
             ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import types
 from collections.abc import Callable
+from textwrap import indent
 from typing import NamedTuple
 
 import pytest
@@ -21,18 +22,21 @@ from gyrokv.spec import AttentionSpec
 from gyrokv.testing import assert_matches
 
 _MOST = 12  # cases that are run for one fault, spread over all that are relevant
-_SOFTCAP = """        if spec.softcap:
-            scores = spec.softcap * torch.tanh(scores / spec.softcap)
+_SOFTCAP = """    if spec.softcap:
+        scores = spec.softcap * torch.tanh(scores / spec.softcap)
 """
 _PARTLY = "        partly = lookahead"
+_TILED = "for segment in view.segments:\n        position"
 
 
 class Fault(NamedTuple):
-    """``edits``: pieces of source, each there once, and what they become. ``relevant``: cases that must notice."""
+    """``edits``: pieces of source, each there once, and what they become. ``relevant``: cases that must notice,
+    among those with lengths on the device or pages if ``ragged``, else among the others."""
 
     name: str
     relevant: Callable[[Case], bool]
     edits: dict[str, str]
+    ragged: bool = False
 
 
 def spec(test: Callable[[AttentionSpec], bool]) -> Callable[[Case], bool]:
@@ -69,8 +73,9 @@ FAULTS = (
         "query heads read KV head h % Hkv",
         spec(lambda s: s.groups > 1 and s.kv_heads > 1 and s.kv_len > 1),
         {
-            "k.unsqueeze(2).mT": "k[:, torch.arange(spec.q_heads) % kv_heads].unflatten(1, (-1, groups)).mT",
-            "weights @ v.unsqueeze(2)": "weights @ v[:, torch.arange(spec.q_heads) % kv_heads].unflatten(1, (-1, groups))",
+            "k.unsqueeze(2).mT": "k[:, torch.arange(spec.q_heads) % k.shape[1]].unflatten(1, q.shape[1:3]).mT",
+            "weights @ v.unsqueeze(2)":
+            "weights @ v[:, torch.arange(self.top[0, ..., 0].numel()) % v.shape[1]].unflatten(1, self.top.shape[1:3])",
         },
     ),
     Fault(
@@ -82,7 +87,7 @@ FAULTS = (
         "the window is one too wide",
         spec(lambda s: s.window is not None and s.q_len > 1 and not s.mask and not s.starts),
         {
-            "window=spec.window,": "window=spec.window and spec.window + 1,",
+            "window=spec.window,\n": "window=spec.window and spec.window + 1,\n",
             "q_last - position < spec.window)": "q_last - position < spec.window + 1)",
             "count - 1 + spec.window": "count + spec.window",
         },
@@ -102,7 +107,7 @@ FAULTS = (
     Fault(
         "values are decoded with another version's table",
         spec(lambda s: s.v_format.name in ("turbo2", "turbo3", "turbo4") and s.kv_len > 0 and s.head_dim_v % 128 == 0),
-        {"segment.v_format, view": "_other_version(segment.v_format), view"},
+        {"segment.v_format, view.v_codec.head_dim": "_other_version(segment.v_format), view.v_codec.head_dim"},
     ),
     Fault(
         "keys come out one per cent too long",
@@ -112,12 +117,12 @@ FAULTS = (
     Fault(
         "the default scale counts padding",
         spec(lambda s: s.kv_len > 7 and s.k_format.layout(s.head_dim)[0] != s.head_dim),
-        {"* spec.scale": "/ math.sqrt(view.k_codec.padded)"},
+        {"* spec.scale": "/ math.sqrt(k.shape[-1])"},
     ),
     Fault(
         "the softcap comes after the mask",
         spec(lambda s: s.softcap > 0 and s.mask is not None),
-        {_SOFTCAP: "", _PARTLY: _SOFTCAP + _PARTLY},
+        {_SOFTCAP: "", _PARTLY: indent(_SOFTCAP, "    ") + _PARTLY},
     ),
     Fault(
         "sinks are dropped",
@@ -127,13 +132,12 @@ FAULTS = (
     Fault(
         "sinks have a value",
         spec(lambda s: s.sinks and s.kv_len > 0),
-        {"out = q.new_zeros(batch, kv_heads, groups, q_len, view.v_codec.padded)":
-         "out = q.new_ones(batch, kv_heads, groups, q_len, view.v_codec.padded)"},
+        {"q.new_zeros(": "q.new_ones("},
     ),
     Fault(
         "the log-sum-exp is binary",
         spec(lambda s: s.kv_len > 7),
-        {"top + total.log()": "top + total.log2()"},
+        {"self.top + self.total.log()": "self.top + self.total.log2()"},
     ),
     Fault(
         "a ring is read in the order of its slots",
@@ -158,12 +162,12 @@ FAULTS = (
     Fault(
         "the most recent segment is read twice",
         lambda c: c.recent > 0 and not c.spec.mask,
-        {"for segment in view.segments:": "for segment in (*view.segments, view.segments[-1]):"},
+        {_TILED: _TILED.replace("view.segments", "(*view.segments, view.segments[-1])")},
     ),
     Fault(
         "the first dense segment is skipped",
         lambda c: c.first > 0 and not c.spec.starts and not c.spec.window,
-        {"for segment in view.segments:": "for segment in view.segments[1:]:"},
+        {_TILED: _TILED.replace("view.segments", "view.segments[1:]")},
     ),
     Fault(
         "the block map is read one tile late",
@@ -184,7 +188,7 @@ FAULTS = (
     Fault(
         "an empty row divides by zero",
         masked_rows,
-        {"total.masked_fill(total == 0, 1.0)": "total"},
+        {"self.total.masked_fill(self.total == 0, 1.0)": "self.total"},
     ),
     Fault(
         "an empty row subtracts infinity from itself",
@@ -195,6 +199,37 @@ FAULTS = (
         "the lowest half is a number, not a mask",
         lambda c: masked_rows(c) and c.masked == -65504.0,
         {"scores = apply_mask(scores, part, slopes)": "scores = scores + part.to(scores)"},
+    ),
+    Fault(
+        "a slot beyond a sequence's end is read",
+        spec(lambda s: s.lengths and s.uses() <= {"lengths", "paged", "sinks"} and s.kv_len > 7 and s.batch > 1),
+        {"[:, None] - 1\n": "[:, None]\n"}, True,
+    ),
+    Fault(
+        "all sequences are as long as the first",
+        spec(lambda s: s.lengths and s.batch > 1 and s.kv_len > 7 and not s.mask and not s.window),
+        {"view.lengths.expand(batch)": "view.lengths[:1].expand(batch)"}, True,
+    ),
+    Fault(
+        "pages are read in order",
+        spec(lambda s: s.paged and s.kv_len > 31 and not s.mask),
+        {"segment.pages[:, slots // segment.page_slots]":
+         "(slots // segment.page_slots).expand(len(segment.pages), -1)"}, True,
+    ),
+    Fault(
+        "recent tokens are read twice",
+        lambda c: c.recent > 0 and c.spec.lengths and not c.spec.mask and not c.spec.starts,
+        {"(lengths - segment.trail)": "(lengths)"}, True,
+    ),
+    Fault(
+        "dead values are multiplied by zero",
+        spec(lambda s: s.lengths and s.kv_len > 7 and s.batch > 1 and not (s.mask or s.ring)),
+        {"v = torch.where(live[:, None, :, None], v, 0.0)": "v = v"}, True,
+    ),
+    Fault(
+        "columns of a mask are slots",
+        lambda c: c.spec.lengths and c.sliding > 0 and c.spec.mask is not None,
+        {"(positions - view.first).clamp(min=0)": "slots.expand_as(positions)"}, True,
     ),
 )  # fmt: skip
 
@@ -215,7 +250,8 @@ def planted(fault: Fault) -> types.ModuleType:
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f.name.replace(" ", "_"))
 def test_planted_fault_is_noticed(fault, monkeypatch, problem):
     """If a planted fault passes, so would the same mistake in a new kernel."""
-    relevant = [c for c in cases() if fault.relevant(c) and not tiled.why_not(c.spec)]
+    possible = [c for c in cases() if fault.ragged == (c.spec.paged or c.spec.lengths) and not tiled.why_not(c.spec)]
+    relevant = [c for c in possible if fault.relevant(c)]
     assert relevant, "no case of the suite needs this"
     chosen = relevant[:: -(-len(relevant) // _MOST)]
     monkeypatch.setitem(BACKENDS, tiled.name, planted(fault))

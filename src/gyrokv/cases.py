@@ -253,6 +253,8 @@ def _pages() -> Iterator[Case]:
     """Each page size with rows of each kind; a single length for one sequence and for all; nothing held yet."""
     for page, fmt in product((16, 32, 64, 256), kinds()):
         yield case(fmt, "turbo4", (128, 128), paged=True, lengths=True, page=page, q_len=3, kv_len=300, causal=True)
+    for mask in ("bool_mask", "alibi"):
+        yield case("q8_0", "turbo4", **compatible("ring", "lengths", mask), q_len=3)
     for batch, paged in product((1, 5), (False, True)):
         yield case("turbo3", "q8_0", lengths=True, paged=paged, batch=batch, causal=True, q_len=4, kv_len=113)
     yield case("turbo3", "q8_0", lengths=True, causal=True, q_len=4, kv_len=0, sinks=True)
