@@ -6,10 +6,12 @@ from types import ModuleType
 
 from torch import Tensor
 
+from . import place
 from .backends import cpu, gpu, reference, tiled
 from .errors import CapacityError, Unsupported
 from .layer import LayerCache
 from .masks import BlockMap, check_mask, mask_kind
+from .quant import Codec, Packed
 from .spec import AttentionSpec
 from .view import KVView
 
@@ -58,6 +60,21 @@ def append(layer: LayerCache, k: Tensor, v: Tensor) -> KVView:
         if hasattr(backend, "append") and not backend.missing() and not backend.why_not_append(layer):
             return backend.append(layer, k, v)
     return layer.append(k, v)
+
+
+def append_at(
+    stores: tuple[Packed, Packed],
+    codecs: tuple[Codec, Codec],
+    values: tuple[Tensor, Tensor],
+    lengths: Tensor,
+    pages: Tensor | None = None,
+    counts: Tensor | None = None,
+) -> None:
+    """:func:`gyrokv.place.append_at`, by the first backend that does it in one launch."""
+    able = [BACKENDS[name] for name in AUTO if hasattr(BACKENDS[name], "append_at")] if counts is None else []
+    if any(not backend.missing() and backend.append_at(stores, codecs, values, lengths, pages) for backend in able):
+        return
+    place.append_at(stores, codecs, values, lengths, pages, counts)
 
 
 def attend(

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from .config import LayerPolicy, LayerShape
-from .dispatch import choose, describe, run
+from .dispatch import append_at, choose, describe, run
 from .errors import CapacityError
-from .place import append_at
 from .quant import Codec, Packed, check_finite
 from .view import KVView, Segment
 

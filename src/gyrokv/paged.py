@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from .config import CacheConfig, LayerShape
+from .dispatch import append_at
 from .errors import CapacityError
-from .place import NOBODY, append_at
+from .place import NOBODY
 from .quant import Codec, Packed, check_finite
 from .spec import check_head_dims, check_positive
 from .view import KVView, Segment

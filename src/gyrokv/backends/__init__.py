@@ -7,7 +7,8 @@
     tile(spec) -> (rows, keys)                 the tile shape that a block map must be built for
     attend(q, view, spec, mask, block_map, sinks) -> (out, lse)
 
-and, optionally, ``append(layer, k, v) -> KVView`` with ``why_not_append(layer) -> list[str]``, and ``BOUND``: the
+and, optionally, ``append(layer, k, v) -> KVView`` with ``why_not_append(layer) -> list[str]``; ``append_at(stores, codecs,
+values, lengths, pages) -> bool``, which is ``place.append_at`` or returns False before it wrote anything; ``BOUND``: the
 relative error that tests allow (at most 2e-3) when the kernel itself rounds q or the weights below float32, and
 ``FAST_BOUND`` (at most 3e-2) in its place for problems with the feature ``fast``, and ``how(spec) -> str``: which of its
 kernels runs a problem, and why.

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from ...layer import LayerCache
 from ...masks import BlockMap
+from ...quant import Codec, Packed
 from ...spec import AttentionSpec, features
 from ...view import KVView
 from . import calls, encode, nvrtc, plan, prefill, shapes
 
-__all__ = ["BOUND", "UNDERSTANDS", "append", "attend", "missing", "name", "tile", "why_not", "why_not_append"]
+__all__ = ["BOUND", "UNDERSTANDS", "append", "append_at", "attend", "missing", "name", "tile", "why_not", "why_not_append"]
 
 name = "gpu"
 UNDERSTANDS = frozenset(f.name for f in features())
@@ -108,3 +109,18 @@ def append(layer: LayerCache, k: Tensor, v: Tensor) -> KVView:
     *stores, slot = found
     encode.append(k, v, codecs, stores, encode.Place(slot))
     return layer.fill(k, v)
+
+
+def append_at(
+    stores: tuple[Packed, Packed], codecs: tuple[Codec, Codec], values: tuple[Tensor, Tensor], lengths: Tensor,
+    pages: Tensor | None,
+) -> bool:  # fmt: skip
+    """``place.append_at`` in one launch; False where it cannot."""
+    k, v = values
+    slots = stores[0].words.shape[2]
+    capacity = slots if pages is None else slots * pages.shape[1]
+    able = k.device.type == "cuda" and k.shape[2] <= capacity
+    if not able or any(encode.why_not_row(c.format, c.head_dim, c.rotation) for c in codecs):
+        return False
+    encode.append(k, v, codecs, stores, encode.Place(0, 0, capacity, lengths, pages, slots))
+    return True
