@@ -6,14 +6,14 @@ from types import ModuleType
 
 from torch import Tensor
 
-from .backends import cpu, reference, tiled
+from .backends import cpu, metal, reference, tiled
 from .errors import CapacityError, Unsupported
 from .layer import LayerCache
 from .masks import BlockMap, check_mask, mask_kind
 from .spec import AttentionSpec
 from .view import KVView
 
-BACKENDS: dict[str, ModuleType] = {module.name: module for module in (cpu, tiled, reference)}
+BACKENDS: dict[str, ModuleType] = {module.name: module for module in (cpu, metal, tiled, reference)}
 AUTO = tuple(name for name in BACKENDS if name != "reference")
 
 

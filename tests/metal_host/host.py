@@ -22,7 +22,14 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 SCHEDULES = ("forward", "reverse", "random", "lockstep")
 CACHE = Path(tempfile.gettempdir()) / f"gyrokv-metal-host-{os.getuid()}"
-_COMPILE = ("-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-fno-exceptions", "-fno-strict-aliasing", f"-I{HERE}/include")
+_COMPILE = (
+    "-std=c++17",
+    "-O1",
+    "-fPIC",
+    "-ffp-contract=off",
+    "-fno-exceptions",
+    f"-I{HERE}/include",
+)
 _HOOKED = ("-g1", "-w", "-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0")
 _VECTORS = {  # attributes with three components: the member of Position
     "thread_position_in_grid": "grid",
@@ -60,7 +67,12 @@ class KernelFault(AssertionError):
 
 
 class _Buffer(ctypes.Structure):
-    _fields_ = (("data", ctypes.c_void_p), ("bytes", ctypes.c_size_t), ("writable", ctypes.c_int32), ("name", ctypes.c_char_p))
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("bytes", ctypes.c_size_t),
+        ("writable", ctypes.c_int32),
+        ("name", ctypes.c_char_p),
+    )
 
 
 class _Outcome(ctypes.Structure):
