@@ -16,7 +16,7 @@ from .view import KVView
 
 __version__ = "0.1.0"
 
-_LATER = ("evaluate", "hf", "wire")  # submodules that are imported when first asked for
+_LATER = ("evaluate", "hf", "mlx", "wire")  # submodules that are imported when first asked for
 
 
 def __getattr__(name: str):
