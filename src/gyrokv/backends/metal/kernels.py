@@ -46,6 +46,13 @@ POSITIONS = {
     "thread_index_in_simdgroup": "uint",
 }
 _WHERE = ", ".join(POSITIONS)
+_INCLUDES = """#include <metal_stdlib>
+#include <metal_simdgroup>
+#include <metal_simdgroup_matrix>
+using namespace metal;
+#define UNROLL _Pragma("clang loop unroll(full)")
+namespace gyrokv {
+"""
 
 
 @dataclass(frozen=True)
@@ -73,17 +80,18 @@ class Program:
         """The cores, and the structure of the numbers that a call passes."""
         fields = "".join(f"  long {name};\n" for name in self.ints) + "".join(f"  float {name};\n" for name in self.floats)
         values = [f"ints[{i}]" for i in range(len(self.ints))] + [f"floats[{i}]" for i in range(len(self.floats))]
+        cores = "".join(_text(name) for name in self.files)
         return (
-            f"struct Call {{\n{fields}}};\n"
-            "template <typename Ints, typename Floats>\ninline Call load_call(Ints ints, Floats floats) {\n"
-            f"  Call c = {{{', '.join(values)}}};\n  return c;\n}}\n" + "".join(_text(name) for name in self.files)
+            f"{_INCLUDES}struct Call {{\n{fields}}};\n"
+            "template <typename Ints, typename Floats>\nMETAL_FUNC Call load_call(Ints ints, Floats floats) {\n"
+            f"  Call c = {{{', '.join(values)}}};\n  return c;\n}}\n{cores}}}  // namespace gyrokv\n"
         )
 
     @cached_property
     def body(self) -> str:
         """The statements of the kernel; inputs, outputs, ``ints``, ``floats`` and positions are its arguments."""
         declared = "".join(f"  threadgroup {kind} {name}[{length}];\n" for kind, name, length in self.arrays)
-        return f"{declared}  const Call c = load_call(ints, floats);\n  {self.call}\n"
+        return f"{declared}  using namespace gyrokv;\n  const Call c = load_call(ints, floats);\n  {self.call}\n"
 
     @cached_property
     def name(self) -> str:

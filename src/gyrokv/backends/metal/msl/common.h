@@ -4,12 +4,6 @@
 // threadgroup arrays and calls it. Nothing relies on lanes of a SIMD-group running in step: whatever one thread writes
 // and another reads has a barrier in between.
 
-#include <metal_stdlib>
-#include <metal_simdgroup>
-#include <metal_simdgroup_matrix>
-
-using namespace metal;
-
 enum Kind { DENSE, TABLE, LINEAR, FLOAT8 };
 
 constant float NOTHING = -1e30f;     // the maximum of no scores; any score is larger

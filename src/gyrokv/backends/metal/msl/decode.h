@@ -8,11 +8,11 @@
 // part[t], t = 0..7, summed over all lanes: lane l returns the sum of part[l % 8].
 METAL_FUNC float sum_eight(thread const float* part, uint lane) {
   float four[4], two[2];
-  for (int i = 0; i < 4; ++i) {
+  UNROLL for (int i = 0; i < 4; ++i) {
     const bool odd = lane & 1;
     four[i] = (odd ? part[2 * i + 1] : part[2 * i]) + simd_shuffle_xor(odd ? part[2 * i] : part[2 * i + 1], 1);
   }
-  for (int i = 0; i < 2; ++i) {
+  UNROLL for (int i = 0; i < 2; ++i) {
     const bool odd = lane & 2;
     two[i] = (odd ? four[2 * i + 1] : four[2 * i]) + simd_shuffle_xor(odd ? four[2 * i] : four[2 * i + 1], 2);
   }
@@ -41,14 +41,14 @@ METAL_FUNC void decode(Q q, KWords k_words, KScale k_scale, VWords v_words, VSca
   const int first_row = int(group.y) * R;
   QueryRow rows[R];
   float query[R][KL], acc[R][VL], top[R], total[R];
-  for (int r = 0; r < R; ++r) {
+  UNROLL for (int r = 0; r < R; ++r) {
     rows[r] = row_of(c, kv_head, first_row + r);
     Q from = q + batch * c.q_b + rows[r].head * c.q_h + rows[r].i * c.q_t;
-    for (int j = 0; j < KL; ++j) {
+    UNROLL for (int j = 0; j < KL; ++j) {
       const uint d = lane + 32 * j;
       query[r][j] = d < uint(DK) ? float(from[d]) : 0.0f;
     }
-    for (int j = 0; j < VL; ++j) acc[r][j] = 0.0f;
+    UNROLL for (int j = 0; j < VL; ++j) acc[r][j] = 0.0f;
     const float sink = c.sinks && group.x == 0 && simdgroup == 0 ? heads[rows[r].head] : NOTHING;
     top[r] = max(sink, NOTHING);
     total[r] = sink > NOTHING ? 1.0f : 0.0f;
@@ -65,28 +65,28 @@ METAL_FUNC void decode(Q q, KWords k_words, KScale k_scale, VWords v_words, VSca
     const int t0 = max(0, seen.low - position), t1 = min(32, seen.high - position);
     if (t0 >= t1) continue;
     int any = 0;
-    for (int r = 0; r < R; ++r) any |= state_of<MAP>(c, map, batch, rows[r], column);
+    UNROLL for (int r = 0; r < R; ++r) any |= state_of<MAP>(c, map, batch, rows[r], column);
     if (any == SKIP) continue;
     const int slot = (position + t0 - int(c.base)) % int(c.capacity) - t0;  // of key t: (slot + t) % capacity
 
     float score[R];
-    for (int r = 0; r < R; ++r) score[r] = 0.0f;
+    UNROLL for (int r = 0; r < R; ++r) score[r] = 0.0f;
     for (int sub = 0; sub < 4; ++sub) {
       if (8 * sub + 8 <= t0 || 8 * sub >= t1) continue;
       float part[R][8];
-      for (int u = 0; u < 8; ++u) {
+      UNROLL for (int u = 0; u < 8; ++u) {
         const int t = 8 * sub + u;
-        for (int r = 0; r < R; ++r) part[r][u] = 0.0f;
+        UNROLL for (int r = 0; r < R; ++r) part[r][u] = 0.0f;
         if (t < t0 || t >= t1) continue;
         const long at = (slot + t) % int(c.capacity);
-        for (int j = 0; j < KL; ++j) {
+        UNROLL for (int j = 0; j < KL; ++j) {
           const uint d = lane + 32 * j;
           if (DK % 32 && d >= uint(DK)) continue;
           const float k = K::value(k_words + at * c.k_t, k_scale + at * c.ks_t, k_table, d);
-          for (int r = 0; r < R; ++r) part[r][u] += query[r][j] * k;
+          UNROLL for (int r = 0; r < R; ++r) part[r][u] += query[r][j] * k;
         }
       }
-      for (int r = 0; r < R; ++r) {
+      UNROLL for (int r = 0; r < R; ++r) {
         const float sum = sum_eight(part[r], lane);
         score[r] = int(lane) / 8 == sub ? sum : score[r];
       }
@@ -94,7 +94,7 @@ METAL_FUNC void decode(Q q, KWords k_words, KScale k_scale, VWords v_words, VSca
 
     float weight[R];
     const int t = int(lane);
-    for (int r = 0; r < R; ++r) {
+    UNROLL for (int r = 0; r < R; ++r) {
       float x = NOTHING;
       const int state = state_of<MAP>(c, map, batch, rows[r], column);
       if (t >= t0 && t < t1 && state != SKIP && sees(c, int(c.q_first) + rows[r].i, position + t)) {
@@ -105,30 +105,30 @@ METAL_FUNC void decode(Q q, KWords k_words, KScale k_scale, VWords v_words, VSca
       const float now = max(top[r], simd_max(x)), rescale = precise::exp(top[r] - now);
       weight[r] = x > NOTHING ? precise::exp(x - now) : 0.0f;
       total[r] = total[r] * rescale + simd_sum(weight[r]);
-      for (int j = 0; j < VL; ++j) acc[r][j] *= rescale;
+      UNROLL for (int j = 0; j < VL; ++j) acc[r][j] *= rescale;
       top[r] = now;
     }
 
     for (int u = t0; u < t1; ++u) {
       const long at = (slot + u) % int(c.capacity);
       float w[R];
-      for (int r = 0; r < R; ++r) w[r] = simd_broadcast(weight[r], ushort(u));
-      for (int j = 0; j < VL; ++j) {
+      UNROLL for (int r = 0; r < R; ++r) w[r] = simd_broadcast(weight[r], ushort(u));
+      UNROLL for (int j = 0; j < VL; ++j) {
         const uint d = lane + 32 * j;
         if (DV % 32 && d >= uint(DV)) continue;
         const float v = V::value(v_words + at * c.v_t, v_scale + at * c.vs_t, v_table, d);
-        for (int r = 0; r < R; ++r) acc[r][j] += w[r] * v;
+        UNROLL for (int r = 0; r < R; ++r) acc[r][j] += w[r] * v;
       }
     }
   }
 
   // join the SIMD-groups
-  for (int r = 0; r < R; ++r) {
+  UNROLL for (int r = 0; r < R; ++r) {
     if (lane == 0) {
       tops[simdgroup * R + r] = top[r];
       totals[simdgroup * R + r] = total[r];
     }
-    for (int j = 0; j < VL; ++j) parts[simdgroup * PART + lane + 32 * j] = acc[r][j];
+    UNROLL for (int j = 0; j < VL; ++j) parts[simdgroup * PART + lane + 32 * j] = acc[r][j];
     threadgroup_barrier(mem_flags::mem_threadgroup);
     float most = NOTHING, sum = 0.0f, factor[NSG];
     for (int s = 0; s < NSG; ++s) most = max(most, tops[s * R + r]);

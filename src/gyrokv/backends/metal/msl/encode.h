@@ -1,9 +1,5 @@
 // Rotate, quantise and pack new tokens: a SIMD-group per row (one head of one token). The bits are those of the
 // definition (quant.py): one rounding per operation, sums in index order, square roots and quotients correctly rounded.
-#include <metal_stdlib>
-
-using namespace metal;
-
 #pragma METAL fp contract(off)
 
 enum Rule { ABSMAX, SIGNED_ABSMAX, L2, RMS, STATIC };
@@ -13,8 +9,8 @@ enum Ties { UP, DOWN, AWAY };
 METAL_FUNC uint float8_of(float x) {
   const uint bits = as_type<uint>(x), rest = bits & 0x7FFFFFFF;
   const float small = as_type<float>(rest) * 512.0f + 8388608.0f;  // subnormals are multiples of 2**-9
-  const uint code = rest < 0x3C800000 ? as_type<uint>(small) - 0x4B000000 : ((rest + 0x7FFFF + (rest >> 20 & 1)) >> 20) - 960;
-  return (bits >> 24 & 0x80) | code;
+  const uint rounded = (rest + 0x7FFFF + (rest >> 20 & 1)) >> 20;
+  return (bits >> 24 & 0x80) | (rest < 0x3C800000 ? as_type<uint>(small) - 0x4B000000 : rounded - 960);
 }
 
 // Stores the field of W bits of all codes of a row; code_at in common.h is the reverse.
@@ -37,7 +33,8 @@ METAL_FUNC float sum_in_order(threadgroup const float* values) {
 }
 
 // x [B, H, T, DIM] to words, scale from the given slot on. signs [2, GROUP]: before and after H. levels, boundaries:
-// ascending, float32. A STATIC row is one group, up to the next 32. Threadgroup memory: scratch [NSG, GROUP], codes [NSG, PADDED].
+// ascending, float32. A STATIC row is one group, up to the next 32. Threadgroup memory: scratch [NSG, GROUP],
+// codes [NSG, PADDED].
 template <int NSG, int DIM, int PADDED, int GROUP, int SPAN, int BITS, int RULE, int TIES, int ROTATED, int LINEAR_ROW,
           int SIGN_MAGNITUDE, int CORRECTED, int HALF_SCALE, typename X, typename Levels, typename Words, typename Scale>
 METAL_FUNC void encode(X x, Levels signs, Levels levels, Levels boundaries, Words words, Scale scale, thread const Call& c,
@@ -54,45 +51,45 @@ METAL_FUNC void encode(X x, Levels signs, Levels levels, Levels boundaries, Word
 
   for (int g = 0; g < (PADDED + GROUP - 1) / GROUP; ++g) {
     float y[OWN], norm[SPANS], z[OWN];
-    for (int j = 0; j < OWN; ++j) {
+    UNROLL for (int j = 0; j < OWN; ++j) {
       const int d = g * GROUP + int(lane) + 32 * j;
       y[j] = d < DIM ? float(x[d]) : 0.0f;
     }
     if (RULE == L2) {
-      for (int j = 0; j < OWN; ++j) scratch[lane + 32 * j] = y[j] * y[j];
+      UNROLL for (int j = 0; j < OWN; ++j) scratch[lane + 32 * j] = y[j] * y[j];
       simdgroup_barrier(mem_flags::mem_threadgroup);
       norm[0] = precise::sqrt(sum_in_order<GROUP>(scratch));
       simdgroup_barrier(mem_flags::mem_threadgroup);
       const float inverse = norm[0] > TINY ? 1.0f / norm[0] : 0.0f;
-      for (int j = 0; j < OWN; ++j) y[j] = y[j] * inverse;
+      UNROLL for (int j = 0; j < OWN; ++j) y[j] = y[j] * inverse;
     }
     if (ROTATED) {
-      for (int j = 0; j < OWN; ++j) y[j] = y[j] * signs[lane + 32 * j];
+      UNROLL for (int j = 0; j < OWN; ++j) y[j] = y[j] * signs[lane + 32 * j];
       for (ushort h = 1; h < 32; h *= 2)
-        for (int j = 0; j < OWN; ++j) {
+        UNROLL for (int j = 0; j < OWN; ++j) {
           const float other = simd_shuffle_xor(y[j], h);
           y[j] = lane & h ? other - y[j] : y[j] + other;
         }
-      for (int h = 1; h < OWN; h *= 2)
-        for (int j = 0; j < OWN; ++j)
+      UNROLL for (int h = 1; h < OWN; h *= 2)
+        UNROLL for (int j = 0; j < OWN; ++j)
           if (!(j & h)) {
             const float a = y[j], b = y[j + h];
             y[j] = a + b;
             y[j + h] = a - b;
           }
-      for (int j = 0; j < OWN; ++j) {
+      UNROLL for (int j = 0; j < OWN; ++j) {
         const float turned = y[j] * c.rotation_factor;
         y[j] = turned * signs[GROUP + lane + 32 * j];
       }
     } else if (RULE == L2) {
-      for (int j = 0; j < OWN; ++j) y[j] = y[j] * c.unscaled_factor;
+      UNROLL for (int j = 0; j < OWN; ++j) y[j] = y[j] * c.unscaled_factor;
     }
 
     // the scale of each span, and the values relative to it
     if (RULE != L2 && RULE != STATIC) {
-      for (int j = 0; j < OWN; ++j) scratch[lane + 32 * j] = RULE == RMS ? y[j] * y[j] : y[j];
+      UNROLL for (int j = 0; j < OWN; ++j) scratch[lane + 32 * j] = RULE == RMS ? y[j] * y[j] : y[j];
       simdgroup_barrier(mem_flags::mem_threadgroup);
-      for (int s = 0; s < SPANS; ++s) {
+      UNROLL for (int s = 0; s < SPANS; ++s) {
         if (RULE == RMS) {
           const float sum = sum_in_order<SPAN>(scratch + s * SPAN);
           norm[s] = precise::sqrt(SPANS == 1 ? sum : sum / float(SPAN));
@@ -107,7 +104,7 @@ METAL_FUNC void encode(X x, Levels signs, Levels levels, Levels boundaries, Word
       }
       simdgroup_barrier(mem_flags::mem_threadgroup);
     }
-    for (int j = 0; j < OWN; ++j) {
+    UNROLL for (int j = 0; j < OWN; ++j) {
       const float n = RULE == STATIC ? 0.0f : norm[32 * j / SPAN];
       if (RULE == ABSMAX) {
         const float inverse = 1.0f / n;
@@ -126,7 +123,7 @@ METAL_FUNC void encode(X x, Levels signs, Levels levels, Levels boundaries, Word
     }
 
     // codes
-    for (int j = 0; j < OWN; ++j) {
+    UNROLL for (int j = 0; j < OWN; ++j) {
       uint code = 0;
       if (RULE == STATIC) {
         code = float8_of(clamp(z[j], -448.0f, 448.0f));
@@ -154,13 +151,13 @@ METAL_FUNC void encode(X x, Levels signs, Levels levels, Levels boundaries, Word
     }
     simdgroup_barrier(mem_flags::mem_threadgroup);
     if (CORRECTED)
-      for (int s = 0; s < SPANS; ++s) {
+      UNROLL for (int s = 0; s < SPANS; ++s) {
         const float length = precise::sqrt(sum_in_order<SPAN>(scratch + s * SPAN));
         norm[s] = length > TINY ? norm[s] / length : norm[s];
       }
     simdgroup_barrier(mem_flags::mem_threadgroup);
     if (RULE != STATIC && lane == 0)
-      for (int s = 0; s < SPANS; ++s) {
+      UNROLL for (int s = 0; s < SPANS; ++s) {
         float n = norm[s];
         if (HALF_SCALE) n = isnan(n) ? 65504.0f : clamp(n, -65504.0f, 65504.0f);
         scale[g * SPANS + s] = n;

@@ -39,8 +39,8 @@ METAL_FUNC void prefill(Q q, KWords k_words, KScale k_scale, VWords v_words, VSc
   const float sink = c.sinks && group.x == 0 ? heads[row.head] : NOTHING;
   float top = max(sink, NOTHING), total = sink > NOTHING ? 1.0f : 0.0f;
   simdgroup_float8x8 acc[RF][PIECES];
-  for (int f = 0; f < RF; ++f)
-    for (int n = 0; n < PIECES; ++n) acc[f][n] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+  UNROLL for (int f = 0; f < RF; ++f)
+    UNROLL for (int n = 0; n < PIECES; ++n) acc[f][n] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
 
   k_words += batch * c.k_b + kv_head * c.k_h;
   k_scale += batch * c.ks_b + kv_head * c.ks_h;
@@ -72,7 +72,7 @@ METAL_FUNC void prefill(Q q, KWords k_words, KScale k_scale, VWords v_words, VSc
 
     // scores
     simdgroup_float8x8 product[RF];
-    for (int f = 0; f < RF; ++f) product[f] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+    UNROLL for (int f = 0; f < RF; ++f) product[f] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
     for (int d0 = 0; d0 < DK; d0 += 32) {
       if (d0) threadgroup_barrier(mem_flags::mem_threadgroup);  // stage has been read
       for (int e = index; e < BK * 32; e += THREADS) {
@@ -84,18 +84,18 @@ METAL_FUNC void prefill(Q q, KWords k_words, KScale k_scale, VWords v_words, VSc
       for (int d = 0; d < min(32, DK - d0); d += 8) {
         simdgroup_float8x8 left, right;
         simdgroup_load(right, stage + sg * 8 * 32 + d, 32, ulong2(0, 0), true);
-        for (int f = 0; f < RF; ++f) {
+        UNROLL for (int f = 0; f < RF; ++f) {
           simdgroup_load(left, rows + f * 8 * DK + d0 + d, DK);
           simdgroup_multiply_accumulate(product[f], left, right, product[f]);
         }
       }
     }
-    for (int f = 0; f < RF; ++f) simdgroup_store(product[f], scores + f * 8 * BK + sg * 8, BK);
+    UNROLL for (int f = 0; f < RF; ++f) simdgroup_store(product[f], scores + f * 8 * BK + sg * 8, BK);
     threadgroup_barrier(mem_flags::mem_threadgroup);
 
     // softmax
     float x[OWN], most = NOTHING, sum = 0.0f;
-    for (int i = 0; i < OWN; ++i) {
+    UNROLL for (int i = 0; i < OWN; ++i) {
       const int t = part + LANES * i;
       x[i] = NOTHING;
       if (t >= t0 && t < t1 && state != SKIP && sees(c, int(c.q_first) + row.i, position + t)) {
@@ -107,7 +107,7 @@ METAL_FUNC void prefill(Q q, KWords k_words, KScale k_scale, VWords v_words, VSc
     }
     for (ushort h = 1; h < LANES; h *= 2) most = max(most, simd_shuffle_xor(most, h));
     most = max(most, top);
-    for (int i = 0; i < OWN; ++i) {
+    UNROLL for (int i = 0; i < OWN; ++i) {
       const float weight = x[i] > NOTHING ? precise::exp(x[i] - most) : 0.0f;
       scores[own * BK + part + LANES * i] = weight;
       sum += weight;
@@ -125,15 +125,15 @@ METAL_FUNC void prefill(Q q, KWords k_words, KScale k_scale, VWords v_words, VSc
     int any = 0;
     for (int s = 0; s < NSG; ++s) any |= flags[s];
     if (any)
-      for (int f = 0; f < RF; ++f) {
+      UNROLL for (int f = 0; f < RF; ++f) {
         simdgroup_float8x8 factor, scaled;
         simdgroup_load(factor, diagonal + 64 * f, 8);
-        for (int p = 0; p < PIECES; ++p) {
+        UNROLL for (int p = 0; p < PIECES; ++p) {
           simdgroup_multiply(scaled, factor, acc[f][p]);
           acc[f][p] = scaled;
         }
       }
-    for (int p = 0; p < PIECES; ++p)
+    UNROLL for (int p = 0; p < PIECES; ++p)
       for (int k0 = 0; k0 < BK; k0 += 32) {
         if (p || k0) threadgroup_barrier(mem_flags::mem_threadgroup);  // stage has been read
         for (int e = index; e < 32 * WIDTH; e += THREADS) {
@@ -146,7 +146,7 @@ METAL_FUNC void prefill(Q q, KWords k_words, KScale k_scale, VWords v_words, VSc
         for (int k = 0; k < 32; k += 8) {
           simdgroup_float8x8 left, right;
           simdgroup_load(right, stage + k * WIDTH + 8 * sg, WIDTH);
-          for (int f = 0; f < RF; ++f) {
+          UNROLL for (int f = 0; f < RF; ++f) {
             simdgroup_load(left, scores + f * 8 * BK + k0 + k, BK);
             simdgroup_multiply_accumulate(acc[f][p], left, right, acc[f][p]);
           }
@@ -156,9 +156,9 @@ METAL_FUNC void prefill(Q q, KWords k_words, KScale k_scale, VWords v_words, VSc
 
   threadgroup_barrier(mem_flags::mem_threadgroup);  // rows are free, also where no block was read
   if (part == 0) inverse[own] = total > 0.0f ? 1.0f / total : 0.0f;
-  for (int p = 0; p < PIECES; ++p)
+  UNROLL for (int p = 0; p < PIECES; ++p)
     if (p * WIDTH + 8 * sg < DV)
-      for (int f = 0; f < RF; ++f) simdgroup_store(acc[f][p], rows + f * 8 * DV + p * WIDTH + 8 * sg, DV);
+      UNROLL for (int f = 0; f < RF; ++f) simdgroup_store(acc[f][p], rows + f * 8 * DV + p * WIDTH + 8 * sg, DV);
   threadgroup_barrier(mem_flags::mem_threadgroup);
   const long to = (long(group.x) * c.batch + batch) * c.q_heads;
   for (int e = index; e < BQ * DV; e += THREADS) {
