@@ -268,5 +268,10 @@ def test_a_mac_tries_the_kernels_first(monkeypatch):
 
     assert "refused the kernels: Failed to create metal library" in metal.trial(torch_mps.Machine("cpu", refuses))[0]
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(metal, "find_spec", lambda name: None)
+    monkeypatch.setattr(metal, "_tried", lambda: [])
+    if hasattr(torch.mps, "compile_shader"):
+        text = explain(AttentionSpec("q8_0", "turbo4", 128, 128, device="mps"))
+        assert "  metal: can run (chosen)\n    for mlx-lm's models install the extra: pip install 'gyrokv[mlx]'" in text
     monkeypatch.delattr(torch.mps, "compile_shader", raising=False)
     assert "has no torch.mps.compile_shader" in metal.missing()[0]

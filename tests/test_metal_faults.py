@@ -86,7 +86,12 @@ EDITS = {
     "a wrong stride of tokens": ("all", "* c.v_t,", "* c.v_h,", ""),
     "a block too many": ("all", "t1 = min(", "t1 = 0 * min(", ""),
     "keys past the end": ("decode", "t1 = min(32, seen.high - position)", "t1 = 32", ""),
-    "keys past the capacity": ("decode", "(slot + u) % int(c.capacity)", "(slot + u + int(c.capacity))", "out of bounds"),
+    "keys past the capacity": (
+        "decode",
+        "wrapped(slot + u, int(c.capacity))",
+        "slot + u + int(c.capacity)",
+        "out of bounds",
+    ),
     "no rescale of the output": ("decode", "acc[r][j] *= rescale", "acc[r][j] *= 1.0f", "wrong values"),
     "no rescale of the sum": ("decode", "total[r] * rescale + simd_sum", "total[r] + simd_sum", "wrong values"),
     "no rescale of tiles": ("prefill", "if (any)\n", "if (false)\n", "wrong values"),

@@ -34,6 +34,8 @@ def explain(spec: AttentionSpec) -> str:
         else:
             mark = " (chosen)" if name == chosen else "" if name in AUTO else "; never chosen, ask for it by name"
             lines.append(f"  {name}: can run{mark}")
+        if hint := getattr(backend, "hint", str)():
+            lines.append(f"    {hint}")
     return "\n".join(lines)
 
 

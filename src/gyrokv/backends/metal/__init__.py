@@ -10,6 +10,7 @@ run there, so the first use on a Mac compares them with PyTorch (:func:`trial`).
 from __future__ import annotations
 
 from functools import cache
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -38,6 +39,13 @@ def missing() -> list[str]:
     if not hasattr(torch.mps, "compile_shader"):
         return [f"torch {torch.__version__} has no torch.mps.compile_shader (it came with 2.7)"]
     return _tried()
+
+
+def hint() -> str:
+    """What to install on a Mac for the same kernels under MLX; empty elsewhere, and where it is installed."""
+    if not torch.backends.mps.is_available() or (find_spec("mlx") and find_spec("mlx_lm")):
+        return ""
+    return "for mlx-lm's models install the extra: pip install 'gyrokv[mlx]'"
 
 
 @cache

@@ -22,6 +22,12 @@ METAL_FUNC float sum_eight(thread const float* part, uint lane) {
   return one + simd_shuffle_xor(one, 16);
 }
 
+// slot % capacity without a division for every key: slots lie at most a block beyond the end.
+METAL_FUNC int wrapped(int slot, int capacity) {
+  while (slot >= capacity) slot -= capacity;
+  return slot;
+}
+
 // Grid: splits x tiles of R rows x (batch * KV heads). out [splits, B, Hq, Tq, DV] normalised, lse [splits, B, Hq, Tq].
 // heads [2, Hq]: sinks, slopes. Threadgroup memory: parts [NSG, DV up to 32s], tops and totals [NSG, R], both tables.
 template <int R, int NSG, typename K, typename V, int MASK, int MAP, typename Q, typename KWords, typename KScale,
@@ -67,7 +73,7 @@ METAL_FUNC void decode(Q q, KWords k_words, KScale k_scale, VWords v_words, VSca
     int any = 0;
     UNROLL for (int r = 0; r < R; ++r) any |= state_of<MAP>(c, map, batch, rows[r], column);
     if (any == SKIP) continue;
-    const int slot = (position + t0 - int(c.base)) % int(c.capacity) - t0;  // of key t: (slot + t) % capacity
+    const int slot = (position + t0 - int(c.base)) % int(c.capacity) - t0;  // of key t: wrapped(slot + t)
 
     float score[R];
     UNROLL for (int r = 0; r < R; ++r) score[r] = 0.0f;
@@ -78,7 +84,7 @@ METAL_FUNC void decode(Q q, KWords k_words, KScale k_scale, VWords v_words, VSca
         const int t = 8 * sub + u;
         UNROLL for (int r = 0; r < R; ++r) part[r][u] = 0.0f;
         if (t < t0 || t >= t1) continue;
-        const long at = (slot + t) % int(c.capacity);
+        const long at = wrapped(slot + t, int(c.capacity));
         UNROLL for (int j = 0; j < KL; ++j) {
           const uint d = lane + 32 * j;
           if (DK % 32 && d >= uint(DK)) continue;
@@ -110,7 +116,7 @@ METAL_FUNC void decode(Q q, KWords k_words, KScale k_scale, VWords v_words, VSca
     }
 
     for (int u = t0; u < t1; ++u) {
-      const long at = (slot + u) % int(c.capacity);
+      const long at = wrapped(slot + u, int(c.capacity));
       float w[R];
       UNROLL for (int r = 0; r < R; ++r) w[r] = simd_broadcast(weight[r], ushort(u));
       UNROLL for (int j = 0; j < VL; ++j) {
