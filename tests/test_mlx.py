@@ -20,6 +20,8 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache, tri
 import gyrokv.mlx  # noqa: E402
 from gyrokv import CapacityError, Codec, GyroKVError, LayerCache, Unsupported, attend  # noqa: E402
 from gyrokv.config import CacheConfig  # noqa: E402
+from gyrokv.mlx import machine as mlx_machine  # noqa: E402
+from gyrokv.mlx import trial  # noqa: E402
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no g++ to compile the executor of Metal source with")
 CHUNKS = (9, 1, 1, 70, 1, 30, 1)
@@ -203,6 +205,22 @@ def test_arrays_are_made_when_models_ask_for_them():
 def test_without_an_apple_gpu_it_says_so():
     with pytest.raises(GyroKVError, match="no Apple GPU here: MLX .* has no Metal back-end"):
         gyrokv.mlx.cache(llama_model())
+
+
+def test_wrong_kernels_are_noticed_before_they_are_used(monkeypatch):
+    """There is no other backend to fall back on: a GPU that computes otherwise must not write text."""
+    trial.check.cache_clear()
+    with executed():
+        right = mlx_machine.Machine.launch
+
+        def launch(self, program, *arguments):
+            return [x * 1.1 if program.kernel == "decode" else x for x in right(self, program, *arguments)]
+
+        monkeypatch.setattr(mlx_machine.Machine, "launch", launch)
+        with pytest.raises(GyroKVError, match="computes wrongly on this machine: outputs differ from torch's by"):
+            gyrokv.mlx.cache(llama_model())
+        monkeypatch.undo()
+        assert len(gyrokv.mlx.cache(llama_model())) == 2
 
 
 def test_what_a_layer_cannot_keep_is_refused():

@@ -8,6 +8,7 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
 from ..config import CacheConfig
 from ..errors import Unsupported
+from . import trial
 from .attention import install
 from .layer import Layer
 from .requirements import check_gpu
@@ -18,10 +19,11 @@ DEFAULT = "k=q8_0,v=turbo4"
 def cache(model: Any, config: CacheConfig | str = DEFAULT) -> list[Any]:
     """The ``prompt_cache`` for ``model`` with the layers that hold keys and values packed as ``config`` says.
 
-    Layers of other kinds (recurrent states, say) keep mlx-lm's own caches. Raises GyroKVError without an Apple GPU,
-    Unsupported for a layer that keeps its first tokens beside a window.
+    Layers of other kinds (recurrent states, say) keep mlx-lm's own caches. Raises GyroKVError without an Apple GPU, or
+    if the kernels compute wrongly on it, Unsupported for a layer that keeps its first tokens beside a window.
     """
     check_gpu()
+    trial.check()
     config = CacheConfig.parse(config)
     plain = make_prompt_cache(model)
     packed = [i for i, c in enumerate(plain) if type(c) in (KVCache, RotatingKVCache)]
