@@ -50,6 +50,14 @@ FAULTY = {
 }
 
 
+def without_barrier(name: str, n: int):
+    """An edit that drops the n-th barrier of a kernel's file, from programs that hold the file."""
+    body = kernels._text(f"{name}.h")
+    spot = list(BARRIER.finditer(body))[n]
+    changed = body[: spot.start()] + body[spot.end() :]
+    return lambda source: source.replace(body, changed)
+
+
 def count_barriers(name: str) -> int:
     return len(BARRIER.findall((kernels.MSL / f"{name}.h").read_text()))
 
@@ -58,22 +66,16 @@ def count_barriers(name: str) -> int:
 @pytest.mark.parametrize("name, n", [(name, n) for name in ("decode", "prefill") for n in range(count_barriers(name))])
 def test_every_barrier_is_needed_and_missed(name, n):
     """Without any one of them the executor must report a race: it sees each, and none is there for nothing."""
-    body = (kernels.MSL / f"{name}.h").read_text()
-    spot = list(BARRIER.finditer(body))[n]
-    changed = body[: spot.start()] + body[spot.end() :]
-    assert "race" in wrong(name, lambda source: source.replace(body, changed))
+    assert "race" in wrong(name, without_barrier(name, n))
 
 
 @needs_compiler
 @pytest.mark.parametrize("n", range(count_barriers("encode")))
 def test_every_barrier_of_the_encoder_is_needed(n):
-    body = (kernels.MSL / "encode.h").read_text()
-    spot = list(BARRIER.finditer(body))[n]
-    changed = body[: spot.start()] + body[spot.end() :]
     found = ""
     for name in ("turbo4", "q8_0", "tq6", "tq6.v1"):
         codec = Codec(FORMATS[name], 256)
-        machine = Executor("torch", "random", lambda source: source.replace(body, changed))
+        machine = Executor("torch", "random", without_barrier("encode", n))
         try:
             metal._encode(machine, codec, torch.randn(1, 1, 3, 256))
         except KernelFault as fault:

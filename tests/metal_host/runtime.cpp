@@ -82,12 +82,11 @@ void enter(Context& context, char* stack, void (*start)()) {
 void switch_to(Context& from, Context& to) { swapcontext(&from.state, &to.state); }
 #endif
 
-enum State { kReady, kAtBarrier, kAtExchange, kDone };
+enum State : uint8_t { kReady, kAtBarrier, kAtExchange, kDone };
 
 struct Fiber {
   Context context;
   char* stack = nullptr;
-  State state = kReady;
   Position at;
   uint32_t order = 0;      // SIMD-group barriers passed
   uint64_t exchanges = 0;
@@ -132,10 +131,12 @@ struct Run {
   Fiber* now = nullptr;
   Context scheduler;
   bool stopped = false;
+  size_t last = 0;  // the buffer that was accessed last
 };
 
 Run run;
 std::vector<Fiber> fibers;
+State states[kThreads];  // of the fibers, close together because the scheduler scans them
 Simdgroup simdgroups[kThreads / kLanes];  // static, as all that compiled kernels read of this file
 void* pointers[64];
 std::vector<Shadow> arena_shadow;
@@ -245,10 +246,13 @@ void on_access(const void* address, size_t bytes, bool write, const void* pc) {
     return in_arena(size_t(p - arena), bytes, write, pc);
   }
   const Mapped* near = nullptr;
-  for (Mapped& b : run.buffers) {
+  const size_t count = run.buffers.size();
+  for (size_t i = 0; i < count; ++i) {
+    Mapped& b = run.buffers[(run.last + i) % count];  // most often the same one again
     const size_t at = size_t(p - b.data);
     if (at < b.bytes && at + bytes <= b.bytes) {
       ++accesses;
+      run.last = (run.last + i) % count;
       if (!b.writable) {
         if (!write) return;
         ++out_of_bounds;
@@ -274,23 +278,23 @@ void start_fiber() {
   Fiber& f = *run.now;
   const Position at = f.at;
   run.kernel(pointers, at);
-  f.state = kDone;
+  states[f.at.index] = kDone;
   ++run.done;
   for (;;) yield();
 }
 
-Fiber* choose(unsigned turn) {
+Fiber* choose(unsigned turn) {  // turn <= number of threads
   const unsigned n = run.threads;
   if (run.schedule == kRandom) {
     for (int i = 0; i < 8; ++i) {
-      Fiber& f = fibers[next_random() % n];
-      if (f.state == kReady) return &f;
+      const unsigned k = next_random() % n;
+      if (states[k] == kReady) return &fibers[k];
     }
   }
   for (unsigned i = 0; i < n; ++i) {
-    const unsigned k = (turn + i) % n;
-    Fiber& f = fibers[run.schedule == kReverse ? n - 1 - k : k];
-    if (f.state == kReady) return &f;
+    unsigned k = turn + i < n ? turn + i : turn + i - n;
+    if (run.schedule == kReverse) k = n - 1 - k;
+    if (states[k] == kReady) return &fibers[k];
   }
   return nullptr;
 }
@@ -306,7 +310,7 @@ void run_group() {
   for (Simdgroup& s : simdgroups) s = Simdgroup();
   for (unsigned i = 0; i < run.threads; ++i) {
     Fiber& f = fibers[i];
-    f.state = kReady;
+    states[i] = kReady;
     f.order = 0;
     f.exchanges = f.arena = f.arrays = 0;
     f.waiting = "";
@@ -319,8 +323,8 @@ void run_group() {
       unsigned waiting[4] = {};
       const char* at = "";
       for (unsigned i = 0; i < run.threads; ++i) {
-        ++waiting[fibers[i].state];
-        if (fibers[i].state == kAtExchange) at = fibers[i].waiting;
+        ++waiting[states[i]];
+        if (states[i] == kAtExchange) at = fibers[i].waiting;
       }
       say("stuck: %u threads at a barrier, %u at the SIMD-group operation %s, %u have ended\n", waiting[kAtBarrier],
           waiting[kAtExchange], at, waiting[kDone]);
@@ -357,14 +361,42 @@ const unsigned char* exchange(const void* value, unsigned bytes, const char* ope
   }
   if (++s.arrived == s.lanes) {
     s.arrived = 0;
-    for (unsigned i = 0; i < run.threads; ++i)
-      if (fibers[i].at.simdgroup == f.at.simdgroup && fibers[i].state == kAtExchange) fibers[i].state = kReady;
+    State* lanes = states + f.at.simdgroup * kLanes;
+    for (unsigned i = 0; i < s.lanes; ++i)
+      if (lanes[i] == kAtExchange) lanes[i] = kReady;
   } else {
-    f.state = kAtExchange;
+    states[f.at.index] = kAtExchange;
     f.waiting = operation;
     yield();
   }
   return &s.values[slot][0][0];
+}
+
+float reduce(float value, Reduction reduction) {
+  static const char* const names[] = {"simd_sum", "simd_max", "simd_min"};
+  const unsigned char* all = exchange(&value, sizeof value, names[reduction]);
+  float part[kLanes];
+  for (unsigned i = 0; i < kLanes; ++i) memcpy(&part[i], all + 16 * i, sizeof value);
+  for (unsigned h = kLanes / 2; h; h /= 2)
+    for (unsigned i = 0; i < h; ++i) {
+      const float x = part[i], y = part[i + h];
+      part[i] = reduction == kSum ? x + y : (reduction == kMax ? x < y : y < x) ? y : x;
+    }
+  return part[0];
+}
+
+void multiply(const float a[2], const float b[2], const float c[2], float d[2]) {
+  const float mine[4] = {a[0], a[1], b[0], b[1]};
+  const unsigned row = row_of(lane()), column = column_of(lane());
+  const unsigned char* all = exchange(mine, sizeof mine, "simdgroup_multiply");
+  const auto at = [all](unsigned r, unsigned c) {  // the lane that holds (r, c) and (r, c + 1)
+    return reinterpret_cast<const float*>(all + 16 * ((r & 4) << 2 | (c & 4) << 1 | (r & 3) << 1 | (c >> 1 & 1)));
+  };
+  for (unsigned i = 0; i < 2; ++i) {
+    float sum = c[i];
+    for (unsigned k = 0; k < 8; ++k) sum += at(row, k)[k & 1] * at(k, column)[2 + i];
+    d[i] = sum;
+  }
 }
 
 void barrier(bool simdgroup, bool threadgroup_memory, bool device_memory) {
@@ -382,9 +414,9 @@ void barrier(bool simdgroup, bool threadgroup_memory, bool device_memory) {
     run.device_epoch += run.device_fence;
     run.threadgroup_fence = run.device_fence = false;
     for (unsigned i = 0; i < run.threads; ++i)
-      if (fibers[i].state == kAtBarrier) fibers[i].state = kReady;
+      if (states[i] == kAtBarrier) states[i] = kReady;
   } else {
-    f.state = kAtBarrier;
+    states[f.at.index] = kAtBarrier;
     yield();
   }
 }

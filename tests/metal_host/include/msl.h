@@ -202,29 +202,9 @@ T simd_shuffle_up(T x, ushort delta) {
   const Lanes<T> all(x, "simd_shuffle_up");
   return metal_host::lane() >= delta ? all[metal_host::lane() - delta] : x;
 }
-template <typename T>
-T simd_sum(T x) {  // as hardware may: by halves
-  const Lanes<T> all(x, "simd_sum");
-  T part[32];
-  for (uint i = 0; i < 32; ++i) part[i] = all[i];
-  for (uint h = 16; h; h /= 2)
-    for (uint i = 0; i < h; ++i) part[i] = part[i] + part[i + h];
-  return part[0];
-}
-template <typename T>
-T simd_max(T x) {
-  const Lanes<T> all(x, "simd_max");
-  T best = all[0];
-  for (uint i = 1; i < 32; ++i) best = max(best, all[i]);
-  return best;
-}
-template <typename T>
-T simd_min(T x) {
-  const Lanes<T> all(x, "simd_min");
-  T best = all[0];
-  for (uint i = 1; i < 32; ++i) best = min(best, all[i]);
-  return best;
-}
+inline float simd_sum(float x) { return metal_host::reduce(x, metal_host::kSum); }
+inline float simd_max(float x) { return metal_host::reduce(x, metal_host::kMax); }
+inline float simd_min(float x) { return metal_host::reduce(x, metal_host::kMin); }
 inline bool simd_any(bool x) {
   const Lanes<bool> all(x, "simd_any");
   bool any = false;
@@ -243,8 +223,8 @@ struct simdgroup_matrix {
   explicit simdgroup_matrix(T diagonal) {
     for (uint i = 0; i < 2; ++i) element[i] = row() == column() + i ? diagonal : T(0.0f);
   }
-  static uint row() { return (metal_host::lane() / 4 & 4) + (metal_host::lane() / 2) % 4; }
-  static uint column() { return (metal_host::lane() / 4 & 2) * 2 + metal_host::lane() % 2 * 2; }
+  static uint row() { return metal_host::row_of(metal_host::lane()); }
+  static uint column() { return metal_host::column_of(metal_host::lane()); }
 };
 using simdgroup_float8x8 = simdgroup_matrix<float, 8, 8>;
 using simdgroup_half8x8 = simdgroup_matrix<half, 8, 8>;
@@ -279,24 +259,12 @@ void simdgroup_store(const simdgroup_matrix<T, R, C>& m, T* to, ulong stride = C
 template <typename D, typename A, typename B, typename E, int R, int C>
 void simdgroup_multiply_accumulate(simdgroup_matrix<D, R, C>& d, const simdgroup_matrix<A, R, C>& a,
                                    const simdgroup_matrix<B, R, C>& b, const simdgroup_matrix<E, R, C>& c) {
-  struct Both {
-    float a[2], b[2];
-  } mine = {{a.element[0], a.element[1]}, {b.element[0], b.element[1]}};
-  const unsigned char* all = metal_host::exchange(&mine, 16, "simdgroup_multiply");
-  float left[8], right[8][2];
-  const uint row = d.row(), column = d.column();
-  for (uint lane = 0; lane < 32; ++lane) {
-    const uint r = (lane / 4 & 4) + (lane / 2) % 4, k = (lane / 4 & 2) * 2 + lane % 2 * 2;
-    Both other;
-    memcpy(&other, all + 16 * lane, 16);
-    if (r == row) left[k] = other.a[0], left[k + 1] = other.a[1];
-    if (k == column) right[r][0] = other.b[0], right[r][1] = other.b[1];
-  }
-  for (uint i = 0; i < 2; ++i) {
-    float sum = float(c.element[i]);
-    for (uint k = 0; k < 8; ++k) sum += left[k] * right[k][i];
-    d.element[i] = D(sum);
-  }
+  const float left[2] = {float(a.element[0]), float(a.element[1])}, right[2] = {float(b.element[0]), float(b.element[1])};
+  const float added[2] = {float(c.element[0]), float(c.element[1])};
+  float sum[2];
+  metal_host::multiply(left, right, added, sum);
+  d.element[0] = D(sum[0]);
+  d.element[1] = D(sum[1]);
 }
 template <typename D, typename A, typename B, int R, int C>
 void simdgroup_multiply(simdgroup_matrix<D, R, C>& d, const simdgroup_matrix<A, R, C>& a,

@@ -32,6 +32,15 @@ const unsigned char* exchange(const void* value, unsigned bytes, const char* ope
 
 unsigned lane();  // of the thread that runs
 
+// Over the lanes' values, by halves as hardware may add them.
+enum Reduction { kSum, kMax, kMin };
+float reduce(float value, Reduction reduction);
+
+// d = a * b + c for 8x8 matrices of which every lane holds (row, column) and (row, column + 1).
+void multiply(const float a[2], const float b[2], const float c[2], float d[2]);
+inline unsigned row_of(unsigned lane) { return (lane / 4 & 4) + lane / 2 % 4; }
+inline unsigned column_of(unsigned lane) { return (lane / 4 & 2) * 2 + lane % 2 * 2; }
+
 void barrier(bool simdgroup, bool threadgroup_memory, bool device_memory);
 
 // `bytes` of threadgroup memory, the same for every thread of the threadgroup.
