@@ -97,18 +97,36 @@ def compiler() -> str | None:
 
 def _built(name: str, text: str, command: Sequence[str]) -> Path:
     """The file that ``command`` (with the source's and the output's names appended) makes of ``text``, made once."""
-    headers = "".join((HERE / "include" / h).read_text() for h in ("msl.h", "runtime.h"))
-    digest = hashlib.sha256("\0".join((text, headers, *command)).encode()).hexdigest()[:24]
+    digest = _digest(text, *command)
     CACHE.mkdir(mode=0o700, exist_ok=True)
     output = CACHE / f"{name}-{digest}.so"
     if not output.exists():
-        source, made = CACHE / f"{name}-{digest}.cpp", CACHE / f"{name}-{digest}.{os.getpid()}"
+        mine = f"{name}-{digest}.{os.getpid()}"  # another process may be making the same
+        source, made = CACHE / f"{mine}.cpp", CACHE / mine
         source.write_text(text)
         done = subprocess.run([*command, str(source), "-o", str(made)], capture_output=True, text=True, check=False)
         if done.returncode:
             raise KernelFault(f"{shutil.which('g++')} cannot compile {source}:\n{done.stderr[:4000]}")
         os.replace(made, output)
     return output
+
+
+def _digest(*texts: str) -> str:
+    headers = "".join((HERE / "include" / h).read_text() for h in ("msl.h", "runtime.h"))
+    return hashlib.sha256("\0".join((headers, *texts)).encode()).hexdigest()[:24]
+
+
+@cache
+def _precompiled() -> str:
+    """A folder with ``msl.h`` precompiled; g++ takes it when it is the first to hold the header, and may ignore it."""
+    folder = CACHE / f"header-{_digest(*_COMPILE, *_HOOKED)}"
+    if not (folder / "msl.h.gch").exists():
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        made = folder / str(os.getpid())
+        command = ["g++", *_COMPILE, *_HOOKED, "-x", "c++-header", str(HERE / "include/msl.h"), "-o", str(made)]
+        subprocess.run(command, capture_output=True, check=True)
+        os.replace(made, folder / "msl.h.gch")
+    return str(folder)
 
 
 @cache
@@ -216,7 +234,7 @@ class Library:
     def __init__(self, source: str) -> None:
         self.source = source
         text, self.kernels = translate(source)
-        command = ["g++", *_COMPILE, *_HOOKED, "-c"]
+        command = ["g++", f"-I{_precompiled()}", *_COMPILE, *_HOOKED, "-c"]
         self.path = _built("kernel", text, ["sh", "-c", _LINK, "sh", str(_runtime()), *command])
         self._dll = ctypes.CDLL(str(self.path))
 
@@ -230,7 +248,7 @@ class Library:
         def line(match: re.Match) -> str:
             command = ["addr2line", "-e", str(self.path), hex(int(match.group(1), 16) - 1)]
             place = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-            number = re.search(r"(?:source\.metal|kernel-\w+\.cpp):(\d+)", place)
+            number = re.search(r"(?:source\.metal|kernel-[\w.]+\.cpp):(\d+)", place)
             lines = self.source.splitlines()
             if not number or not 0 < int(number.group(1)) <= len(lines):
                 return f"at {place}"
