@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, wraps
 from pathlib import Path
 
 import torch
@@ -124,7 +124,21 @@ class Side:
         return 2**self.bits if self.kind == "TABLE" else 1
 
 
-@cache
+def per_row(make: Callable) -> Callable:
+    """``functools.cache`` for functions of a format: by identity, because a row hashes all of its levels."""
+    found: dict[tuple, tuple] = {}  # the row is kept, so that no other one can take its place
+
+    @wraps(make)
+    def cached(fmt: KVFormat, *others):
+        key = (id(fmt), *others)
+        if key not in found:
+            found[key] = (fmt, make(fmt, *others))
+        return found[key][1]
+
+    return cached
+
+
+@per_row
 def side(fmt: KVFormat, head_dim: int, padded: int) -> Side:
     """Rows in ``fmt`` of ``padded`` values that stand for heads of ``head_dim``."""
     if not fmt.has_levels:
@@ -141,7 +155,7 @@ def padded_array(values: Tensor, fill: float = 0.0) -> Tensor:
     return torch.nn.functional.pad(values.flatten(), (0, max(0, _LEAST - values.numel())), value=fill)
 
 
-@cache
+@per_row
 def levels(fmt: KVFormat, head_dim: int) -> Tensor:
     """The value of each stored code, to be multiplied by the scale: float32, on the CPU."""
     if not fmt.has_levels:
@@ -210,7 +224,7 @@ _RULES = {"absmax": "ABSMAX", "signed_absmax": "SIGNED_ABSMAX", "l2": "L2", "rms
 _TIES = {"up": "UP", "down": "DOWN", "away": "AWAY", "even": "UP"}
 
 
-@cache
+@per_row
 def encode(fmt: KVFormat, head_dim: int, rotation: str) -> Program:
     """The append kernel of a format that is not dense."""
     padded, group = fmt.layout(head_dim)

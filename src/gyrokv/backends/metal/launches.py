@@ -203,7 +203,7 @@ def _signs(rotation: str, group: int) -> Tensor:
     return torch.cat([sign_table(table, group) for table in ROTATIONS[rotation].signs])
 
 
-@cache
+@kernels.per_row
 def _encoder_tables(fmt: KVFormat) -> tuple[Tensor, Tensor]:
     if not fmt.has_levels:
         return torch.zeros(8), torch.zeros(8)
