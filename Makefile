@@ -8,7 +8,7 @@ BIN = $(VENV)/bin
 MODELS = -m models/qwen2-d128 -m models/gemma4-d256-512
 DEMO = --ctx-size 512 --chunks 24 --decode 8
 
-.PHONY: bench-cpu bench-gpu build demo test test-oldest test-gpu lint readme clean
+.PHONY: bench-cpu bench-gpu build demo test test-oldest test-metal test-gpu lint readme clean
 
 $(VENV)/ready: pyproject.toml constraints.txt hatch_build.py
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "gyrokv needs Python 3.10 or newer")'
@@ -31,6 +31,11 @@ test-oldest: build  ## the transformers integration on the oldest release suppor
 	test -d build/oldest/transformers || $(BIN)/python -m pip install --quiet --disable-pip-version-check \
 		--target build/oldest transformers==$(OLDEST_TRANSFORMERS)
 	PYTHONPATH=build/oldest $(BIN)/python -m pytest -n $(WORKERS) tests/test_hf_*.py
+
+test-metal: build  ## what `make test` cannot run of Metal: MLX's own source and mlx-lm's models, clang's check of pointers
+	test -d build/metal/mlx_lm || $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--target build/metal --no-deps mlx mlx-cpu mlx-lm ziglang
+	PYTHONPATH=build/metal $(BIN)/python -m pytest -n $(WORKERS) tests/test_mlx.py tests/test_metal_spaces.py
 
 test-gpu:  ## tests that need an accelerator, with the torch of $(PYTHON); records the counts
 	PYTHONPATH=src $(PYTHON) benchmarks/record_tests.py --out benchmarks/results/gpu_tests.json -- -m gpu

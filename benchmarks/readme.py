@@ -62,12 +62,12 @@ def features_table() -> str:
     names = [*AUTO, *(n for n in BACKENDS if n not in AUTO)]
     lines = [f"| | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
     base = AttentionSpec("q8_0", "turbo4", 128, 128, q_heads=8, kv_heads=2, q_len=4, kv_len=64)
-    device = {name: "cuda" if BACKENDS[name].why_not(base) else "cpu" for name in names}
+    devices = {name: getattr(BACKENDS[name], "DEVICE", "cpu") for name in names}
 
     def row(label: str, cases: list[AttentionSpec]) -> str:
         cells = []
         for name in names:
-            specs = [replace(spec, device=device[name]) for spec in cases]
+            specs = [replace(spec, device=devices[name]) for spec in cases]
             why = [r for spec in specs for r in BACKENDS[name].why_not(spec) if r] + [
                 r for spec in specs for r in sorted(spec.uses() - BACKENDS[name].UNDERSTANDS)
             ]
@@ -81,6 +81,9 @@ def features_table() -> str:
     lines.append(row(f"head sizes {sizes}", [replace(base, head_dim=k, head_dim_v=v) for k, v in dims]))
     for feature in features():
         lines.append(row(MEANING[feature.name], [replace(base, **EXAMPLES[feature.name])]))
+    for name in names:
+        if note := getattr(BACKENDS[name], "NOTE", ""):
+            lines += ["", f"`{name}` (device `{devices[name]}`): {note}."]
     return "\n".join(lines)
 
 

@@ -79,7 +79,7 @@ WRONG_CALLS = {
     "mask_dtype": (dict(mask=torch.zeros(3, 9).double()), TypeError, "mask has dtype torch.float64; it must be bool"),
     "mask_int": (dict(mask=torch.zeros(3, 9).int()), TypeError, "mask has dtype torch.int32"),
     "mask_device": (dict(mask=torch.zeros(3, 9, device=META)), ValueError, "mask is on meta but q is on cpu"),
-    "backend": (dict(backend="cuda"), ValueError, r"backend='cuda' is not one of \['auto', 'cpu', 'gpu', 'torch'"),
+    "backend": (dict(backend="cuda"), ValueError, r"backend='cuda' is not one of \['auto', 'cpu', 'gpu', 'metal', 'torch'"),
 }  # fmt: skip
 
 

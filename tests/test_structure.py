@@ -115,7 +115,7 @@ def test_importing_is_light():
         "print(*sorted(m for m in sys.modules if m.startswith('gyrokv.')))"
     )
     new, own = (set(line.split()) for line in run(code).splitlines())
-    for heavy in ("transformers", "triton", "matplotlib", "typer", "rich", "numba", "hypothesis", "pytest"):
+    for heavy in ("transformers", "triton", "mlx", "matplotlib", "typer", "rich", "numba", "hypothesis", "pytest"):
         assert heavy not in new
     assert "gyrokv" in new and new <= {"gyrokv"} | set(sys.stdlib_module_names)
     assert not {

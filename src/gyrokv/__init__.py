@@ -17,7 +17,7 @@ from .view import KVView
 
 __version__ = "0.1.0"
 
-_LATER = ("evaluate", "hf", "ops", "wire")  # submodules that are imported when first asked for
+_LATER = ("evaluate", "hf", "mlx", "ops", "wire")  # submodules that are imported when first asked for
 
 
 def __getattr__(name: str):

@@ -7,7 +7,7 @@ from types import ModuleType
 from torch import Tensor
 
 from . import place
-from .backends import cpu, gpu, reference, tiled
+from .backends import cpu, gpu, metal, reference, tiled
 from .errors import CapacityError, Unsupported
 from .layer import LayerCache
 from .masks import BlockMap, check_mask, mask_kind
@@ -15,7 +15,7 @@ from .quant import Codec, Packed
 from .spec import AttentionSpec
 from .view import KVView
 
-BACKENDS: dict[str, ModuleType] = {module.name: module for module in (cpu, gpu, tiled, reference)}
+BACKENDS: dict[str, ModuleType] = {module.name: module for module in (cpu, gpu, metal, tiled, reference)}
 AUTO = tuple(name for name in BACKENDS if name != "reference")
 
 
@@ -37,6 +37,8 @@ def explain(spec: AttentionSpec) -> str:
             mark = " (chosen)" if name == chosen else "" if name in AUTO else "; never chosen, ask for it by name"
             how = f": {backend.how(spec)}" if hasattr(backend, "how") else ""
             lines.append(f"  {name}: can run{mark}{how}")
+        if hint := getattr(backend, "hint", str)():
+            lines.append(f"    {hint}")
     return "\n".join(lines)
 
 

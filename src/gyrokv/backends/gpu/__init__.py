@@ -22,9 +22,10 @@ from ...spec import AttentionSpec, features
 from ...view import KVView
 from . import calls, encode, nvrtc, plan, prefill, shapes
 
-__all__ = ["BOUND", "UNDERSTANDS", "append", "append_at", "attend", "missing", "name", "tile", "why_not", "why_not_append"]
+__all__ = ["BOUND", "DEVICE", "UNDERSTANDS", "append", "append_at", "attend", "missing", "name", "tile", "why_not", "why_not_append"]
 
 name = "gpu"
+DEVICE = "cuda"
 UNDERSTANDS = frozenset(f.name for f in features())
 BOUND = 2e-3
 _TILE = 64  # tokens and keys that share a state of a block map

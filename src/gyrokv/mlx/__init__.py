@@ -1,0 +1,17 @@
+"""Quantised KV caches for mlx-lm's models, on Apple GPUs.
+
+    prompt_cache = gyrokv.mlx.cache(model, "k=q8_0,v=turbo4")    # mlx_lm.generate(..., prompt_cache=prompt_cache)
+
+K and V formats may differ, sliding layers keep rings, learned sinks are honoured. Executed on a CPU executor for MSL,
+not yet timed on Apple GPUs.
+"""
+
+from . import requirements as _requirements
+
+_requirements.check_installed()
+
+from .attention import attend, install, uninstall  # noqa: E402 (what it needs is checked first)
+from .layer import Handle, Layer  # noqa: E402
+from .prompt import cache  # noqa: E402
+
+__all__ = ["Handle", "Layer", "attend", "cache", "install", "uninstall"]

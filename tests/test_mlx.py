@@ -1,0 +1,258 @@
+"""``gyrokv.mlx`` on MLX's CPU back-end, its kernels on the executor: MLX's own source, mlx-lm's own models."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+mx = pytest.importorskip("mlx.core", reason="no MLX: pip install 'mlx[cpu]'", exc_type=ImportError)
+pytest.importorskip("mlx_lm.models.base", reason="no mlx-lm: pip install mlx-lm", exc_type=ImportError)
+
+import numpy as np  # noqa: E402
+from metal_host.host import SCHEDULES, compiler  # noqa: E402
+from metal_host.mlx_entry import executed  # noqa: E402
+from mlx_lm.models import base, gpt_oss, llama  # noqa: E402
+from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache, trim_prompt_cache  # noqa: E402
+
+import gyrokv.mlx  # noqa: E402
+from gyrokv import CapacityError, Codec, GyroKVError, LayerCache, Unsupported, attend  # noqa: E402
+from gyrokv.config import CacheConfig  # noqa: E402
+from gyrokv.mlx import machine as mlx_machine  # noqa: E402
+from gyrokv.mlx import trial  # noqa: E402
+
+pytestmark = pytest.mark.skipif(compiler() is None, reason="no g++ to compile the executor of Metal source with")
+CHUNKS = (9, 1, 1, 70, 1, 30, 1)
+
+
+def same(x: mx.array) -> torch.Tensor:
+    return torch.from_numpy(np.array(x.astype(mx.float32)))
+
+
+def filled(config: str, window: int | None, dim: int = 64, chunks=CHUNKS):
+    """A layer of ours and torch's, fed with the same chunks: yields (handles, torch's view) after each."""
+    ours = gyrokv.mlx.Layer(CacheConfig.parse(config), 0, 1, window)
+    policy = CacheConfig.parse(config).layer(0, 1)
+    k_codec, v_codec = Codec(policy.k, dim), Codec(policy.v, dim)
+    theirs = LayerCache(k_codec, v_codec, kv_heads=2, window=window)
+    random = torch.Generator().manual_seed(0)
+    for tokens in chunks:
+        k, v = torch.randn(2, 1, 2, tokens, dim, generator=random)
+        q = torch.randn(1, 4, tokens, dim, generator=random)
+        handles = ours.update_and_fetch(mx.array(k.numpy()), mx.array(v.numpy()))
+        yield ours, handles, theirs.append(k, v), q
+
+
+@pytest.mark.parametrize("window", [None, 20], ids=["full", "sliding"])
+@pytest.mark.parametrize(
+    "config, schedule", list(zip(("q8_0/turbo4", "turbo3/bf16", "f32/fp8_e4m3", "tq6/q4_0"), SCHEDULES))
+)
+def test_rows_and_outputs_are_those_of_torch(config, schedule, window):
+    """The same tokens give the same bytes and the same attention: in chunks, through a ring's end, with learned sinks."""
+    sinks = torch.tensor([0.5, -1.0, 3.0, 0.0])
+    with executed(schedule):
+        for layer, (keys, values), view, q in filled(config, window):
+            for mine, torchs in zip((layer._k, layer._v), (view.owner._main.k, view.owner._main.v)):
+                if view.owner._main.k.words.shape[2] == layer._capacity and torchs.words.dtype == torch.int16:
+                    live = [p % layer._capacity for p in range(layer._first, layer.offset)]
+                    assert torch.equal(
+                        torch.from_numpy(np.array(mine.words).view(np.int16))[:, :, live], torchs.words[:, :, live]
+                    )
+            want = attend(q, view, window=window, sinks=sinks, backend="torch")
+            got = gyrokv.mlx.attend(
+                mx.array(q.numpy()), keys, values, scale=64**-0.5, mask="causal", sinks=mx.array(sinks.numpy())
+            )
+            torch.testing.assert_close(same(got), want, rtol=1e-5, atol=2e-5)
+            assert keys.shape == (1, 2, view.kv_len, 64)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision(dtype):
+    """Keys, values and queries as models have them; the output in the same dtype."""
+    with executed():
+        layer = gyrokv.mlx.Layer(CacheConfig.parse("k=q8_0,v=turbo4"), 0, 1, None)
+        k, v, q = (mx.random.normal((1, heads, 40, 96)).astype(getattr(mx, dtype)) for heads in (2, 2, 4))
+        keys, values = layer.update_and_fetch(k, v)
+        got = gyrokv.mlx.attend(q, keys, values, scale=0.1, mask="causal")
+    assert got.dtype == getattr(mx, dtype) and got.shape == (1, 4, 40, 96)
+    theirs = LayerCache(Codec("q8_0", 96), Codec("turbo4", 96), kv_heads=2)
+    want = attend(same(q), theirs.append(same(k), same(v)), scale=0.1)
+    limit = 2 * torch.finfo(getattr(torch, dtype)).eps
+    torch.testing.assert_close(same(got), want, rtol=limit, atol=limit)
+
+
+@pytest.mark.parametrize("shape", [(7, 16), (1, 1, 7, 16), (1, 4, 7, 16), (1, 4, 1, 16)])
+@pytest.mark.parametrize("additive", [False, True])
+def test_masks(shape, additive):
+    """Arrays of every shape that broadcasts, bool and additive: the mask alone says what is seen."""
+    random = torch.Generator().manual_seed(3)
+    mask = torch.rand(shape, generator=random) > 0.4
+    mask = torch.where(mask, torch.randn(shape, generator=random), -torch.inf) if additive else mask
+    with executed("random"):
+        layer = gyrokv.mlx.Layer(CacheConfig.parse("k=q8_0,v=turbo4"), 0, 1, None)
+        k, v, q = (torch.randn(1, heads, n, 64, generator=random) for heads, n in ((2, 16), (2, 16), (4, 7)))
+        keys, values = layer.update_and_fetch(*(mx.array(x.numpy()) for x in (k, v)))
+        got = gyrokv.mlx.attend(mx.array(q.numpy()), keys, values, scale=0.125, mask=mx.array(mask.numpy()))
+        with pytest.raises(ValueError, match=r"mask has shape \(7, 15\); it must broadcast to .* \[1, 4, 7, 16\]"):
+            gyrokv.mlx.attend(mx.array(q.numpy()), keys, values, scale=0.125, mask=mx.zeros((7, 15)))
+    theirs = LayerCache(Codec("q8_0", 64), Codec("turbo4", 64), kv_heads=2)
+    want = attend(q, theirs.append(k, v), mask=mask, causal=False, scale=0.125)
+    torch.testing.assert_close(same(got), want, rtol=1e-5, atol=2e-5)
+
+
+# -- models
+
+
+def llama_model():
+    options = dict(hidden_size=64, num_hidden_layers=2, intermediate_size=64, num_attention_heads=4, vocab_size=61)
+    return llama.Model(llama.ModelArgs(model_type="llama", num_key_value_heads=2, rms_norm_eps=1e-5, head_dim=32, **options))
+
+
+def oss_model():
+    """Learned sinks, sliding layers between full ones, experts."""
+    options = dict(hidden_size=64, num_hidden_layers=2, intermediate_size=64, num_attention_heads=4, vocab_size=61)
+    model = gpt_oss.Model(
+        gpt_oss.ModelArgs(
+            model_type="gpt_oss",
+            num_key_value_heads=2,
+            head_dim=32,
+            sliding_window=20,
+            num_local_experts=2,
+            num_experts_per_tok=1,
+            layer_types=["sliding_attention", "full_attention"],
+            **options,
+        )  # fmt: skip
+    )
+    for layer in model.model.layers:
+        layer.self_attn.sinks = mx.array([0.5, -1.0, 2.0, 0.0])
+    return model
+
+
+def logits(model, cache, tokens: mx.array) -> mx.array:
+    """Of a prompt in chunks and of single tokens after it."""
+    parts, start = [], 0
+    for count in (7, 60, 1, 1, 30, 1):
+        parts.append(model(tokens[None, start : start + count], cache=cache))
+        start += count
+    return mx.concatenate(parts, axis=1)
+
+
+@pytest.mark.parametrize("make", [llama_model, oss_model])
+def test_models_compute_what_they_did(make):
+    """With unquantised rows: the logits of mlx-lm's own caches, over windows, rings and sinks."""
+    mx.random.seed(0)
+    model, tokens = make(), mx.random.randint(0, 61, (100,))
+    want = logits(model, make_prompt_cache(model), tokens)
+    with executed() as runs:
+        cache = gyrokv.mlx.cache(model, "f32")
+        assert all(isinstance(c, gyrokv.mlx.Layer) for c in cache)
+        got = logits(model, cache, tokens)
+        mx.eval([c.state for c in cache])
+    assert len(runs.log) >= 12
+    torch.testing.assert_close(same(got), same(want), rtol=1e-4, atol=1e-4)
+
+
+def test_models_run_quantised_and_take_less_memory():
+    """Formats per side and per layer; tokens differ from the exact ones by little."""
+    mx.random.seed(0)
+    model, tokens = llama_model(), mx.random.randint(0, 61, (100,))
+    want = logits(model, make_prompt_cache(model), tokens)
+    with executed():
+        cache = gyrokv.mlx.cache(model, "k=q8_0,v=turbo4; last1: tq8")
+        got = logits(model, cache, tokens)
+    dense = 256 * 2 * 2 * 32 * 4
+    assert cache[0].nbytes == 256 * 2 * (34 + 18) and cache[1].nbytes == 256 * 2 * (34 + 34) < dense / 3
+    assert 0 < float(mx.linalg.norm(got - want) / mx.linalg.norm(want)) < 0.15
+
+
+def test_trim_forgets():
+    """Speculative decoding cuts the cache back; what is computed after is as if the tokens had never been."""
+    mx.random.seed(0)
+    model, tokens = llama_model(), mx.random.randint(0, 61, (30,))
+    with executed():
+        cache = gyrokv.mlx.cache(model, "k=q8_0,v=turbo4")
+        model(tokens[None, :20], cache=cache)
+        want = model(tokens[None, 20:22], cache=cache)
+        assert trim_prompt_cache(cache, 2) == 2 and cache[0].offset == cache[0].size() == 20
+        assert bool(mx.array_equal(model(tokens[None, 20:22], cache=cache), want))
+
+
+def test_a_ring_says_what_it_has_lost():
+    with executed():
+        layer = gyrokv.mlx.Layer(CacheConfig.parse("q8_0"), 0, 1, 20)
+        k = mx.zeros((1, 1, 90, 32))
+        layer.update_and_fetch(k, k)
+    assert not layer.is_trimmable() and layer.size() == 64
+    assert layer.trim(5) == 5
+    with pytest.raises(CapacityError, match="n=50: the ring holds positions 26 to 84 only"):
+        layer.trim(50)
+
+
+def test_arrays_are_made_when_models_ask_for_them():
+    """``return_array``: bool over the keys that the layer will hold."""
+    full, sliding = (gyrokv.mlx.Layer(CacheConfig.parse("q8_0"), 0, 1, w) for w in (None, 4))
+    assert full.make_mask(1) is None and full.make_mask(5) == "causal"
+    assert full.make_mask(5, window_size=3).window == 3 and sliding.make_mask(5).window == 4
+    assert bool(mx.array_equal(full.make_mask(5, return_array=True), base.create_causal_mask(5)))
+    assert bool(mx.array_equal(sliding.make_mask(5, return_array=True), base.create_causal_mask(5, window_size=4)))
+
+
+# -- what users see
+
+
+def test_without_an_apple_gpu_it_says_so():
+    with pytest.raises(GyroKVError, match="no Apple GPU here: MLX .* has no Metal back-end"):
+        gyrokv.mlx.cache(llama_model())
+
+
+def test_wrong_kernels_are_noticed_before_they_are_used(monkeypatch):
+    """There is no other backend to fall back on: a GPU that computes otherwise must not write text."""
+    trial.check.cache_clear()
+    with executed():
+        right = mlx_machine.Machine.launch
+
+        def launch(self, program, *arguments):
+            return [x * 1.1 if program.kernel == "decode" else x for x in right(self, program, *arguments)]
+
+        monkeypatch.setattr(mlx_machine.Machine, "launch", launch)
+        with pytest.raises(GyroKVError, match="computes wrongly on this machine: outputs differ from torch's by"):
+            gyrokv.mlx.cache(llama_model())
+        monkeypatch.undo()
+        assert len(gyrokv.mlx.cache(llama_model())) == 2
+
+
+def test_what_a_layer_cannot_keep_is_refused():
+    """Dense copies of tokens, and first tokens beside a window."""
+
+    class Streaming:
+        def make_cache(self):
+            return [KVCache(), RotatingKVCache(max_size=32, keep=4)]
+
+    with executed():
+        with pytest.raises(Unsupported, match="layer 0: sinks=4, recent=0, but gyrokv.mlx keeps no dense copies"):
+            gyrokv.mlx.cache(llama_model(), "q8_0,sinks=4")
+        with pytest.raises(Unsupported, match="layer 1 keeps its first 4 tokens beside a window of 32"):
+            gyrokv.mlx.cache(Streaming())
+
+
+def test_install_can_be_undone():
+    """The models' function is ours while it is installed, and mlx-lm's own after."""
+    gyrokv.mlx.uninstall()
+    before = llama.scaled_dot_product_attention
+    for _ in range(2):
+        gyrokv.mlx.install()
+        assert llama.scaled_dot_product_attention is base.scaled_dot_product_attention is not before
+    gyrokv.mlx.uninstall()
+    assert llama.scaled_dot_product_attention is base.scaled_dot_product_attention is before
+
+
+def test_without_mlx_it_says_what_to_install():
+    """On a machine without MLX the import fails with the name of the extra."""
+    hidden = (
+        "import importlib.util as u, sys; real = u.find_spec\n"
+        "u.find_spec = lambda name, *a: None if name == 'mlx' else real(name, *a)\nimport gyrokv.mlx"
+    )
+    done = subprocess.run([sys.executable, "-c", hidden], capture_output=True, text=True, timeout=120)
+    assert "install it with: pip install 'gyrokv[mlx]'" in done.stderr
