@@ -24,16 +24,17 @@ INLINE int64_t k_lines(const Format& f) {  // padded to the 64 bytes that a matr
 INLINE int64_t v_panels(const Format& f) { return plain_stride(f) / size_of(element_of(f)) / LANES; }
 
 inline Panels k_panels(const Format& f, const Tables& tables, const Rows& rows, int64_t first, int count, int tokens, char* to,
-                       char* scratch, Ahead& ahead) {
+                       char* scratch, MatrixUnit& unit, Ahead& ahead) {
     const int64_t panel = k_lines(f) * LINE;
     const int64_t bytes = int64_t(f.dim) * size_of(element_of(f));
     Panels made = {to, panel, tokens / LANES * panel, tokens / LANES};
     if (packed_tokens(f)) {
         packed_panels(f, tables, true, rows.words + first * rows.word_strides[2], rows.word_strides[2], count, tokens, to, panel,
-                      made.plane, ahead);
+                      made.plane, unit, ahead);
         return made;
     }
     for (int t0 = 0; t0 < tokens; t0 += ROWS_AT_ONCE) {
+        unit.keep_awake();
         const int here = std::clamp(count - t0, 0, ROWS_AT_ONCE);
         PlainRows plain =
             plain_rows(f, tables, rows.words + (first + t0) * rows.word_strides[2], rows.word_strides[2], here, scratch);
@@ -59,16 +60,17 @@ inline void v_panels_of(const PlainRows& plain, int p, int64_t bytes, char* to, 
 }
 
 inline Panels v_panels(const Format& f, const Tables& tables, const Rows& rows, int64_t first, int count, int tokens, char* to,
-                       char* scratch, Ahead& ahead) {
+                       char* scratch, MatrixUnit& unit, Ahead& ahead) {
     const Element e = element_of(f);
     const int64_t panel = int64_t(tokens) * size_of(e) / 4 * LINE + LINE;  // a line more: see query.h on strides
     Panels made = {to, panel, v_panels(f) * panel, int(v_panels(f))};
     if (packed_values(f)) {
         packed_panels(f, tables, false, rows.words + first * rows.word_strides[2], rows.word_strides[2], count, tokens, to, panel,
-                      made.plane, ahead);
+                      made.plane, unit, ahead);
         return made;
     }
     for (int t0 = 0; t0 < tokens; t0 += ROWS_AT_ONCE) {
+        unit.keep_awake();
         const int here = std::clamp(count - t0, 0, ROWS_AT_ONCE);
         PlainRows plain =
             plain_rows(f, tables, rows.words + (first + t0) * rows.word_strides[2], rows.word_strides[2], here, scratch);
@@ -85,11 +87,11 @@ inline Panels v_panels(const Format& f, const Tables& tables, const Rows& rows, 
     return made;
 }
 
-// How often making the panels of a block calls Ahead::tick.
-INLINE int panel_ticks(const Format& k, const Format& v, int tokens) {
-    const int64_t k_bytes = packed_tokens(k) ? row_bytes(k) : int64_t(k.dim) * size_of(element_of(k)) * k.planes;
-    const int64_t v_ticks = packed_values(v) ? 16 : ROWS_AT_ONCE * size_of(element_of(v)) / 4 * (plain_stride(v) / LINE) * v.planes;
-    return int(tokens / LANES * k_bytes / 16 + tokens / 16 * v_ticks);
+// How often making the panels of one side of a block calls Ahead::tick.
+INLINE int panel_ticks(const Format& f, int tokens, bool keys) {
+    const int64_t k_bytes = packed_tokens(f) ? row_bytes(f) : int64_t(f.dim) * size_of(element_of(f)) * f.planes;
+    if (keys) return int(tokens / LANES * k_bytes / 16);
+    return tokens / 16 * int(packed_values(f) ? 16 : ROWS_AT_ONCE * size_of(element_of(f)) / 4 * (plain_stride(f) / LINE) * f.planes);
 }
 
 // Half precision scales of whole vectors of tokens, `n` per token, in rows without gaps.
