@@ -124,9 +124,11 @@ inline void score_rows(Workspace& work, const Query& query, const Block& block, 
         }
 }
 
+INLINE int mask_bytes(const Attend& call) { return call.mask_type == MASK_BOOL ? 1 : call.mask_type == MASK_F32 ? 4 : 2; }
+
 // `count` (up to LANES) mask values of one query from column `at` on.
 INLINE vf load_mask(const Attend& call, const char* row, int64_t at, int count) {
-    const int size = call.mask_type == MASK_BOOL ? 1 : call.mask_type == MASK_F32 ? 4 : 2;
+    const int size = mask_bytes(call);
     const int64_t step = call.mask_strides[3] * size;
     alignas(64) char buffer[LANES * 4] = {};
     const char* from = row + at * step;
@@ -329,7 +331,7 @@ inline void add_rows(const Attend& call, Workspace& work, const Block& block, fl
     for (int g = 0; g * group < f.dim; ++g)
         for (int r = 0; r < rows; r += 4, to += stride)
             share_weights(work.scores + r * SCORE_STRIDE, SCORE_STRIDE, std::min(4, rows - r),
-                          scaled ? block.v_scale + int64_t(g) * block.tokens : nullptr, first, stop, to, totals + g * rows + r);
+                          scaled ? block.v_scale + g * int64_t(block.tokens) : nullptr, first, stop, to, totals + g * rows + r);
     const float factor = f.factor * (block.direct->decoding == FLOAT8 ? 256.0f : 1.0f);
     const Weighted w = {*block.direct, block.v_rows.words, block.v_rows.word_strides[2], first, std::min(stop, block.count),
                         work.shares, stride, rows, group, out, call.v_dim, work.rescale, factor, totals};
@@ -361,9 +363,8 @@ inline void attend_rows(const Attend& call, const Unit& unit, Workspace& work, c
             const int at = unit.row_first + row + r, head = unit.kv_head * per_kv + at % per_kv;
             const char* mask = nullptr;
             if (call.mask) {
-                const int size = call.mask_type == MASK_BOOL ? 1 : call.mask_type == MASK_F32 ? 4 : 2;
-                mask = call.mask + size * (unit.batch * call.mask_strides[0] + head * call.mask_strides[1] +
-                                           at / per_kv * call.mask_strides[2]);
+                mask = call.mask + mask_bytes(call) * (unit.batch * call.mask_strides[0] + head * call.mask_strides[1] +
+                                                       at / per_kv * call.mask_strides[2]);
             }
             const float slope = (call.slopes ? call.slopes[head] : 1.0f) * LOG2E;
             most = mask_scores(call, work.scores + r * SCORE_STRIDE, mask, block.position - call.kv_first, slope, seen[r].first,
