@@ -254,7 +254,7 @@ inline void packed_panels(const Format& f, const Tables& tables, bool keys, cons
     const int bytes = f.dim * bits / 8;
     alignas(64) char padded[16 * PACKED_BYTES];
     for (int t = 0; t < tokens; t += 16, from += 16 * stride) {
-        if (t % 32 == 0) unit.keep_awake();
+        unit.keep_awake();
         const char* rows = from;
         int64_t step = stride;
         if (count - t < 16) {
