@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from types import ModuleType
 
 from torch import Tensor
@@ -166,7 +167,7 @@ def describe(q: Tensor, view: KVView, *, mask=None, sinks=None, block_map=None, 
             raise ValueError(f"sinks has shape {tuple(sinks.shape)}, {sinks.dtype}; it must be floating [q_heads={q_heads}]")
         if sinks.device != q.device:
             raise ValueError(f"sinks is on {sinks.device} but q is on {q.device}")
-    spec = AttentionSpec(
+    spec = _spec(
         view.k_codec.format, view.v_codec.format, head_dim, view.v_codec.head_dim, batch, q_heads, view.kv_heads, q_len,
         view.kv_len, q.dtype, q.device.type, window=window, mask=None if mask is None else mask_kind(mask),
         block_map=block_map is not None, sinks=sinks is not None, starts=view.starts is not None, ring=view.ring,
@@ -174,6 +175,9 @@ def describe(q: Tensor, view: KVView, *, mask=None, sinks=None, block_map=None, 
     )  # fmt: skip
     _check_history(spec, view)
     return spec
+
+
+_spec = lru_cache(maxsize=256)(AttentionSpec)  # all layers of a step have the same problem
 
 
 def _check_history(spec: AttentionSpec, view: KVView) -> None:

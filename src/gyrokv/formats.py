@@ -89,6 +89,9 @@ class KVFormat:
             if self.midpoints and len(self.midpoints) != len(self.levels) - 1:
                 raise FormatError(f"format {self.name!r} has {len(self.midpoints)} midpoints for {len(self.levels)} levels")
 
+    def __hash__(self) -> int:
+        return hash(self.name)  # not of all levels: problems with formats in them are looked up on every call
+
     @property
     def has_levels(self) -> bool:
         return self.kind in ("linear", "codebook")

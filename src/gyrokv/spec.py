@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -127,6 +127,10 @@ class AttentionSpec:
 
     def uses(self) -> frozenset[str]:
         """Names of the features that this problem needs."""
+        return self._uses
+
+    @cached_property
+    def _uses(self) -> frozenset[str]:
         return frozenset([f.name for f in features() if getattr(self, f.name) != f.default])
 
     def __str__(self) -> str:

@@ -13,6 +13,8 @@ bfloat16, as the output will be), other dense rows are computed in float32. ``FA
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -44,21 +46,21 @@ def why_not(spec: AttentionSpec) -> list[str]:
         reasons.append(f"device={spec.device} (it runs on the CPU)")
     if spec.dtype == torch.float64:
         reasons.append("dtype=torch.float64 (it computes in float32)")
-    return (
-        reasons + _why_not_format("k", spec.k_format, spec.head_dim) + _why_not_format("v", spec.v_format, spec.head_dim_v)
-    )
+    sides = (("k", spec.k_format, spec.head_dim), ("v", spec.v_format, spec.head_dim_v))
+    return reasons + [reason for side in sides for reason in _why_not_format(*side)]
 
 
-def _why_not_format(side: str, fmt: KVFormat, head_dim: int) -> list[str]:
+@lru_cache(maxsize=256)
+def _why_not_format(side: str, fmt: KVFormat, head_dim: int) -> tuple[str, ...]:
     what = f"{side}_format={fmt.name}"
     if not fmt.has_levels:
-        return [] if fmt.dtype in calls.ELEMENTS else [f"{what} (it knows no {fmt.dtype})"]
+        return () if fmt.dtype in calls.ELEMENTS else (f"{what} (it knows no {fmt.dtype})",)
     _, group = fmt.layout(head_dim)
     span = min(group, fmt.scale_span or group)
     reasons = [f"{what} (groups of {span} values at head_dim={head_dim}; it takes multiples of 32)"] if span % 32 else []
     if fmt.scale_dtype not in calls.SCALES:
         reasons.append(f"{what} (scale_dtype={fmt.scale_dtype}; it knows {list(calls.SCALES)})")
-    return reasons
+    return tuple(reasons)
 
 
 def tile(spec: AttentionSpec) -> tuple[int, int]:

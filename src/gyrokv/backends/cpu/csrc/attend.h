@@ -16,6 +16,8 @@ namespace GYROKV_ISA {
 struct Block {
     const Format *k_format, *v_format;
     Panels k = {}, v;
+    const Direct* direct = nullptr;  // in place of v, whose rows v_rows are
+    Rows v_rows;
     Rows k_rows;                     // in place of k, where rows are multiplied as they are stored
     const Tables* k_tables;
     const float *k_scale, *v_scale;  // [scale][tokens]
@@ -31,6 +33,7 @@ struct Workspace {
     char* weights;    // A of the values
     char* plain;      // rows of a few tokens
     float* rescale;   // [rows]
+    float* shares;    // weights with V's scale (see direct.h)
     MatrixUnit unit;
     Ahead ahead;
     int pause;        // ticks of `ahead` after each step on a row
@@ -46,7 +49,7 @@ INLINE vi joined(const char* c, int64_t row, int64_t at, int64_t stride, int ter
 }
 
 // Products of all rows of q with rows of K as they are stored.
-inline void score_stored(Workspace& work, const Query& query, const Block& block, int tokens) {
+inline void score_stored(Workspace& work, const Query& query, const Block& block, int columns, int tokens) {
 #if defined(__AMX_INT8__)
     for (int t = 0; t < tokens; t += 64) {
         PlainRows rows[4];
@@ -56,7 +59,11 @@ inline void score_stored(Workspace& work, const Query& query, const Block& block
                                  int(std::clamp<int64_t>(block.count - at, 0, 16)), work.plain + i * 16 * ROW_BYTES);
         }
         work.ahead.tick(work.pause);
-        multiply_stored(work.unit, rows, query.lines, block.k_format->dim / 2, (float*)work.products + t, SCORE_STRIDE, work.ahead);
+        for (int t = 0; t < 64; ++t)  // tiles wait long for rows that are not in the first cache
+            for (int64_t i = 0; i < 2 * block.k_format->dim; i += 64)
+                __builtin_prefetch(rows[t / 16].first + t % 16 * rows[t / 16].stride + i);
+        multiply_stored(work.unit, rows, query.lines, block.k_format->dim / 2, columns,
+                        (float*)work.products + t, SCORE_STRIDE, work.ahead);
     }
 #endif
 }
@@ -70,7 +77,7 @@ inline void score_rows(Workspace& work, const Query& query, const Block& block, 
     const char* a = query.a + int64_t(row) * terms * query.stride;
     if (query.element != INT8) {
         if (query.lines) {
-            score_stored(work, query, block, tokens);
+            score_stored(work, query, block, rows * terms, tokens);
         } else {
             p.a = a, p.b = block.k.data, p.lines = int(block.k.panel / LINE);
             multiply(work.unit, p);
@@ -117,9 +124,11 @@ inline void score_rows(Workspace& work, const Query& query, const Block& block, 
         }
 }
 
+INLINE int mask_bytes(const Attend& call) { return call.mask_type == MASK_BOOL ? 1 : call.mask_type == MASK_F32 ? 4 : 2; }
+
 // `count` (up to LANES) mask values of one query from column `at` on.
 INLINE vf load_mask(const Attend& call, const char* row, int64_t at, int count) {
-    const int size = call.mask_type == MASK_BOOL ? 1 : call.mask_type == MASK_F32 ? 4 : 2;
+    const int size = mask_bytes(call);
     const int64_t step = call.mask_strides[3] * size;
     alignas(64) char buffer[LANES * 4] = {};
     const char* from = row + at * step;
@@ -303,6 +312,33 @@ inline bool mapped(const Attend& call, const Unit& unit, const Block& block, int
     return false;
 }
 
+// out = out * rescale + weights * values, from rows of V as they are stored
+inline void add_rows(const Attend& call, Workspace& work, const Block& block, float* out, int rows, const Row* state) {
+#if defined(__AVX512F__)
+    const Format& f = *block.v_format;
+    int first = block.count, stop = 0;
+    for (int r = 0; r < rows; ++r)
+        if (state[r].end) first = std::min(first, state[r].begin), stop = std::max(stop, state[r].end);
+    for (int r = 0; r < rows; ++r) {
+        float* weights = work.scores + r * SCORE_STRIDE;
+        std::fill(weights + first, weights + std::max(first, state[r].begin), 0.0f);
+        std::fill(weights + std::max(first, state[r].end), weights + stop, 0.0f);
+    }
+    const bool scaled = f.scale_type != SCALE_NONE;
+    const int group = scaled ? f.group : f.dim;
+    const int64_t stride = block.tokens / LANES * WEIGHTS;
+    float totals[576 / 32 * MOST_DIRECT], *to = work.shares;
+    for (int g = 0; g * group < f.dim; ++g)
+        for (int r = 0; r < rows; r += 4, to += stride)
+            share_weights(work.scores + r * SCORE_STRIDE, SCORE_STRIDE, std::min(4, rows - r),
+                          scaled ? block.v_scale + g * int64_t(block.tokens) : nullptr, first, stop, to, totals + g * rows + r);
+    const float factor = f.factor * (block.direct->decoding == FLOAT8 ? 256.0f : 1.0f);
+    const Weighted w = {*block.direct, block.v_rows.words, block.v_rows.word_strides[2], first, std::min(stop, block.count),
+                        work.shares, stride, rows, group, out, call.v_dim, work.rescale, factor, totals};
+    add_direct(w, f, work.unit, work.ahead);
+#endif
+}
+
 template <Element e>
 inline void attend_rows(const Attend& call, const Unit& unit, Workspace& work, const Query& query, const Block& block, int row,
                         int rows) {
@@ -327,9 +363,8 @@ inline void attend_rows(const Attend& call, const Unit& unit, Workspace& work, c
             const int at = unit.row_first + row + r, head = unit.kv_head * per_kv + at % per_kv;
             const char* mask = nullptr;
             if (call.mask) {
-                const int size = call.mask_type == MASK_BOOL ? 1 : call.mask_type == MASK_F32 ? 4 : 2;
-                mask = call.mask + size * (unit.batch * call.mask_strides[0] + head * call.mask_strides[1] +
-                                           at / per_kv * call.mask_strides[2]);
+                mask = call.mask + mask_bytes(call) * (unit.batch * call.mask_strides[0] + head * call.mask_strides[1] +
+                                                       at / per_kv * call.mask_strides[2]);
             }
             const float slope = (call.slopes ? call.slopes[head] : 1.0f) * LOG2E;
             most = mask_scores(call, work.scores + r * SCORE_STRIDE, mask, block.position - call.kv_first, slope, seen[r].first,
@@ -360,6 +395,7 @@ inline void attend_rows(const Attend& call, const Unit& unit, Workspace& work, c
                   work.weights + int64_t(r) * terms * WEIGHT_STRIDE, state[r], total[r]);
         work.ahead.tick(work.pause);
     }
+    if (block.direct) return add_rows(call, work, block, unit.out + int64_t(row) * call.v_dim, rows, state);
     for (int g = 0; g * group < f.dim; ++g) {
         for (int r = 0; r < rows; ++r) {
             pack_weights<e>(block, work.scores + r * SCORE_STRIDE, g, one_group, tokens, terms,
@@ -406,6 +442,8 @@ inline size_t attend_memory(const Attend& call, int rows, Workspace* work, char*
     char* most = layout.take(int64_t(ROWS_PER_MMA) * LINE);
     char* rescale = layout.take(ROWS_PER_MMA * 4);
     char* first_query = layout.take(3 * query_bytes(call, rows));
+    char* shares = nullptr;
+    if (rows <= MOST_DIRECT) shares = layout.take(dims[1] / 32 * round_up(rows, 4) * tokens * 4);
     char* sides[2][2];
     for (int i = 0; i < 2; ++i) {
         sides[i][0] = layout.take(tokens * dims[i] * 4 + dims[i] / LANES * 2 * LINE);
@@ -414,6 +452,7 @@ inline size_t attend_memory(const Attend& call, int rows, Workspace* work, char*
     char* rows_scratch = layout.take(4 * ROWS_AT_ONCE * int64_t(ROW_BYTES));
     if (base) {
         work->products = products, work->scores = (float*)scores, work->weights = weights, work->most = (float*)most, work->rescale = (float*)rescale;
+        work->shares = (float*)shares;
         *queries = first_query, work->plain = rows_scratch;
         for (int i = 0; i < 2; ++i) panels[i] = sides[i][0], scales[i] = (float*)sides[i][1];
     }
@@ -440,7 +479,8 @@ inline void attend(const Attend& call, const Unit& unit, char* scratch) {
         const int64_t first = std::max(run.position, unit.first), stop = std::min(run.position + run.count, unit.stop);
         if (first >= stop) continue;
         const Format &kf = *run.k_format, &vf_ = *run.v_format;
-        const Element ke = element_of(kf), ve = element_of(vf_);
+        const bool direct = adds_direct(vf_, unit.rows);
+        const Element ke = element_of(kf), ve = direct ? FLOAT : element_of(vf_);
         const Tables k_tables(kf), v_tables(vf_);
         const int group = ke == INT8 ? kf.group : kf.dim;
         int which = 0;
@@ -458,6 +498,8 @@ inline void attend(const Attend& call, const Unit& unit, char* scratch) {
         };
         const Rows k = head(run.k), v = head(run.v);
         const int most = ROWS_PER_MMA / std::max(query.terms, terms_of(ve, call, bfloat_query(call)));
+        const Direct values = direct ? direct_of(vf_) : Direct{};
+        if (direct) turn_columns(values, unit.out, unit.rows, call.v_dim, vf_.dim, false);
         for (int64_t at = first; at < stop; at += per_block) {
             Block block;
             block.k_format = &kf, block.v_format = &vf_;
@@ -465,14 +507,20 @@ inline void attend(const Attend& call, const Unit& unit, char* scratch) {
             block.count = int(std::min<int64_t>(per_block, stop - at));
             block.tokens = int(round_up(block.count, TOKENS_PER_STEP));
             const int64_t slot = at - run.position, next = std::min<int64_t>(per_block, stop - at - block.count);
-            const int making = panel_ticks(kf, vf_, block.tokens);
-            work.ahead.aim(kf, k, vf_, v, slot + block.count, next, 2 * making);
-            work.pause = making / (2 * unit.rows + 2);
-            block.k_rows = k, block.k_tables = &k_tables;
-            block.k_rows.words += slot * k.word_strides[2];
+            const int making = (query.lines ? 0 : panel_ticks(kf, block.tokens, true)) +
+                               (direct ? block.count * DIRECT_PACE * direct_passes(vf_, unit.rows) : panel_ticks(vf_, block.tokens, false));
+            const int pauses = making / 4;
+            work.ahead.aim(kf, k, vf_, v, slot + block.count, next, making + pauses);
+            work.pause = pauses / (2 * unit.rows + 2);
+            block.k_rows = k, block.k_tables = &k_tables, block.v_rows = v;
+            block.k_rows.words += slot * k.word_strides[2], block.v_rows.words += slot * v.word_strides[2];
+            work.unit.keep_awake();
             if (!query.lines)
-                block.k = k_panels(kf, k_tables, k, slot, block.count, block.tokens, panels[0], work.plain, work.ahead);
-            block.v = v_panels(vf_, v_tables, v, slot, block.count, block.tokens, panels[1], work.plain, work.ahead);
+                block.k = k_panels(kf, k_tables, k, slot, block.count, block.tokens, panels[0], work.plain, work.unit, work.ahead);
+            if (direct)
+                block.direct = &values;
+            else
+                block.v = v_panels(vf_, v_tables, v, slot, block.count, block.tokens, panels[1], work.plain, work.unit, work.ahead);
             expand_scales(kf, k, slot, block.count, block.tokens, scales[0]);
             expand_scales(vf_, v, slot, block.count, block.tokens, scales[1]);
             block.k_scale = scales[0], block.v_scale = scales[1];
@@ -486,6 +534,7 @@ inline void attend(const Attend& call, const Unit& unit, char* scratch) {
                     attend_rows<FLOAT>(call, unit, work, query, block, row, rows);
             }
         }
+        if (direct) turn_columns(values, unit.out, unit.rows, call.v_dim, vf_.dim, true);
     }
     for (int r = 0; r < unit.rows; ++r) unit.top[r] *= LN2;
 }

@@ -215,6 +215,53 @@ INLINE int64_t row_bytes(const Format& f) {
     return f.kind == CODES ? int64_t(f.dim) * f.bits / 8 : int64_t(f.dim) * size_of_kind(f.kind);
 }
 
+#if defined(__AMX_INT8__)
+// Tiles 0..3: C; 4: A; 7: B. With more than 16 rows C is 2 x 2 tiles, 5 the second A and 6 the second B; else C is 4
+// panels wide, so that four sums run at a time either way.
+struct alignas(64) TileConfig {
+    uint8_t palette = 1, start = 0, reserved[14] = {};
+    uint16_t bytes[16] = {};
+    uint8_t rows[16] = {};
+};
+
+// The tile instructions are opaque to the compiler, which does not see that they read memory.
+INLINE void memory_barrier() { __asm__ volatile("" ::: "memory"); }
+
+class MatrixUnit {
+   public:
+    ~MatrixUnit() { _tile_release(); }
+    void configure(int rows, int depth) {  // depth: lines of B per tile, 8 or 16
+        if (rows == rows_ && depth == depth_) return;
+        rows_ = rows, depth_ = depth;
+        TileConfig config;
+        for (int i = 0; i < 8; ++i) {
+            const bool second = rows > 16 && (i == 2 || i == 3 || i == 5);
+            config.rows[i] = uint8_t(i >= 6 ? depth : second ? rows - 16 : std::min(rows, 16));
+            config.bytes[i] = uint16_t(i == 4 || i == 5 ? 4 * depth : 64);
+        }
+        memory_barrier();
+        _tile_loadconfig(&config);
+    }
+
+    // The unit sleeps when nothing was multiplied or stored for some 1000 cycles, and then takes 2000 to wake up.
+    void keep_awake() {
+        if (!rows_) return;  // not in use
+        memory_barrier();
+        _tile_dpbusd(0, 4, 6);
+        _tile_stored(0, unread_, LINE);
+    }
+
+   private:
+    int rows_ = 0, depth_ = 0;
+    alignas(64) char unread_[16 * LINE];
+};
+
+#else
+struct MatrixUnit {
+    void keep_awake() {}
+};
+#endif
+
 // Fetches the rows of the next block a few cache lines at a time while this block is computed: a burst would wait for
 // memory, and between bursts memory would wait.
 class Ahead {
@@ -226,13 +273,20 @@ class Ahead {
         lines += add(k.words, k.word_strides[2], row_bytes(kf), first, count);
         lines += add(v.scale, v.scale_strides[2], scale_bytes(vf_), first, count);
         lines += add(k.scale, k.scale_strides[2], scale_bytes(kf), first, count);
-        rate_ = lines * ONE / ticks + 1, credit_ = 0;
+        rate_ = uint64_t(lines) * ONE / uint64_t(std::max(ticks, 1)) + 1, credit_ = 0;
     }
     inline __attribute__((always_inline)) void tick(int weight = 1) {
-        for (credit_ += rate_ * weight; credit_ >= ONE && streams_; credit_ -= ONE) {
+        credit_ += rate_ * weight;
+        if (credit_ < ONE) return;
+        int64_t lines = int64_t(credit_ / ONE);
+        credit_ %= ONE;
+        while (lines && streams_) {
             Stream& s = stream_[streams_ - 1];  // the last one added comes first
-            __builtin_prefetch(s.row + s.at, 0, 2);
-            s.at += 64;
+            const char* at = s.row + s.at;
+            const int64_t here = std::min(lines, (s.bytes - s.at + 63) / 64);
+#pragma GCC unroll 1
+            for (const char* end = at + 64 * here; at < end; at += 64) __builtin_prefetch(at, 0, 2);
+            s.at += 64 * here, lines -= here;
             if (s.at >= s.bytes) {
                 s.row += s.stride, s.at = 0;
                 if (!--s.rows) --streams_;
@@ -241,7 +295,7 @@ class Ahead {
     }
 
    private:
-    static constexpr int64_t ONE = 256;
+    static constexpr uint64_t ONE = 256;
     struct Stream {
         const char* row;
         int64_t bytes, stride, rows, at;
@@ -258,7 +312,7 @@ class Ahead {
     }
     Stream stream_[4];
     int streams_ = 0;
-    int64_t rate_ = 0, credit_ = 0;
+    uint64_t rate_ = 0, credit_ = 0;
 };
 
 inline PlainRows plain_rows(const Format& f, const Tables& tables, const char* from, int64_t row_stride, int count, char* scratch) {

@@ -39,37 +39,6 @@ struct Product {
 
 #if defined(__AMX_INT8__)
 
-// Tiles 0..3: C; 4: A; 7: B. With more than 16 rows C is 2 x 2 tiles, 5 the second A and 6 the second B; else C is 4
-// panels wide, so that four sums run at a time either way.
-struct alignas(64) TileConfig {
-    uint8_t palette = 1, start = 0, reserved[14] = {};
-    uint16_t bytes[16] = {};
-    uint8_t rows[16] = {};
-};
-
-// The tile instructions are opaque to the compiler, which does not see that they read memory.
-INLINE void memory_barrier() { __asm__ volatile("" ::: "memory"); }
-
-class MatrixUnit {
-   public:
-    ~MatrixUnit() { _tile_release(); }
-    void configure(int rows, int depth) {  // depth: lines of B per tile, 8 or 16
-        if (rows == rows_ && depth == depth_) return;
-        rows_ = rows, depth_ = depth;
-        TileConfig config;
-        for (int i = 0; i < 8; ++i) {
-            const bool second = rows > 16 && (i == 2 || i == 3 || i == 5);
-            config.rows[i] = uint8_t(i >= 6 ? depth : second ? rows - 16 : std::min(rows, 16));
-            config.bytes[i] = uint16_t(i == 4 || i == 5 ? 4 * depth : 64);
-        }
-        memory_barrier();
-        _tile_loadconfig(&config);
-    }
-
-   private:
-    int rows_ = 0, depth_ = 0;
-};
-
 // Tile numbers are part of the instruction, so a macro.
 #define GYROKV_TILE_DOT(c, a, b)      \
     if constexpr (integer)            \
@@ -174,9 +143,9 @@ INLINE void multiply_tiles(MatrixUnit& unit, const Product& p) {
 }
 
 // C transposed: 64 tokens of bfloat16 rows as they are stored times up to 16 rows of A, whose transpose is `a_lines`.
-// c: float [16][c_stride]; rows of A that are not there give rows of C that nobody reads.
-INLINE void multiply_stored(MatrixUnit& unit, const PlainRows* rows, const char* a_lines, int lines, float* c, int64_t c_stride,
-                            Ahead& ahead) {
+// c: float [count][c_stride], with room for a multiple of four rows.
+INLINE void multiply_stored(MatrixUnit& unit, const PlainRows* rows, const char* a_lines, int lines, int count, float* c,
+                            int64_t c_stride, Ahead& ahead) {
     alignas(64) char columns[4][16 * LINE];
     memory_barrier();
     unit.configure(16, 16);
@@ -200,15 +169,13 @@ INLINE void multiply_stored(MatrixUnit& unit, const PlainRows* rows, const char*
     _tile_stored(2, columns[2], LINE);
     _tile_stored(3, columns[3], LINE);
     for (int i = 0; i < 4; ++i)
-        transpose_tokens(columns[i], LINE, LINE, ahead, [&](int64_t first, const line* x) {
+        transpose_tokens(columns[i], LINE, 4 * count, ahead, [&](int64_t first, const line* x) {
             for (int k = 0; k < 4; ++k) store(c + (first + k) * c_stride + 16 * i, x[k]);
         });
 }
 
 #undef GYROKV_TILE_DOT
 
-#else
-struct MatrixUnit {};
 #endif
 
 template <Element e, int rows, int panels>

@@ -249,11 +249,12 @@ INLINE void v_lines_packed(const Format& f, const Decoder<bits, look_up>& decode
 // Rows to panels, for up to 16 tokens from `from` on; rows from `count` on are zeros of the code.
 template <int bits, bool look_up, int planes>
 inline void packed_panels(const Format& f, const Tables& tables, bool keys, const char* from, int64_t stride, int count,
-                          int tokens, char* to, int64_t panel, int64_t plane, Ahead& ahead) {
+                          int tokens, char* to, int64_t panel, int64_t plane, MatrixUnit& unit, Ahead& ahead) {
     const Decoder<bits, look_up> decoder(tables);
     const int bytes = f.dim * bits / 8;
     alignas(64) char padded[16 * PACKED_BYTES];
     for (int t = 0; t < tokens; t += 16, from += 16 * stride) {
+        unit.keep_awake();
         const char* rows = from;
         int64_t step = stride;
         if (count - t < 16) {
@@ -270,14 +271,14 @@ inline void packed_panels(const Format& f, const Tables& tables, bool keys, cons
 }
 
 inline void packed_panels(const Format& f, const Tables& tables, bool keys, const char* from, int64_t stride, int count,
-                          int tokens, char* to, int64_t panel, int64_t plane, Ahead& ahead) {
+                          int tokens, char* to, int64_t panel, int64_t plane, MatrixUnit& unit, Ahead& ahead) {
     auto run = [&]<int bits>(std::integral_constant<int, bits>) {
         if (bits == 8 && f.linear)
-            packed_panels<bits, bits != 8, 1>(f, tables, keys, from, stride, count, tokens, to, panel, plane, ahead);
+            packed_panels<bits, bits != 8, 1>(f, tables, keys, from, stride, count, tokens, to, panel, plane, unit, ahead);
         else if (f.planes == 1)
-            packed_panels<bits, true, 1>(f, tables, keys, from, stride, count, tokens, to, panel, plane, ahead);
+            packed_panels<bits, true, 1>(f, tables, keys, from, stride, count, tokens, to, panel, plane, unit, ahead);
         else
-            packed_panels<bits, true, 2>(f, tables, keys, from, stride, count, tokens, to, panel, plane, ahead);
+            packed_panels<bits, true, 2>(f, tables, keys, from, stride, count, tokens, to, panel, plane, unit, ahead);
     };
     switch (f.bits) {
         case 2: return run(std::integral_constant<int, 2>{});

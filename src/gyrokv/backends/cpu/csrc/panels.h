@@ -13,7 +13,6 @@ namespace GYROKV_ISA {
 struct Panels {
     char* data;
     int64_t panel, plane;  // bytes
-    int count;             // panels per plane
 };
 
 constexpr int TOKENS_PER_STEP = 64;  // blocks are padded to this many tokens, with zeros
@@ -23,27 +22,34 @@ INLINE int64_t k_lines(const Format& f) {  // padded to the 64 bytes that a matr
 }
 INLINE int64_t v_panels(const Format& f) { return plain_stride(f) / size_of(element_of(f)) / LANES; }
 
+// body(plain rows, first of their tokens) for all tokens of a block, ROWS_AT_ONCE at a time.
+template <class Body>
+INLINE void each_rows(const Format& f, const Tables& tables, const char* words, int64_t stride, int count, int tokens, char* scratch,
+                      MatrixUnit& unit, Body body) {
+    for (int t = 0; t < tokens; t += ROWS_AT_ONCE) {
+        unit.keep_awake();
+        body(plain_rows(f, tables, words + t * stride, stride, std::clamp(count - t, 0, ROWS_AT_ONCE), scratch), t);
+    }
+}
+
 inline Panels k_panels(const Format& f, const Tables& tables, const Rows& rows, int64_t first, int count, int tokens, char* to,
-                       char* scratch, Ahead& ahead) {
-    const int64_t panel = k_lines(f) * LINE;
+                       char* scratch, MatrixUnit& unit, Ahead& ahead) {
+    const int64_t panel = k_lines(f) * LINE, stride = rows.word_strides[2];
     const int64_t bytes = int64_t(f.dim) * size_of(element_of(f));
-    Panels made = {to, panel, tokens / LANES * panel, tokens / LANES};
+    const char* words = rows.words + first * stride;
+    const Panels made = {to, panel, tokens / LANES * panel};
     if (packed_tokens(f)) {
-        packed_panels(f, tables, true, rows.words + first * rows.word_strides[2], rows.word_strides[2], count, tokens, to, panel,
-                      made.plane, ahead);
+        packed_panels(f, tables, true, words, stride, count, tokens, to, panel, made.plane, unit, ahead);
         return made;
     }
-    for (int t0 = 0; t0 < tokens; t0 += ROWS_AT_ONCE) {
-        const int here = std::clamp(count - t0, 0, ROWS_AT_ONCE);
-        PlainRows plain =
-            plain_rows(f, tables, rows.words + (first + t0) * rows.word_strides[2], rows.word_strides[2], here, scratch);
+    each_rows(f, tables, words, stride, count, tokens, scratch, unit, [&](const PlainRows& plain, int t0) {
         for (int p = 0; p < f.planes; ++p)
             for (int t = 0; t < ROWS_AT_ONCE; t += LANES) {
                 char* at = to + p * made.plane + (t0 + t) / LANES * panel;
                 transpose_tokens(plain.first + p * plain.plane + t * plain.stride, plain.stride, bytes, at, ahead);
                 if (panel > bytes * LANES) std::memset(at + bytes * LANES, 0, panel - bytes * LANES);
             }
-    }
+    });
     return made;
 }
 
@@ -59,19 +65,17 @@ inline void v_panels_of(const PlainRows& plain, int p, int64_t bytes, char* to, 
 }
 
 inline Panels v_panels(const Format& f, const Tables& tables, const Rows& rows, int64_t first, int count, int tokens, char* to,
-                       char* scratch, Ahead& ahead) {
+                       char* scratch, MatrixUnit& unit, Ahead& ahead) {
     const Element e = element_of(f);
     const int64_t panel = int64_t(tokens) * size_of(e) / 4 * LINE + LINE;  // a line more: see query.h on strides
-    Panels made = {to, panel, v_panels(f) * panel, int(v_panels(f))};
+    const int64_t stride = rows.word_strides[2];
+    const char* words = rows.words + first * stride;
+    const Panels made = {to, panel, v_panels(f) * panel};
     if (packed_values(f)) {
-        packed_panels(f, tables, false, rows.words + first * rows.word_strides[2], rows.word_strides[2], count, tokens, to, panel,
-                      made.plane, ahead);
+        packed_panels(f, tables, false, words, stride, count, tokens, to, panel, made.plane, unit, ahead);
         return made;
     }
-    for (int t0 = 0; t0 < tokens; t0 += ROWS_AT_ONCE) {
-        const int here = std::clamp(count - t0, 0, ROWS_AT_ONCE);
-        PlainRows plain =
-            plain_rows(f, tables, rows.words + (first + t0) * rows.word_strides[2], rows.word_strides[2], here, scratch);
+    each_rows(f, tables, words, stride, count, tokens, scratch, unit, [&](const PlainRows& plain, int t0) {
         for (int p = 0; p < f.planes; ++p) {
             char* at = to + p * made.plane + int64_t(t0) * size_of(e) / 4 * LINE;
             if (e == INT8)
@@ -81,15 +85,15 @@ inline Panels v_panels(const Format& f, const Tables& tables, const Rows& rows, 
             else
                 v_panels_of<FLOAT>(plain, p, plain_stride(f), at, panel, ahead);
         }
-    }
+    });
     return made;
 }
 
-// How often making the panels of a block calls Ahead::tick.
-INLINE int panel_ticks(const Format& k, const Format& v, int tokens) {
-    const int64_t k_bytes = packed_tokens(k) ? row_bytes(k) : int64_t(k.dim) * size_of(element_of(k)) * k.planes;
-    const int64_t v_ticks = packed_values(v) ? 16 : ROWS_AT_ONCE * size_of(element_of(v)) / 4 * (plain_stride(v) / LINE) * v.planes;
-    return int(tokens / LANES * k_bytes / 16 + tokens / 16 * v_ticks);
+// How often making the panels of one side of a block calls Ahead::tick.
+INLINE int panel_ticks(const Format& f, int tokens, bool keys) {
+    const int64_t k_bytes = packed_tokens(f) ? row_bytes(f) : int64_t(f.dim) * size_of(element_of(f)) * f.planes;
+    if (keys) return int(tokens / LANES * k_bytes / 16);
+    return tokens / 16 * int(packed_values(f) ? 16 : ROWS_AT_ONCE * size_of(element_of(f)) / 4 * (plain_stride(f) / LINE) * f.planes);
 }
 
 // Half precision scales of whole vectors of tokens, `n` per token, in rows without gaps.

@@ -2,7 +2,7 @@
 #pragma once
 #include <limits>
 
-#include "mma.h"
+#include "direct.h"
 
 namespace gyrokv {
 namespace GYROKV_ISA {

@@ -1,0 +1,307 @@
+// Sums of weighted rows of V as they are stored, for few query rows: codes become floats in registers, each token's are
+// multiplied with a weight of every row, and no panels are made. Weights stay float32.
+//
+// Columns are taken 32 at a time, a chunk. In rows of words (see packing.py) lane i of a chunk holds columns 2 i and
+// 2 i + 1 in its two words, so a chunk becomes a vector of its even columns and one of its odd ones, and so lie the sums
+// while a run is passed over.
+#pragma once
+#include "mma.h"
+
+namespace gyrokv {
+namespace GYROKV_ISA {
+
+constexpr int MOST_DIRECT = 8;  // query rows: more are cheaper with panels
+constexpr int COLUMNS_PER_CHUNK = 32;
+constexpr int DIRECT_PACE = 6;  // ticks per token and pass
+
+#if !defined(__AVX512F__)
+
+struct Direct {};
+INLINE bool adds_direct(const Format&, int) { return false; }
+INLINE Direct direct_of(const Format&) { return {}; }
+INLINE void turn_columns(const Direct&, float*, int, int64_t, int, bool) {}
+INLINE int direct_passes(const Format&, int) { return 0; }
+
+#else
+
+enum Decoding : int { BFLOATS, HALVES, FLOATS, FLOAT8, LINEAR, LOOKUP };
+
+// Where the codes of a chunk are: lane i loads a dword from one of two places, then takes that of lane index[i] and
+// shifts it. With `plain` they are 64 consecutive bytes.
+struct Piece {
+    int32_t offset[2];
+    __mmask16 mask[2];
+    bool plain;
+    alignas(64) uint32_t index[LANES], even[LANES], odd[LANES];
+};
+
+struct Direct {
+    Decoding decoding;
+    bool turned;        // chunks are even and odd columns
+    bool signs;         // the top bit of a code is the sign of what the others mean
+    alignas(64) float table[32];
+    Piece wide[576 / COLUMNS_PER_CHUNK], next[576 / COLUMNS_PER_CHUNK];
+};
+
+INLINE float value_of(const Format& f, int code) { return float(f.table[0][code] + (f.planes == 2 ? 256 * f.table[1][code] : 0)); }
+
+INLINE bool has_signs(const Format& f) {
+    const int half = 1 << (f.bits - 1);
+    for (int i = 0; i < half; ++i)
+        if (value_of(f, i + half) != -value_of(f, i)) return false;
+    return true;
+}
+
+INLINE bool adds_direct(const Format& f, int rows) {
+    if (rows > MOST_DIRECT || f.dim % COLUMNS_PER_CHUNK || f.group % COLUMNS_PER_CHUNK) return false;
+    if (f.kind != CODES || f.linear) return true;
+#if defined(__AMX_INT8__)
+    return false;  // panels cost less there
+#endif
+    return f.bits > 3 && (f.bits < 6 || (f.bits == 6 && has_signs(f)));
+}
+
+// The piece of a field of `width` bits that begins at byte `base` of a row and whose codes go to bit `to` of a lane.
+INLINE Piece piece_of(int dim, int width, int base, int chunk, int to) {
+    Piece made = {};
+    const int words = dim * width / 16, first = COLUMNS_PER_CHUNK * chunk % words;
+    const int before = std::min(LANES, (words - first) / 2);  // lanes until the field begins again
+    made.plain = words % COLUMNS_PER_CHUNK == 0;
+    made.offset[0] = base + 2 * first, made.offset[1] = base - 4 * before;
+    made.mask[0] = __mmask16((1u << before) - 1), made.mask[1] = __mmask16(~made.mask[0]);
+    const bool whole = words <= COLUMNS_PER_CHUNK;  // one load has all of the field
+    if (whole && !made.plain) made.offset[0] = base, made.mask[0] = __mmask16((1u << words / 2) - 1), made.mask[1] = 0;
+    for (int i = 0; i < LANES; ++i) {
+        const int column = COLUMNS_PER_CHUNK * chunk + 2 * i, at = column / words * width - to;
+        made.index[i] = uint32_t(whole && !made.plain ? column % words / 2 : i);
+        made.even[i] = uint32_t(at & 31), made.odd[i] = uint32_t((at + 16) & 31);
+    }
+    return made;
+}
+
+inline Direct direct_of(const Format& f) {
+    Direct made;
+    made.decoding = f.kind == BF16 ? BFLOATS : f.kind == F16 ? HALVES : f.kind == F32 ? FLOATS : f.kind == FP8_E4M3 ? FLOAT8
+                    : f.linear ? LINEAR : LOOKUP;
+    made.turned = f.kind == BF16 || f.kind == CODES;
+    made.signs = made.decoding == LOOKUP && f.bits == 6;
+    if (made.decoding < FLOAT8) return made;
+    const int bits = made.decoding == LOOKUP ? f.bits : 8, wide = bits & 8 ? 8 : bits & 4 ? 4 : 2;
+    if (made.decoding == LOOKUP)
+        for (int i = 0; i < 32; ++i) made.table[i] = value_of(f, i & ((1 << bits) - 1));
+    for (int c = 0; c * COLUMNS_PER_CHUNK < f.dim; ++c) {
+        made.wide[c] = piece_of(f.dim, wide, 0, c, 0);
+        if (bits > wide) made.next[c] = piece_of(f.dim, bits - wide, f.dim * wide / 8, c, wide);
+    }
+    return made;
+}
+
+// A piece in registers. (Everything is a vu, because GCC spills vectors that it sees as lanes of different sizes.)
+template <bool plain>
+struct Loader {
+    int64_t offset[2];
+    __mmask16 mask[2];
+    vu index, even, odd;
+    inline __attribute__((always_inline)) explicit Loader(const Piece& p)
+        : offset{p.offset[0], p.offset[1]}, mask{p.mask[0], p.mask[1]}, index(load<vu>(p.index)), even(load<vu>(p.even)),
+          odd(load<vu>(p.odd)) {}
+    inline __attribute__((always_inline)) vu operator()(const char* row) const {
+        if constexpr (plain) return load<vu>(row + offset[0]);
+        __m512i x = _mm512_maskz_loadu_epi32(mask[0], row + offset[0]);
+        x = _mm512_mask_loadu_epi32(x, mask[1], row + offset[1]);
+        return (vu)_mm512_permutexvar_epi32((__m512i)index, x);
+    }
+};
+
+// Rows to the two vectors of a chunk.
+template <int decoding, int bits, bool plain>
+struct Decoded {
+    int64_t at;  // of the chunk in rows that are no codes
+    Loader<plain> wide;
+    Loader<false> next;
+    vf table[2];
+    inline __attribute__((always_inline)) Decoded(const Direct& d, int chunk)
+        : at(chunk * (decoding == FLOATS ? 128 : 64)), wide(d.wide[chunk]), next(d.next[chunk]),
+          table{load<vf>(d.table), load<vf>(d.table + 16)} {}
+
+    inline __attribute__((always_inline)) void operator()(const char* row, vf* to) const {
+        if constexpr (decoding == BFLOATS) {
+            const vu x = load<vu>(row + at);
+            to[0] = (vf)(x << 16), to[1] = (vf)(x & 0xffff0000u);
+        } else if constexpr (decoding == HALVES) {
+            to[0] = half_to_float(row + at), to[1] = half_to_float(row + at + 32);
+        } else if constexpr (decoding == FLOATS) {
+            to[0] = load<vf>(row + at), to[1] = load<vf>(row + at + 64);
+        } else if constexpr (decoding == FLOAT8) {  // e4m3 has the exponent range of half precision but for a factor of 2^8
+            const vu x = wide(row) >> wide.even, half = (x & 0x7f007f) << 7 | (x << 8 & 0x80008000u);
+            to[0] = (vf)_mm512_cvtph_ps(_mm512_castsi512_si256((__m512i)half));
+            to[1] = (vf)_mm512_cvtph_ps(_mm512_extracti64x4_epi64((__m512i)half, 1));
+        } else if constexpr (decoding == LINEAR) {
+            const vu x = wide(row);
+            to[0] = to_float((vi)(x >> wide.even & 255)), to[1] = to_float((vi)(x >> wide.odd & 255));
+        } else {
+            using F = Fields<bits>;
+            const vu x = wide(row);
+            vu code[2] = {x >> wide.even, x >> wide.odd};
+            if constexpr (F::next > 0) {
+                const vu y = next(row), low = (vu)splat((1 << F::wide) - 1);
+                code[0] = (code[0] & low) | ((vu)_mm512_rorv_epi32((__m512i)y, (__m512i)next.even) & ~low);
+                code[1] = (code[1] & low) | ((vu)_mm512_rorv_epi32((__m512i)y, (__m512i)next.odd) & ~low);
+            }
+            for (int i = 0; i < 2; ++i) {
+                if constexpr (bits <= 4) {
+                    to[i] = (vf)_mm512_permutexvar_ps((__m512i)code[i], (__m512)table[0]);
+                } else {
+                    const vu size = (vu)_mm512_permutex2var_ps((__m512)table[0], (__m512i)code[i], (__m512)table[1]);
+                    to[i] = bits == 5 ? (vf)size : (vf)(size ^ (code[i] << 26 & 0x80000000u));
+                }
+            }
+        }
+    }
+};
+
+// Weights of 16 tokens and up to 4 rows, [token % 4][token / 4][row], so that one pointer reaches all.
+constexpr int WEIGHTS = 4 * LANES;
+INLINE uint32_t weight_at(uint32_t token) { return token / LANES * WEIGHTS + token % 4 * LANES + token % LANES / 4 * 4; }
+
+// Rows of V and what they are multiplied with.
+struct Weighted {
+    const Direct& direct;
+    const char* rows;
+    int64_t row_stride;      // bytes
+    int first, stop;         // tokens; the first is a multiple of LANES
+    const float* weights;    // [group][4 rows at a time][tokens as above]
+    int64_t stride;          // of each 4 rows; floats
+    int count;               // rows
+    int group;               // columns
+    float* out;
+    int64_t out_stride;
+    const float* rescale;    // out = out * rescale + factor * sums
+    float factor;
+    const float* totals;     // [group][row] sums of weights, for LINEAR
+};
+
+template <int decoding, int bits, bool plain, int rows, int chunks>
+INLINE void add_chunks(const Weighted& w, int row, int chunk, Ahead& ahead) {
+    using D = Decoded<decoding, bits, plain>;
+    const D decoded[2] = {D(w.direct, chunk), D(w.direct, chunk + chunks - 1)};
+    vf sum[rows][2 * chunks] = {};
+    const float* weights[chunks];
+    int group[chunks];
+    for (int c = 0; c < chunks; ++c) {
+        group[c] = (chunk + c) * COLUMNS_PER_CHUNK / w.group;
+        weights[c] = w.weights + (int64_t(group[c]) * ((w.count + 3) / 4) + row / 4) * w.stride + row % 4;
+    }
+    const int64_t row_stride = w.row_stride;
+    const char* from = w.rows + w.first * row_stride;
+    auto add = [&](int64_t at) __attribute__((always_inline)) {
+        for (int c = 0; c < chunks; ++c) {
+            vf x[2];
+            decoded[c](from, x);
+            for (int r = 0; r < rows; ++r) {
+                const vf weight = splat(weights[c][at + r]);
+                sum[r][2 * c] = fma(weight, x[0], sum[r][2 * c]);
+                sum[r][2 * c + 1] = fma(weight, x[1], sum[r][2 * c + 1]);
+            }
+        }
+        from += row_stride;
+    };
+    int t = w.first;
+    for (; t + 4 <= w.stop; t += 4) {
+        ahead.tick(4 * DIRECT_PACE);
+        const int64_t at = weight_at(uint32_t(t));
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) add(at + i * LANES);
+    }
+    for (; t < w.stop; ++t) add(weight_at(uint32_t(t)));
+    for (int r = 0; r < rows; ++r)
+        for (int i = 0; i < 2 * chunks; ++i) {
+            float* to = w.out + (row + r) * w.out_stride + chunk * COLUMNS_PER_CHUNK + i * LANES;
+            vf made = sum[r][i];
+            if constexpr (decoding == LINEAR) made -= 128.0f * w.totals[group[i / 2] * w.count + row + r];
+            store(to, fma(load<vf>(to), splat(w.rescale[row + r]), made * w.factor));
+        }
+}
+
+// Weights of `rows` (up to 4) rows of scores times V's scales (null: none) as above, and their sums.
+INLINE void share_weights(const float* scores, int64_t stride, int rows, const float* scales, int first, int stop, float* to,
+                          float* totals) {
+    vf total[4] = {};
+    for (int t = first; t < stop; t += LANES) {
+        vf x[4] = {};
+        for (int r = 0; r < rows; ++r) {
+            x[r] = load<vf>(scores + r * stride + t);
+            if (scales) x[r] *= load<vf>(scales + t);
+            total[r] += x[r];
+        }
+        using vq = vec<uint64_t>;
+        const vq a = (vq)zip<0>(x[0], x[1]), b = (vq)zip<0>(x[2], x[3]), c = (vq)zip<1>(x[0], x[1]), d = (vq)zip<1>(x[2], x[3]);
+        float* at = to + t / LANES * WEIGHTS;
+        store(at, zip<0>(a, b)), store(at + LANES, zip<1>(a, b));
+        store(at + 2 * LANES, zip<0>(c, d)), store(at + 3 * LANES, zip<1>(c, d));
+    }
+    for (int r = 0; r < rows; ++r) totals[r] = reduce_add(total[r]);
+}
+
+template <int decoding, int bits, bool plain>
+inline void add_direct_of(const Weighted& w, int dim, MatrixUnit& unit, Ahead& ahead) {
+    const int all = dim / COLUMNS_PER_CHUNK;
+    auto some = [&]<int rows>(std::integral_constant<int, rows>, int row) {
+        int c = 0;
+        for (; c + 2 <= all; c += 2) {
+            unit.keep_awake();
+            add_chunks<decoding, bits, plain, rows, 2>(w, row, c, ahead);
+        }
+        if (c < all) add_chunks<decoding, bits, plain, rows, 1>(w, row, c, ahead);
+    };
+    int row = 0;
+    for (; row + 4 <= w.count; row += 4) some(std::integral_constant<int, 4>{}, row);
+    if (row + 2 <= w.count) some(std::integral_constant<int, 2>{}, row), row += 2;
+    if (row < w.count) some(std::integral_constant<int, 1>{}, row);
+}
+
+inline void add_direct(const Weighted& w, const Format& f, MatrixUnit& unit, Ahead& ahead) {
+    const bool plain = w.direct.decoding >= FLOAT8 && w.direct.wide[0].plain;
+#define GYROKV_ADD(decoding, bits) \
+    return plain ? add_direct_of<decoding, bits, true>(w, f.dim, unit, ahead) : add_direct_of<decoding, bits, false>(w, f.dim, unit, ahead)
+    switch (w.direct.decoding) {
+        case BFLOATS: return add_direct_of<BFLOATS, 0, true>(w, f.dim, unit, ahead);
+        case HALVES: return add_direct_of<HALVES, 0, true>(w, f.dim, unit, ahead);
+        case FLOATS: return add_direct_of<FLOATS, 0, true>(w, f.dim, unit, ahead);
+        case FLOAT8: GYROKV_ADD(FLOAT8, 8);
+        case LINEAR: GYROKV_ADD(LINEAR, 8);
+        case LOOKUP: break;
+    }
+    switch (f.bits) {
+        case 2: GYROKV_ADD(LOOKUP, 2);
+        case 3: GYROKV_ADD(LOOKUP, 3);
+        case 4: GYROKV_ADD(LOOKUP, 4);
+        case 5: GYROKV_ADD(LOOKUP, 5);
+        case 6: GYROKV_ADD(LOOKUP, 6);
+    }
+#undef GYROKV_ADD
+}
+
+// Passes over the columns of a row of V for `rows` query rows.
+INLINE int direct_passes(const Format& f, int rows) {
+    return (f.dim + 2 * COLUMNS_PER_CHUNK - 1) / (2 * COLUMNS_PER_CHUNK) * (rows / 4 + (rows & 2) / 2 + (rows & 1));
+}
+
+// Rows of the output to even and odd columns of chunks, or back.
+inline void turn_columns(const Direct& d, float* out, int count, int64_t stride, int dim, bool back) {
+    if (!d.turned) return;
+    constexpr auto low = [](int i) constexpr { return i / 2 + i % 2 * LANES; };
+    constexpr auto high = [](int i) constexpr { return LANES / 2 + i / 2 + i % 2 * LANES; };
+    for (int r = 0; r < count; ++r)
+        for (int c = 0; c < dim; c += COLUMNS_PER_CHUNK) {
+            float* at = out + r * stride + c;
+            const vf a = load<vf>(at), b = load<vf>(at + LANES);
+            store(at, back ? shuffle<low>(a, b) : unzip<0>(a, b));
+            store(at + LANES, back ? shuffle<high>(a, b) : unzip<1>(a, b));
+        }
+}
+
+#endif
+
+}  // namespace GYROKV_ISA
+}  // namespace gyrokv
