@@ -211,7 +211,39 @@ def gpu_table() -> str:
         f"Measured {record['when'][:10]} on {machine['devices']['cuda']}, driver {machine['driver']}, torch "
         f"{machine['packages']['torch']}, commit `{(machine['commit'] or 'unknown')[:10]}`, with `{record['command']}`.",
     ]
-    return "\n".join(lines)
+    return "\n".join(lines + _prefill())
+
+
+def _prefill() -> list[str]:
+    """Prefill, as recorded in results/gpu_prefill.json."""
+    path = RESULTS / "gpu_prefill.json"
+    if not path.is_file():
+        return []
+    record = json.loads(path.read_text())
+    causal = [r for r in record["rows"] if r["part"] == "causal"]
+    onto = [r for r in record["rows"] if r["part"] == "onto"]
+    dims = [str(r["head_dim"]) for r in causal]
+    stock = [f"{r['cudnn_tflops']:.0f}" if "cudnn_tflops" in r else "refuses" for r in causal]
+    lines = [
+        "",
+        "Prefill, TFLOP/s of the visible keys, bfloat16, causal, 8,192 tokens, 16 query heads on 4 KV heads:",
+        "",
+        f"| head_dim | {' | '.join(dims)} |",
+        "|---|" + "---|" * len(dims),
+        f"| `attend` | {' | '.join(format(r['tflops'], '.0f') for r in causal)} |",
+        f"| cuDNN through PyTorch | {' | '.join(stock)} |",
+        "",
+        "The last 4,096 of 65,536 tokens onto the cache, 32 query heads on 8 KV heads, in ms (and MiB that a call allocates "
+        "beyond its output):",
+        "",
+        f"| head_dim | {' | '.join(f'`{n}`' for n in dict.fromkeys(r['formats'] for r in onto))} |",
+        "|---|" + "---|" * len({r["formats"] for r in onto}),
+    ]
+    for dim in dict.fromkeys(r["head_dim"] for r in onto):
+        cells = [f"{r['ms']:.1f} ({r['workspace'] / 2**20:.0f})" for r in onto if r["head_dim"] == dim]
+        lines.append(f"| {dim} | {' | '.join(cells)} |")
+    about = record.get("note", "with `python benchmarks/gpu_prefill.py`")
+    return [*lines, "", f"Measured {record['when'][:10]}, commit `{record['environment']['commit'][:10]}`, {about}."]
 
 
 def _us(row: dict) -> str:

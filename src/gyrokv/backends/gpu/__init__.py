@@ -22,7 +22,19 @@ from ...spec import AttentionSpec, features
 from ...view import KVView
 from . import calls, encode, nvrtc, plan, prefill, shapes
 
-__all__ = ["BOUND", "DEVICE", "UNDERSTANDS", "append", "append_at", "attend", "missing", "name", "tile", "why_not", "why_not_append"]
+__all__ = [
+    "BOUND",
+    "DEVICE",
+    "UNDERSTANDS",
+    "append",
+    "append_at",
+    "attend",
+    "missing",
+    "name",
+    "tile",
+    "why_not",
+    "why_not_append",
+]
 
 name = "gpu"
 DEVICE = "cuda"

@@ -249,9 +249,8 @@ class _Call:
         """Go on with queries ``low`` to ``high``."""
         self.low, self.q = low, self.all[:, :, low:high]
         if self.copied:  # to half precision, without a copy in between
-            q = self.q if self.q.dtype == torch.float32 else self.q.float()
-            half = torch.empty(q.shape, dtype=torch.float16, device=q.device)
-            self.q = torch.mul(q, 2.0**-_ROOM, out=half).clamp_(-65504.0, 65504.0)
+            half = torch.empty(self.q.shape, dtype=torch.float16, device=self.q.device)
+            self.q = torch.mul(self.q, 2.0**-_ROOM, out=half).clamp_(-65504.0, 65504.0)
 
     def first(self, first: int, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, block_map: BlockMap | None) -> None:
         """Keys of positions ``first`` on, and sinks, to out and lse of all queries."""

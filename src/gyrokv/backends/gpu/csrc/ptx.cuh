@@ -49,7 +49,12 @@ INLINE u32 fma_f16x2(u32 a, u32 b, u32 c) {
 // two float8 e4m3 in the low half of x
 INLINE u32 f16x2_of_e4m3(u32 x) {
   u32 d;
+#if __CUDA_ARCH__ >= 890
   asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(d) : "h"((u16)x));
+#else  // exponents are 8 less: times 256 is exact
+  u32 bytes = prmt(x, 0, 0x1404);
+  d = fma_f16x2((bytes & 0x80008000) | ((bytes & 0x7F007F00) >> 1), 0x5C005C00, 0x80008000);
+#endif
   return d;
 }
 
