@@ -57,6 +57,7 @@ WRONG_CALLS = {
     "no_queries": (dict(q=q(tokens=0)), ValueError, "q_len=0 must be at least 1"),
     "stride": (dict(q=q(tokens=32).mT), ValueError, r"q has stride 32 in its last axis, not 1; call .contiguous\(\)"),
     "dtype": (dict(q=q().long()), TypeError, "dtype=torch.int64 is not supported; dtypes are"),
+    "grad": (dict(q=q().requires_grad_()), ValueError, "q requires grad, but attention over a cache has no gradient"),
     "device": (dict(q=q(device=META)), ValueError, "q is on meta but the cache is on cpu"),
     "window": (dict(window=0), ValueError, "window=0 must be at least 1"),
     "softcap": (dict(softcap=-1.0), ValueError, "softcap=-1.0 must be finite and >= 0"),

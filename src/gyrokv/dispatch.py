@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from . import place
@@ -106,11 +107,12 @@ def attend(
     ``sinks [Hq]``: learned sink logits. ``block_map``: see :class:`gyrokv.masks.BlockMap`. ``fast``: q and the
     weights may be rounded to 8 bits, a relative error of up to 3e-2. ``backend``: a name, or ``"auto"``. Returns out
     ``[B, Hq, Tq, Dv]`` in q's dtype, and with ``return_lse`` the log-sum-exp ``[B, Hq, Tq]`` (float32, natural).
-    Without keys out is 0. Raises ValueError and TypeError naming the argument, CapacityError when a ring has dropped
-    what q looks back on, Unsupported with every backend's reasons.
+    Without keys out is 0. Raises ValueError (a tensor that requires grad too) and TypeError naming the argument,
+    CapacityError when a ring has dropped what q looks back on, Unsupported with every backend's reasons.
     """
     view = kv.view() if isinstance(kv, LayerCache) else kv
     view.check_current()
+    _check_gradients(q, view)
     spec = describe(
         q, view, causal=causal, window=window, scale=scale, softcap=softcap, mask=mask, alibi=alibi, sinks=sinks,
         block_map=block_map, fast=fast,
@@ -178,6 +180,15 @@ def describe(q: Tensor, view: KVView, *, mask=None, sinks=None, block_map=None, 
 
 
 _spec = lru_cache(maxsize=256)(AttentionSpec)  # all layers of a step have the same problem
+
+
+def _check_gradients(q: Tensor, view: KVView) -> None:
+    """Raise ValueError where autograd expects a gradient: kernels have none, and silence would look like zeros."""
+    if torch.is_grad_enabled():
+        sides = ((name, s) for segment in view.segments for name, s in (("k", segment.k.words), ("v", segment.v.words)))
+        for name, x in (("q", q), *sides):
+            if x.requires_grad:
+                raise ValueError(f"{name} requires grad, but attention over a cache has no gradient; use torch.no_grad()")
 
 
 def _check_history(spec: AttentionSpec, view: KVView) -> None:

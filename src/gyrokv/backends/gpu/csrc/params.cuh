@@ -24,7 +24,7 @@ struct Attend {
   const int* pages;      // [B, pages_batch]: the page of each page_slots slots
   const i64* lengths;    // [B or 1]: tokens of each sequence, in place of length; or null
   i64 lengths_batch, pages_batch, page_slots;
-  // Positions. Live here: max(first, length - keep, length - window ...) <= p < min(stop, length - trail)
+  // Positions; live here are max(first, length - keep) <= p < min(stop, length - trail). kv_first: the mask's first key
   i64 length, base, first, stop, trail, keep, kv_first, window;  // window 0: none
   int capacity, q_heads, kv_heads, q_len, groups, causal;
   int splits, split_base, splits_total, row_tiles;
