@@ -230,7 +230,7 @@ def _prefill() -> list[str]:
         "",
         f"| head_dim | {' | '.join(dims)} |",
         "|---|" + "---|" * len(dims),
-        f"| `attend` | {' | '.join(format(r['tflops'], '.0f') for r in causal)} |",
+        f"| gyrokv | {' | '.join(format(r['tflops'], '.0f') for r in causal)} |",
         f"| cuDNN through PyTorch | {' | '.join(stock)} |",
         "",
         "The last 4,096 of 65,536 tokens onto the cache, 32 query heads on 8 KV heads, in ms (and MiB that a call allocates "
