@@ -11,6 +11,7 @@ from itertools import product
 import pytest
 import torch
 from metal_host.entries import Executor
+from metal_host.host import SCHEDULES
 from metal_host.problems import DECODE, PREFILL, block_map_of, needs_compiler, run
 
 from gyrokv import BACKENDS, Codec, LayerCache, attend, explain
@@ -22,7 +23,7 @@ from gyrokv.formats import FORMATS
 from gyrokv.spec import AttentionSpec
 from gyrokv.testing import assert_matches, inputs, poison_dead
 
-RUNS = (("torch", "forward"), ("mlx", "reverse"), ("torch", "random"), ("mlx", "lockstep"))
+RUNS = tuple(product(("torch", "mlx"), SCHEDULES))
 
 
 def each_format_and_head_size() -> list[Case]:
@@ -73,7 +74,7 @@ ALL = [pytest.param(c, id=f"{name}-{c}") for name, cases in CASES.items() for c 
 @needs_compiler
 @pytest.mark.parametrize("case", ALL)
 def test_kernels_match_the_reference(case, problem):
-    """Decode and prefill, four runs each: two through torch's entry, two through MLX's, each under its own schedule."""
+    """Decode and prefill, through both entries, each under every schedule."""
     data = problem(case)
     for tuning in (DECODE, PREFILL):
         first = None
@@ -95,7 +96,7 @@ def test_long_problems(case, problem):
     """Many blocks, several splits, the choice of kernel and splits that users get; each schedule in turn."""
     data = problem(case)
     for tuning in (launches.TUNING, Tuning(decode_rows=0)):
-        entry, schedule = RUNS[len(str(case)) % 4]
+        entry, schedule = RUNS[len(str(case)) % len(RUNS)]
         assert_matches(data, *run(data, Executor(entry, schedule), tuning, block_map_of(data)))
 
 
@@ -142,9 +143,7 @@ def test_threadgroup_memory_fits():
 def test_encoded_rows_are_the_definitions(fmt):
     """The same bytes, also of zeros, of huge and of tiny values, of values on ties, of padded heads."""
     random = torch.Generator().manual_seed(1)
-    for (dim, dtype), (entry, schedule) in zip(
-        ((80, torch.float32), (128, torch.bfloat16), (64, torch.float16), (512, torch.float32)), RUNS
-    ):
+    for dim, dtype in ((80, torch.float32), (128, torch.bfloat16), (64, torch.float16), (512, torch.float32)):
         x = torch.randn(2, 3, 9, dim, generator=random)
         x *= torch.tensor([1e-3, 1.0, 50.0, 1e-12, 1e6, 3.0, 2.0, 0.0, 9.0])[:, None]
         x[1, 1, 6, ::2] = 0.0
@@ -152,17 +151,16 @@ def test_encoded_rows_are_the_definitions(fmt):
         if dtype == torch.float32:
             x[0, 0, 5] = 1e38
         x = x.clamp(-6e4, 6e4).to(dtype) if dtype == torch.float16 else x.to(dtype)
-        codec, machine = Codec(fmt, dim), Executor(entry, schedule)
+        codec = Codec(fmt, dim)
         want = codec.encode(x)
-        if entry == "torch":
-            got = metal._encode(machine, codec, x)
-        else:
-            targets = [(tuple(want.words.shape), "int16")]
-            targets.append((tuple(want.scale.shape) if fmt.has_levels else (1, 1, 1, 1), fmt.scale_dtype))
-            got = launches.encode(machine, x, codec, targets)
-        assert torch.equal(got[0], want.words)
-        if fmt.has_levels:
-            torch.testing.assert_close(got[1], want.scale, rtol=0, atol=0, equal_nan=True)
+        targets = [(tuple(want.words.shape), "int16")]
+        targets.append((tuple(want.scale.shape) if fmt.has_levels else (1, 1, 1, 1), fmt.scale_dtype))
+        for entry, schedule in RUNS:
+            machine = Executor(entry, schedule)
+            got = metal._encode(machine, codec, x) if entry == "torch" else launches.encode(machine, x, codec, targets)
+            assert torch.equal(got[0], want.words)
+            if fmt.has_levels:
+                torch.testing.assert_close(got[1], want.scale, rtol=0, atol=0, equal_nan=True)
 
 
 @needs_compiler
