@@ -12,9 +12,9 @@ import pytest
 import torch
 from metal_host.entries import Executor
 from metal_host.host import SCHEDULES
-from metal_host.problems import DECODE, PREFILL, block_map_of, needs_compiler, run
+from metal_host.problems import DECODE, PREFILL, block_map_of, mask_of_all_states, needs_compiler, run
 
-from gyrokv import BACKENDS, Codec, LayerCache, attend, explain
+from gyrokv import BACKENDS, BlockMap, Codec, LayerCache, attend, explain
 from gyrokv.backends import cpu, metal
 from gyrokv.backends.metal import kernels, launches, torch_mps
 from gyrokv.backends.metal.launches import Tuning
@@ -114,7 +114,7 @@ def test_cases_cover_what_there_is():
 
 
 def specialisations() -> list[kernels.Program]:
-    found = []
+    found = [kernels.block_map()]
     for k, v, (dk, dv) in product(FORMATS.values(), FORMATS.values(), HEADS):
         if fits(k, dk) and fits(v, dv):
             sides = kernels.side(k, dk, k.layout(dk)[0]), kernels.side(v, dv, v.layout(dv)[0])
@@ -210,6 +210,52 @@ def test_block_maps_of_long_masks():
         assert_matches(data, *with_map)
         assert all(torch.equal(a, b) for a, b in zip(with_map, run(data, plain, tuning)))
         assert machine.log[0][1].accesses < plain.log[0][1].accesses
+
+
+TILES = {  # and sizes of masks
+    (64, 64): ((130, 203), (64, 64)),
+    (33, 64): ((33, 150), (67, 9)),
+    (1, 64): ((1, 300), (3, 65)),
+    (7, 5): ((15, 33), (3, 4)),
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("tile", TILES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_block_maps_are_the_definitions(dtype, tile):
+    """Odd sizes, one row, tiles of every state, short tiles, masks in steps, turned and broadcast, values at the limit."""
+    for rows, keys in TILES[tile]:
+        whole = mask_of_all_states(rows, keys, dtype)
+        wide = torch.zeros(2, 3, rows, 2 * keys, dtype=dtype)
+        wide[..., ::2] = whole
+        masks = {
+            "plain": whole, "in steps": wide[..., ::2], "turned": whole.transpose(2, 3).contiguous().transpose(2, 3),
+            "of one head": whole[:1, :1], "of one sequence, for all": whole[:1].expand(2, 3, rows, keys),
+            "one column": whole[..., :1].expand(2, 3, rows, keys),
+        }  # fmt: skip
+        for entry, schedule in RUNS:
+            for name, mask in masks.items():
+                got = launches.states(Executor(entry, schedule), mask, tile)
+                assert torch.equal(got, BlockMap.build(mask, tile).states), f"{rows} x {keys}, {name}, {entry}, {schedule}"
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float16], ids=str)
+def test_large_masks_get_a_block_map(dtype, problem):
+    """One that nobody gave: no bit of the result changes, and keys are skipped."""
+    kind = "bool" if dtype == torch.bool else "additive"
+    one = case("turbo4", "q8_0", (32, 32), mask=kind, mask_dtype=dtype, q_len=70, kv_len=300, batch=1, q_heads=2, kv_heads=1)
+    data = inputs(one)
+    data.mask.copy_(mask_of_all_states(70, 300, dtype)[0, 0])
+    for tuning in (DECODE, PREFILL):
+        machine, plain = Executor("torch"), Executor("torch")
+        got = run(data, machine, tuning._replace(map_elements=70 * 300))
+        assert_matches(data, *got)
+        assert all(torch.equal(a, b) for a, b in zip(got, run(data, plain, tuning._replace(map_elements=70 * 300 + 1))))
+        ran = {program.kernel: ran.accesses for program, ran in machine.log}
+        assert "block_map" in ran and "block_map" not in {program.kernel for program, _ in plain.log}
+        assert sum(ran.values()) < sum(r.accesses for _, r in plain.log)
 
 
 @needs_compiler
