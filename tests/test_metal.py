@@ -14,14 +14,15 @@ from metal_host.entries import Executor
 from metal_host.host import SCHEDULES
 from metal_host.problems import DECODE, PREFILL, block_map_of, mask_of_all_states, needs_compiler, run
 
-from gyrokv import BACKENDS, BlockMap, Codec, LayerCache, attend, explain
+from gyrokv import BACKENDS, BlockMap, Codec, LayerCache, append, attend, explain
 from gyrokv.backends import cpu, metal
 from gyrokv.backends.metal import kernels, launches, torch_mps
 from gyrokv.backends.metal.launches import Tuning
 from gyrokv.cases import FEATURES, HEADS, Case, case, compatible, fits, groups
 from gyrokv.formats import FORMATS
 from gyrokv.spec import AttentionSpec
-from gyrokv.testing import assert_matches, inputs, poison_dead
+from gyrokv.testing import Problem, assert_matches, inputs, poison_dead
+from gyrokv.view import KVView
 
 RUNS = tuple(product(("torch", "mlx"), SCHEDULES))
 
@@ -279,19 +280,40 @@ def test_splits_agree(split_groups, problem):
     assert_matches(data, *run(data, Executor("torch"), tuning))
 
 
+PAIRS = list(zip(list(FORMATS)[::3], list(FORMATS)[1::3]))
+
+
+def encoded_by_metal(k: str, v: str, problem) -> tuple[Problem, KVView]:
+    """A problem, and the view of its tokens in a cache that Metal filled."""
+    data = problem(case(k, v, (64, 64), q_len=3, kv_len=70, causal=True))
+    layer = LayerCache(data.view.k_codec, data.view.v_codec, batch=2, kv_heads=2)
+    return data, metal._append(Executor("torch"), layer, data.k, data.v)
+
+
 @needs_compiler
-@pytest.mark.parametrize("k, v", list(zip(list(FORMATS)[::3], list(FORMATS)[1::3])))
+@pytest.mark.parametrize("k, v", PAIRS)
 def test_the_same_bytes_attend_alike_elsewhere(k, v, problem):
     """A cache that Metal encoded gives the CPU's backends what it gives Metal, and the reverse."""
-    data = problem(case(k, v, (64, 64), q_len=3, kv_len=70, causal=True))
-    view = data.view
-    layer = LayerCache(view.k_codec, view.v_codec, batch=2, kv_heads=2)
-    mine = metal._append(Executor("torch"), layer, data.k, data.v)
+    data, mine = encoded_by_metal(k, v, problem)
     options = data.options | dict(return_lse=True)
     assert_matches(data, *run(data, Executor("torch"), DECODE, view=mine))
     assert_matches(data, *attend(data.q, mine, **options, backend="torch"))
     if not cpu.missing():
         assert_matches(data, *attend(data.q, mine, **options, backend="cpu"), cpu.BOUND)
+
+
+@needs_compiler
+@pytest.mark.gpu
+@pytest.mark.parametrize("k, v", PAIRS)
+def test_the_same_bytes_attend_alike_on_a_gpu(k, v, problem, backend_here):
+    """The same on NVIDIA's: rows that Metal encoded, and Metal on rows that the GPU encoded."""
+    gpu = backend_here("gpu")
+    data, mine = encoded_by_metal(k, v, problem)
+    got = attend(data.q.cuda(), mine.to("cuda"), **data.options, backend="gpu", return_lse=True)
+    assert_matches(data, *(t.cpu() for t in got), gpu.BOUND)
+    layer = LayerCache(data.view.k_codec, data.view.v_codec, batch=2, kv_heads=2, device="cuda")
+    theirs = append(layer, data.k.cuda(), data.v.cuda()).to("cpu")
+    assert_matches(data, *run(data, Executor("torch"), DECODE, view=theirs))
 
 
 # -- what users see
