@@ -248,6 +248,8 @@ def test_block_map_states_by_brute_force():
     mask = inputs(c).mask
     states = BlockMap.build(mask, (3, 8)).states
     assert states.shape == (2, 4, 3, 5)
+    nan_alone = torch.tensor([[-torch.inf, torch.nan]])
+    assert int(BlockMap.build(nan_alone, (1, 2)).states) == 2  # not masked: it must reach the result
     for b in range(2):
         for h in range(4):
             for i in range(3):

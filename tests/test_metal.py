@@ -11,18 +11,20 @@ from itertools import product
 import pytest
 import torch
 from metal_host.entries import Executor
-from metal_host.problems import DECODE, PREFILL, block_map_of, needs_compiler, run
+from metal_host.host import SCHEDULES
+from metal_host.problems import DECODE, PREFILL, block_map_of, mask_of_all_states, needs_compiler, run
 
-from gyrokv import BACKENDS, Codec, LayerCache, attend, explain
+from gyrokv import BACKENDS, BlockMap, Codec, LayerCache, append, attend, explain
 from gyrokv.backends import cpu, metal
 from gyrokv.backends.metal import kernels, launches, torch_mps
 from gyrokv.backends.metal.launches import Tuning
 from gyrokv.cases import FEATURES, HEADS, Case, case, compatible, fits, groups
 from gyrokv.formats import FORMATS
 from gyrokv.spec import AttentionSpec
-from gyrokv.testing import assert_matches, inputs, poison_dead
+from gyrokv.testing import Problem, assert_matches, inputs, poison_dead
+from gyrokv.view import KVView
 
-RUNS = (("torch", "forward"), ("mlx", "reverse"), ("torch", "random"), ("mlx", "lockstep"))
+RUNS = tuple(product(("torch", "mlx"), SCHEDULES))
 
 
 def each_format_and_head_size() -> list[Case]:
@@ -73,7 +75,7 @@ ALL = [pytest.param(c, id=f"{name}-{c}") for name, cases in CASES.items() for c 
 @needs_compiler
 @pytest.mark.parametrize("case", ALL)
 def test_kernels_match_the_reference(case, problem):
-    """Decode and prefill, four runs each: two through torch's entry, two through MLX's, each under its own schedule."""
+    """Decode and prefill, through both entries, each under every schedule."""
     data = problem(case)
     for tuning in (DECODE, PREFILL):
         first = None
@@ -95,7 +97,7 @@ def test_long_problems(case, problem):
     """Many blocks, several splits, the choice of kernel and splits that users get; each schedule in turn."""
     data = problem(case)
     for tuning in (launches.TUNING, Tuning(decode_rows=0)):
-        entry, schedule = RUNS[len(str(case)) % 4]
+        entry, schedule = RUNS[len(str(case)) % len(RUNS)]
         assert_matches(data, *run(data, Executor(entry, schedule), tuning, block_map_of(data)))
 
 
@@ -113,7 +115,7 @@ def test_cases_cover_what_there_is():
 
 
 def specialisations() -> list[kernels.Program]:
-    found = []
+    found = [kernels.block_map()]
     for k, v, (dk, dv) in product(FORMATS.values(), FORMATS.values(), HEADS):
         if fits(k, dk) and fits(v, dv):
             sides = kernels.side(k, dk, k.layout(dk)[0]), kernels.side(v, dv, v.layout(dv)[0])
@@ -142,9 +144,7 @@ def test_threadgroup_memory_fits():
 def test_encoded_rows_are_the_definitions(fmt):
     """The same bytes, also of zeros, of huge and of tiny values, of values on ties, of padded heads."""
     random = torch.Generator().manual_seed(1)
-    for (dim, dtype), (entry, schedule) in zip(
-        ((80, torch.float32), (128, torch.bfloat16), (64, torch.float16), (512, torch.float32)), RUNS
-    ):
+    for dim, dtype in ((80, torch.float32), (128, torch.bfloat16), (64, torch.float16), (512, torch.float32)):
         x = torch.randn(2, 3, 9, dim, generator=random)
         x *= torch.tensor([1e-3, 1.0, 50.0, 1e-12, 1e6, 3.0, 2.0, 0.0, 9.0])[:, None]
         x[1, 1, 6, ::2] = 0.0
@@ -152,17 +152,16 @@ def test_encoded_rows_are_the_definitions(fmt):
         if dtype == torch.float32:
             x[0, 0, 5] = 1e38
         x = x.clamp(-6e4, 6e4).to(dtype) if dtype == torch.float16 else x.to(dtype)
-        codec, machine = Codec(fmt, dim), Executor(entry, schedule)
+        codec = Codec(fmt, dim)
         want = codec.encode(x)
-        if entry == "torch":
-            got = metal._encode(machine, codec, x)
-        else:
-            targets = [(tuple(want.words.shape), "int16")]
-            targets.append((tuple(want.scale.shape) if fmt.has_levels else (1, 1, 1, 1), fmt.scale_dtype))
-            got = launches.encode(machine, x, codec, targets)
-        assert torch.equal(got[0], want.words)
-        if fmt.has_levels:
-            torch.testing.assert_close(got[1], want.scale, rtol=0, atol=0, equal_nan=True)
+        targets = [(tuple(want.words.shape), "int16")]
+        targets.append((tuple(want.scale.shape) if fmt.has_levels else (1, 1, 1, 1), fmt.scale_dtype))
+        for entry, schedule in RUNS:
+            machine = Executor(entry, schedule)
+            got = metal._encode(machine, codec, x) if entry == "torch" else launches.encode(machine, x, codec, targets)
+            assert torch.equal(got[0], want.words)
+            if fmt.has_levels:
+                torch.testing.assert_close(got[1], want.scale, rtol=0, atol=0, equal_nan=True)
 
 
 @needs_compiler
@@ -214,6 +213,52 @@ def test_block_maps_of_long_masks():
         assert machine.log[0][1].accesses < plain.log[0][1].accesses
 
 
+TILES = {  # and sizes of masks
+    (64, 64): ((130, 203), (64, 64)),
+    (33, 64): ((33, 150), (67, 9)),
+    (1, 64): ((1, 300), (3, 65)),
+    (7, 5): ((15, 33), (3, 4)),
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("tile", TILES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_block_maps_are_the_definitions(dtype, tile):
+    """Odd sizes, one row, tiles of every state, short tiles, masks in steps, turned and broadcast, values at the limit."""
+    for rows, keys in TILES[tile]:
+        whole = mask_of_all_states(rows, keys, dtype)
+        wide = torch.zeros(2, 3, rows, 2 * keys, dtype=dtype)
+        wide[..., ::2] = whole
+        masks = {
+            "plain": whole, "in steps": wide[..., ::2], "turned": whole.transpose(2, 3).contiguous().transpose(2, 3),
+            "of one head": whole[:1, :1], "of one sequence, for all": whole[:1].expand(2, 3, rows, keys),
+            "one column": whole[..., :1].expand(2, 3, rows, keys),
+        }  # fmt: skip
+        for entry, schedule in RUNS:
+            for name, mask in masks.items():
+                got = launches.states(Executor(entry, schedule), mask, tile)
+                assert torch.equal(got, BlockMap.build(mask, tile).states), f"{rows} x {keys}, {name}, {entry}, {schedule}"
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float16], ids=str)
+def test_large_masks_get_a_block_map(dtype, problem):
+    """One that nobody gave: no bit of the result changes, and keys are skipped."""
+    kind = "bool" if dtype == torch.bool else "additive"
+    one = case("turbo4", "q8_0", (32, 32), mask=kind, mask_dtype=dtype, q_len=70, kv_len=300, batch=1, q_heads=2, kv_heads=1)
+    data = inputs(one)
+    data.mask.copy_(mask_of_all_states(70, 300, dtype)[0, 0])
+    for tuning in (DECODE, PREFILL):
+        machine, plain = Executor("torch"), Executor("torch")
+        got = run(data, machine, tuning._replace(map_elements=70 * 300))
+        assert_matches(data, *got)
+        assert all(torch.equal(a, b) for a, b in zip(got, run(data, plain, tuning._replace(map_elements=70 * 300 + 1))))
+        ran = {program.kernel: ran.accesses for program, ran in machine.log}
+        assert "block_map" in ran and "block_map" not in {program.kernel for program, _ in plain.log}
+        assert sum(ran.values()) < sum(r.accesses for _, r in plain.log)
+
+
 @needs_compiler
 @pytest.mark.parametrize("case", CASES["features"][::5] + CASES["storage"][::3], ids=str)
 def test_dead_slots_are_not_read(case):
@@ -235,19 +280,40 @@ def test_splits_agree(split_groups, problem):
     assert_matches(data, *run(data, Executor("torch"), tuning))
 
 
+PAIRS = list(zip(list(FORMATS)[::3], list(FORMATS)[1::3]))
+
+
+def encoded_by_metal(k: str, v: str, problem) -> tuple[Problem, KVView]:
+    """A problem, and the view of its tokens in a cache that Metal filled."""
+    data = problem(case(k, v, (64, 64), q_len=3, kv_len=70, causal=True))
+    layer = LayerCache(data.view.k_codec, data.view.v_codec, batch=2, kv_heads=2)
+    return data, metal._append(Executor("torch"), layer, data.k, data.v)
+
+
 @needs_compiler
-@pytest.mark.parametrize("k, v", list(zip(list(FORMATS)[::3], list(FORMATS)[1::3])))
+@pytest.mark.parametrize("k, v", PAIRS)
 def test_the_same_bytes_attend_alike_elsewhere(k, v, problem):
     """A cache that Metal encoded gives the CPU's backends what it gives Metal, and the reverse."""
-    data = problem(case(k, v, (64, 64), q_len=3, kv_len=70, causal=True))
-    view = data.view
-    layer = LayerCache(view.k_codec, view.v_codec, batch=2, kv_heads=2)
-    mine = metal._append(Executor("torch"), layer, data.k, data.v)
+    data, mine = encoded_by_metal(k, v, problem)
     options = data.options | dict(return_lse=True)
     assert_matches(data, *run(data, Executor("torch"), DECODE, view=mine))
     assert_matches(data, *attend(data.q, mine, **options, backend="torch"))
     if not cpu.missing():
         assert_matches(data, *attend(data.q, mine, **options, backend="cpu"), cpu.BOUND)
+
+
+@needs_compiler
+@pytest.mark.gpu
+@pytest.mark.parametrize("k, v", PAIRS)
+def test_the_same_bytes_attend_alike_on_a_gpu(k, v, problem, backend_here):
+    """The same on NVIDIA's: rows that Metal encoded, and Metal on rows that the GPU encoded."""
+    gpu = backend_here("gpu")
+    data, mine = encoded_by_metal(k, v, problem)
+    got = attend(data.q.cuda(), mine.to("cuda"), **data.options, backend="gpu", return_lse=True)
+    assert_matches(data, *(t.cpu() for t in got), gpu.BOUND)
+    layer = LayerCache(data.view.k_codec, data.view.v_codec, batch=2, kv_heads=2, device="cuda")
+    theirs = append(layer, data.k.cuda(), data.v.cuda()).to("cpu")
+    assert_matches(data, *run(data, Executor("torch"), DECODE, view=theirs))
 
 
 # -- what users see

@@ -9,11 +9,11 @@ import pytest
 import torch
 from metal_host.entries import Executor
 from metal_host.host import KernelFault
-from metal_host.problems import block_map_of, needs_compiler, run
+from metal_host.problems import block_map_of, mask_of_all_states, needs_compiler, run
 
-from gyrokv import Codec
+from gyrokv import BlockMap, Codec
 from gyrokv.backends import metal
-from gyrokv.backends.metal import kernels
+from gyrokv.backends.metal import kernels, launches
 from gyrokv.backends.metal.launches import Tuning
 from gyrokv.cases import case
 from gyrokv.formats import FORMATS
@@ -121,6 +121,40 @@ def test_planted_faults_are_found(name):
 
         found = wrong(kernel, edit)
         assert found and said in found, found
+
+
+MAP_EDITS = {
+    "a tile past the last key": ("min((tile + 1) * c.map_keys, c.stop)", "(tile + 1) * c.map_keys", ""),
+    "a tile past the last row": ("min((group.y + 1) * c.map_rows, c.q_len)", "(group.y + 1) * c.map_rows", "out of bounds"),
+    "tiles past the last": ("if (tile >= tiles) return;", "", ""),
+    "another stride": ("i * c.mask_q + t * c.mask_k", "i * c.mask_k + t * c.mask_q", ""),
+    "another head": ("head % c.q_heads * c.mask_h", "head / c.q_heads * c.mask_h", "wrong states"),
+    "a limit that is seen": ("bias <= MASKED", "bias < MASKED", "wrong states"),
+    "a bias that is lost": ("bias == 0.0f", "bias > MASKED", "wrong states"),
+    "the first row alone": ("(whole || !some)", "i == 0", "wrong states"),
+    "a lane's own opinion": ("some = simd_any(some);", "", ""),
+    "every lane writes": ("if (lane == 0) states", "states", "race"),
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ["none", *MAP_EDITS])
+def test_planted_faults_of_the_block_map_are_found(name):
+    old, new, said = MAP_EDITS.get(name, ("", "", ""))
+    found, mask = "", mask_of_all_states(70, 150, torch.float32)
+    want = BlockMap.build(mask, (64, 64)).states
+
+    def edit(source: str) -> str:
+        assert old in source
+        return source.replace(old, new) if old else source
+
+    for schedule in ("forward", "random"):
+        try:
+            if not torch.equal(launches.states(Executor("torch", schedule, edit), mask, (64, 64)), want):
+                found = found or "wrong states"
+        except KernelFault as fault:
+            found = found or str(fault)
+    assert bool(found) == bool(old) and said in found, found
 
 
 @needs_compiler

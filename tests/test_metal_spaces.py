@@ -38,6 +38,8 @@ def programs():
         for program in (kernels.decode(2, side(k), side(v), True, True), kernels.prefill(side(k), side(v), True, True)):
             yield program, dtypes, (torch.float32, torch.float32)
     yield kernels.merge(64), INPUTS, (torch.float32, torch.float32)
+    for mask in (torch.bool, torch.float32, torch.float16):
+        yield kernels.block_map(), INPUTS | dict(mask=mask), (torch.uint8,)
     for name in ("turbo4", "q8_0", "q4_0", "tq6", "tq8.v1", "fp8_e4m3"):
         scale = getattr(torch, FORMATS[name].scale_dtype)
         yield kernels.encode(FORMATS[name], 64, FORMATS[name].rotation), INPUTS, (torch.int16, scale)

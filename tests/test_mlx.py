@@ -19,6 +19,7 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache, tri
 
 import gyrokv.mlx  # noqa: E402
 from gyrokv import CapacityError, Codec, GyroKVError, LayerCache, Unsupported, attend  # noqa: E402
+from gyrokv.backends.metal import launches  # noqa: E402
 from gyrokv.config import CacheConfig  # noqa: E402
 from gyrokv.mlx import machine as mlx_machine  # noqa: E402
 from gyrokv.mlx import trial  # noqa: E402
@@ -85,16 +86,21 @@ def test_half_precision(dtype):
 
 @pytest.mark.parametrize("shape", [(7, 16), (1, 1, 7, 16), (1, 4, 7, 16), (1, 4, 1, 16)])
 @pytest.mark.parametrize("additive", [False, True])
-def test_masks(shape, additive):
-    """Arrays of every shape that broadcasts, bool and additive: the mask alone says what is seen."""
+def test_masks(shape, additive, monkeypatch):
+    """Arrays of every shape that broadcasts, bool and additive: the mask alone says what is seen, with a block map too."""
     random = torch.Generator().manual_seed(3)
     mask = torch.rand(shape, generator=random) > 0.4
     mask = torch.where(mask, torch.randn(shape, generator=random), -torch.inf) if additive else mask
-    with executed("random"):
+    with executed("random") as runs:
         layer = gyrokv.mlx.Layer(CacheConfig.parse("k=q8_0,v=turbo4"), 0, 1, None)
         k, v, q = (torch.randn(1, heads, n, 64, generator=random) for heads, n in ((2, 16), (2, 16), (4, 7)))
         keys, values = layer.update_and_fetch(*(mx.array(x.numpy()) for x in (k, v)))
         got = gyrokv.mlx.attend(mx.array(q.numpy()), keys, values, scale=0.125, mask=mx.array(mask.numpy()))
+        mx.eval(got)
+        count = len(runs.log)
+        monkeypatch.setattr(launches, "TUNING", launches.Tuning(map_elements=0))
+        mapped = gyrokv.mlx.attend(mx.array(q.numpy()), keys, values, scale=0.125, mask=mx.array(mask.numpy()))
+        assert bool(mx.array_equal(got, mapped)) and len(runs.log) == count + 2
         with pytest.raises(ValueError, match=r"mask has shape \(7, 15\); it must broadcast to .* \[1, 4, 7, 16\]"):
             gyrokv.mlx.attend(mx.array(q.numpy()), keys, values, scale=0.125, mask=mx.zeros((7, 15)))
     theirs = LayerCache(Codec("q8_0", 64), Codec("turbo4", 64), kv_heads=2)

@@ -78,7 +78,7 @@ class BlockMap:
             raise ValueError(f"tile={tile} must be at least (1, 1)")
         additive = mask_kind(mask) == "additive"
         full = mask if mask.ndim == 4 else mask[None, None]
-        visible = full > LOWEST if additive else full
+        visible = ~(full <= LOWEST) if additive else full  # NaN is not masked: it must reach the result
         neutral = full == 0 if additive else full
         rows, keys = full.shape[-2:]
         # the last tile of an axis may be short: pad with the neutral element of each reduction

@@ -74,7 +74,9 @@ class Kernel:
 
 
 def _numpy(dtype: mx.Dtype) -> type:
-    return {mx.float32: np.float32, mx.float16: np.float16, mx.bfloat16: np.uint16, mx.uint16: np.uint16}[dtype]
+    return {
+        mx.float32: np.float32, mx.float16: np.float16, mx.bfloat16: np.uint16, mx.uint16: np.uint16, mx.uint8: np.uint8,
+    }[dtype]  # fmt: skip
 
 
 class Executor:

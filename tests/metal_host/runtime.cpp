@@ -100,7 +100,7 @@ struct Simdgroup {
   alignas(16) unsigned char values[2][kLanes][16];
 };
 
-// Who touched two bytes last, since when: enough to tell whether a barrier lies between.
+// Who touched a byte of a buffer, or two of threadgroup memory, last, since when: enough to tell whether a barrier lies between.
 struct Touch {
   uint32_t group = 0, epoch = 0, order = 0;  // group 0: nobody
   uint16_t simdgroup = 0, thread = 0;        // kMany: several
@@ -195,7 +195,8 @@ void touch(Shadow* shadow, size_t first, size_t last, bool write, const Touch& n
     if (raced) {
       const Touch& other = !ordered(s.write, now, shared) ? s.write : s.read;
       ++races;
-      say("race: %s byte %zu, %s by thread %u of SIMD-group %u, not ordered after the %s by thread %d @%zx\n", where, 2 * i,
+      say("race: %s byte %zu, %s by thread %u of SIMD-group %u, not ordered after the %s by thread %d @%zx\n", where,
+          shared ? i : 2 * i,
           write ? "written" : "read", now.thread, now.simdgroup, &other == &s.write ? "write" : "read",
           other.thread == kMany ? -1 : other.thread, offset_of(pc));
     }
@@ -261,7 +262,7 @@ void on_access(const void* address, size_t bytes, bool write, const void* pc) {
       }
       const Fiber& f = *run.now;
       const Touch now{run.group, run.device_epoch, f.order, uint16_t(f.at.simdgroup), uint16_t(f.at.index)};
-      touch(b.shadow.data(), at / 2, (at + bytes - 1) / 2, write, now, true, b.name, pc);
+      touch(b.shadow.data(), at, at + bytes - 1, write, now, true, b.name, pc);
       return;
     }
     if (p + kGap / 2 >= b.data && p < b.data + b.bytes + kGap / 2) near = &b;
@@ -482,7 +483,7 @@ extern "C" __attribute__((visibility("default"))) void metal_host_run(
   for (unsigned i = 0; i < n; ++i) {
     memcpy(next, buffers[i].data, buffers[i].bytes);
     run.buffers.push_back({next, buffers[i].bytes, buffers[i].writable != 0, buffers[i].name, {}});
-    if (buffers[i].writable) run.buffers.back().shadow.resize(buffers[i].bytes / 2 + 1);
+    if (buffers[i].writable) run.buffers.back().shadow.resize(buffers[i].bytes);
     pointers[i] = next;
     next += (buffers[i].bytes + 4095) / 4096 * 4096 + kGap;
   }

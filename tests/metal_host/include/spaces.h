@@ -52,9 +52,11 @@ float clamp(float, float, float);
 float max(float, float);
 int max(int, int);
 int min(int, int);
+long min(long, long);
 float simd_sum(float);
 float simd_max(float);
 bool simd_any(bool);
+bool simd_all(bool);
 float simd_broadcast(float, ushort);
 float simd_shuffle_xor(float, ushort);
 template <typename To, typename From>

@@ -9,6 +9,7 @@ run there, so the first use on a Mac compares them with PyTorch (:func:`trial`).
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
 
@@ -64,12 +65,16 @@ def trial(machine: torch_mps.Machine) -> list[str]:
     q, k, v = (torch.randn(1, heads, 70, 64, generator=random).to(machine.device) for heads in (2, 1, 1))
     layer, plain = (LayerCache(Codec(fmt, 64), Codec(fmt, 64), kv_heads=1, device=machine.device) for _ in range(2))
     spec = AttentionSpec(fmt, fmt, 64, 64, q_heads=2, q_len=70, kv_len=70, causal=True, device=machine.device.type)
+    mask = torch.ones(1, 1, 70, 70, dtype=torch.bool).tril().to(machine.device)
+    masked = replace(spec, causal=False, mask="bool")
+    decode, prefill = launches.Tuning(decode_rows=10**9, split_keys=32), launches.Tuning(decode_rows=0)
+    runs = ((spec, None, decode), (spec, None, prefill), (masked, mask, prefill._replace(map_elements=0)))
     off = []
     try:
         view, want = _append(machine, layer, k, v), plain.append(k, v)
-        for tuning in (launches.Tuning(decode_rows=10**9, split_keys=32), launches.Tuning(decode_rows=0)):
-            got = _attend(machine, view.k_codec.query(q), view, spec, None, None, None, tuning)
-            exact = tiled.attend(view.k_codec.query(q), view, spec, None, None, None)
+        for problem, seen, tuning in runs:
+            got = _attend(machine, view.k_codec.query(q), view, problem, seen, None, None, tuning)
+            exact = tiled.attend(view.k_codec.query(q), view, problem, seen, None, None)
             off += [(a - b).flatten() for a, b in zip(got, exact)]
     except (RuntimeError, SyntaxError, TypeError) as error:
         return [f"Metal's compiler or driver refused the kernels: {error}"]

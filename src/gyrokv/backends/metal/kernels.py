@@ -23,7 +23,7 @@ from ...rotation import ROTATIONS
 MSL = Path(__file__).resolve().parent / "msl"
 THREADGROUP_BYTES = 32768  # on every Apple GPU
 LANES = 32
-MERGE_GROUPS = ENCODE_GROUPS = 4  # SIMD-groups of a threadgroup
+MERGE_GROUPS = ENCODE_GROUPS = MAP_GROUPS = 4  # SIMD-groups of a threadgroup
 DECODE_GROUPS = 4
 _REGISTERS = 72  # values of q and of the output that a thread of the decode kernel holds at most
 _LEAST = 8  # elements of an array: MLX hands smaller ones over in another address space
@@ -217,6 +217,15 @@ def merge(v_dim: int) -> Program:
     return Program(
         "merge", ("parts", "lses"), ("out", "lse"), ATTEND_INTS, ATTEND_FLOATS, ("common.h", "decode.h"),
         (), call, LANES * MERGE_GROUPS,
+    )  # fmt: skip
+
+
+@cache
+def block_map() -> Program:
+    """The states of a mask's tiles."""
+    return Program(
+        "block_map", ("mask",), ("states",), ATTEND_INTS, ATTEND_FLOATS, ("common.h", "block_map.h"),
+        (), f"block_map<{MAP_GROUPS}>(mask, states, c, {_WHERE});", LANES * MAP_GROUPS,
     )  # fmt: skip
 
 

@@ -35,11 +35,13 @@ _DECODE_BLOCK = 32  # keys
 
 class Tuning(NamedTuple):
     """``decode_rows``: more query rows of a KV head than these go to the prefill kernel. ``split_groups``: threadgroups
-    that a decode step is split into, if each gets ``split_keys`` keys."""
+    that a decode step is split into, if each gets ``split_keys`` keys. ``map_elements``: a mask of at least as many
+    queries times keys gets a block map, if none is given."""
 
     decode_rows: int = 32
     split_groups: int = 64
     split_keys: int = 512
+    map_elements: int = 1 << 16
 
 
 TUNING = Tuning()
@@ -77,6 +79,8 @@ def attend(
     if mask is not None:
         shared["mask"] = mask
         ints |= _strides("mask", "bhqk", machine.strides(mask))
+        if block_map is None and spec.q_len * spec.kv_len >= tuning.map_elements:
+            block_map = states(machine, mask, tile(spec))
     if block_map is not None:
         shared["map"] = block_map
         rows, keys = tile(spec)
@@ -108,6 +112,18 @@ def attend(
 def tile(spec: AttentionSpec) -> tuple[int, int]:
     """Rows and keys of a block map's tiles."""
     return min(spec.q_len, TILE_ROWS), TILE_KEYS
+
+
+def states(machine: Any, mask: Any, tile: tuple[int, int]) -> Any:
+    """:class:`BlockMap`'s states of ``mask`` (four axes) for tiles of (rows, keys), made on the GPU."""
+    batch, heads, q_len, kv_len = mask.shape
+    program, (rows, keys) = kernels.block_map(), tile
+    shape = (batch, heads, -(-q_len // rows), -(-kv_len // keys))
+    numbers = dict.fromkeys(program.ints, 0) | _strides("mask", "bhqk", machine.strides(mask))
+    numbers |= dict(q_heads=heads, q_len=q_len, stop=kv_len, map_rows=rows, map_keys=keys)
+    groups = (-(-shape[3] // kernels.MAP_GROUPS), shape[2], batch * heads)
+    floats = [0.0] * len(program.floats)
+    return machine.launch(program, [mask], [numbers[name] for name in program.ints], floats, groups, [(shape, "uint8")])[0]
 
 
 def _merge(machine: Any, outs: Any, lses: Any, ints: dict, spec: AttentionSpec) -> tuple[Any, Any]:
