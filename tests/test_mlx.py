@@ -35,9 +35,9 @@ def same(x: mx.array) -> torch.Tensor:
 def filled(config: str, window: int | None, dim: int = 64, chunks=CHUNKS):
     """A layer of ours and torch's, fed with the same chunks: yields (handles, torch's view) after each."""
     ours = gyrokv.mlx.Layer(CacheConfig.parse(config), 0, 1, window)
-    policy = CacheConfig.parse(config).layer(0, 1)
+    policy = CacheConfig.parse(config).layer(0, 1, sliding=window is not None)
     k_codec, v_codec = Codec(policy.k, dim), Codec(policy.v, dim)
-    theirs = LayerCache(k_codec, v_codec, kv_heads=2, window=window)
+    theirs = LayerCache(k_codec, v_codec, kv_heads=2, window=window, sinks=policy.sinks, recent=policy.recent)
     random = torch.Generator().manual_seed(0)
     for tokens in chunks:
         k, v = torch.randn(2, 1, 2, tokens, dim, generator=random)
@@ -67,6 +67,29 @@ def test_rows_and_outputs_are_those_of_torch(config, schedule, window):
             )
             torch.testing.assert_close(same(got), want, rtol=1e-5, atol=2e-5)
             assert keys.shape == (1, 2, view.kv_len, 64)
+
+
+@pytest.mark.parametrize("window", [None, 20], ids=["full", "sliding"])
+@pytest.mark.parametrize("options", ["sinks=12", "recent=17", "sinks=3,recent=40"])
+def test_first_and_recent_tokens_stay_dense(options, window):
+    """Token by token and in chunks, where both overlap, through the rings' ends, after a trim: what torch's layer gives."""
+    with executed("random"):
+        for layer, (keys, values), view, q in filled(f"k=turbo2,v=turbo3,{options}", window):
+            assert [(s.first, s.stop, s.k_format) for s in keys.view.segments] == [
+                (s.first, s.stop, s.k_format) for s in view.segments
+            ]
+            want = attend(q, view, window=window, backend="torch")
+            got = gyrokv.mlx.attend(mx.array(q.numpy()), keys, values, scale=64**-0.5, mask="causal")
+            torch.testing.assert_close(same(got), want, rtol=1e-5, atol=2e-5)
+            ours, theirs = layer, view.owner
+        cut = 60 if window is None else 5  # 60: more than the recent tokens
+        ours.trim(cut)
+        theirs.truncate(theirs.length - cut)
+        k, v, q = (torch.randn(1, heads, 2, 64, generator=torch.Generator().manual_seed(1)) for heads in (2, 2, 4))
+        handles = ours.update_and_fetch(mx.array(k.numpy()), mx.array(v.numpy()))
+        want = attend(q, theirs.append(k, v), window=window, backend="torch")
+        got = gyrokv.mlx.attend(mx.array(q.numpy()), *handles, scale=64**-0.5, mask="causal")
+        torch.testing.assert_close(same(got), want, rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -230,17 +253,14 @@ def test_wrong_kernels_are_noticed_before_they_are_used(monkeypatch):
 
 
 def test_what_a_layer_cannot_keep_is_refused():
-    """Dense copies of tokens, and first tokens beside a window."""
+    """First tokens beside a window."""
 
     class Streaming:
         def make_cache(self):
             return [KVCache(), RotatingKVCache(max_size=32, keep=4)]
 
-    with executed():
-        with pytest.raises(Unsupported, match="layer 0: sinks=4, recent=0, but gyrokv.mlx keeps no dense copies"):
-            gyrokv.mlx.cache(llama_model(), "q8_0,sinks=4")
-        with pytest.raises(Unsupported, match="layer 1 keeps its first 4 tokens beside a window of 32"):
-            gyrokv.mlx.cache(Streaming())
+    with executed(), pytest.raises(Unsupported, match="layer 1 keeps its first 4 tokens beside a window of 32"):
+        gyrokv.mlx.cache(Streaming())
 
 
 def test_install_can_be_undone():

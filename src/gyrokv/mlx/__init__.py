@@ -2,8 +2,8 @@
 
     prompt_cache = gyrokv.mlx.cache(model, "k=q8_0,v=turbo4")    # mlx_lm.generate(..., prompt_cache=prompt_cache)
 
-K and V formats may differ, sliding layers keep rings, learned sinks are honoured. Executed on a CPU executor for MSL,
-not yet timed on Apple GPUs.
+K and V formats may differ, sliding layers keep rings, first and recent tokens may stay dense (``sinks=4,recent=64``),
+learned sinks are honoured. Executed on a CPU executor for MSL, not yet timed on Apple GPUs.
 """
 
 from . import requirements as _requirements

@@ -7,15 +7,13 @@ from functools import wraps
 
 import mlx.core as mx
 import mlx_lm.models.base as base
-import torch
 
 from ..backends.metal import launches, why_not
 from ..errors import Unsupported
 from ..spec import AttentionSpec
 from .layer import Causal, Handle
-from .machine import machine, output, query
+from .machine import DTYPES, machine, output, query
 
-_DTYPES = {mx.float32: torch.float32, mx.float16: torch.float16, mx.bfloat16: torch.bfloat16}
 _NAME = "scaled_dot_product_attention"
 
 
@@ -35,7 +33,7 @@ def attend(
     ``[B, Hq, Tq, keys held]``, which alone says what is seen. ``sinks [Hq]``: learned sink logits.
     """
     view = keys.view
-    if queries.ndim != 4 or queries.dtype not in _DTYPES:
+    if queries.ndim != 4 or queries.dtype not in DTYPES:
         raise ValueError(f"queries have shape {queries.shape}, {queries.dtype}; they must be floating [B, Hq, Tq, D]")
     if isinstance(mask, str) and mask != "causal":
         raise ValueError(f"mask={mask!r} is not 'causal', None or an array")
@@ -48,8 +46,9 @@ def attend(
         raise ValueError(f"queries have shape {queries.shape}, but the cache holds keys of shape {keys.shape}")
     spec = AttentionSpec(
         view.k_codec.format, view.v_codec.format, head_dim, view.v_codec.head_dim, batch, q_heads, view.kv_heads, q_len,
-        view.kv_len, _DTYPES[queries.dtype], "mps", scale=scale, causal=array is None,
+        view.kv_len, DTYPES[queries.dtype], "mps", scale=scale, causal=array is None,
         window=window if array is None else None, mask=kind, softcap=softcap, sinks=sinks is not None, ring=view.ring,
+        unquantised=view.unquantised,
     )  # fmt: skip
     if reasons := why_not(spec):
         raise Unsupported(f"gyrokv.mlx cannot run {spec}: {'; '.join(reasons)}")

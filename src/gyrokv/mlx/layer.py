@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
 
 from ..config import CacheConfig, LayerShape
-from ..errors import CapacityError, Unsupported
+from ..errors import CapacityError
+from ..formats import dense_format
 from ..layer import ring_capacity
 from ..quant import Codec, Packed
 from ..view import KVView, Segment
-from .machine import encode
+from .machine import DTYPES, encode, query, saturate
 
 _STEP = 256  # rows that a growing layer adds at once, and at least what it holds
 
@@ -49,19 +50,18 @@ class Layer:
     """The cache of attention layer ``index`` of ``count``, as mlx-lm's models use it. ``window``: sliding, or None.
 
     Formats come from ``config`` when the first keys and values arrive. Every token is encoded once; a sliding layer
-    keeps a ring buffer and hands out a longer copy for a chunk that the ring cannot hold.
+    keeps a ring buffer and hands out a longer copy for a chunk that the ring cannot hold. The policy's ``sinks`` first
+    tokens (without a window) and ``recent`` last ones are kept dense as well, in the dtype of the first keys.
     """
 
     def __init__(self, config: CacheConfig, index: int, count: int, window: int | None) -> None:
         self.policy = config.layer(index, count, sliding=window is not None)
-        if self.policy.sinks or self.policy.recent:
-            raise Unsupported(
-                f"layer {index}: sinks={self.policy.sinks}, recent={self.policy.recent}, but gyrokv.mlx keeps no dense "
-                "copies of tokens; both must be 0"
-            )
         self.window = window
         self.offset = 0
         self._first = 0  # the oldest position held
+        self._recent_first = 0  # the oldest position held dense among the last ones
+        self._sinks: tuple[Packed, Packed] | None = None
+        self._recent: tuple[Packed, Packed] | None = None
         self._k: Packed | None = None
         self._v: Packed | None = None
         self._codecs: tuple[Codec, Codec] | None = None
@@ -85,6 +85,7 @@ class Layer:
             if stop - first > self._capacity:
                 past = tuple(_join(self._span(old, first, start), new) for old, new in zip((self._k, self._v), (k, v)))
         self._write(stop - kept, *(p.map(lambda t: t[:, :, tokens - kept :]) for p in (k, v)))
+        self._write_dense(keys, values)
         self.offset = stop
         formats = tuple(codec.format for codec in self._codecs)
         if past is not None:
@@ -93,7 +94,7 @@ class Layer:
             first = self._first
             segment = Segment(self._k, self._v, *formats, base=0, first=first, stop=stop)
         view = KVView(
-            (segment,), *self._codecs, batch, kv_heads, first=first, length=stop, window=self.window
+            self._with_dense(segment), *self._codecs, batch, kv_heads, first=first, length=stop, window=self.window
         )  # fmt: skip
         return Handle(view, "k", keys.dtype), Handle(view, "v", values.dtype)
 
@@ -112,7 +113,8 @@ class Layer:
     @property
     def state(self) -> list[mx.array]:
         """The arrays, to be evaluated."""
-        return [] if self._k is None else [t for p in (self._k, self._v) for t in p if t.size]
+        held = ((self._k, self._v) if self._k else (), self._sinks or (), self._recent or ())
+        return [t for pair in held for p in pair for t in p if t.size]
 
     def size(self) -> int:
         """Tokens held."""
@@ -167,16 +169,47 @@ class Layer:
         self._k, self._v = (Packed(*map(grown, old, like)) for old, like in zip(before, (k, v)))
 
     def _write(self, position: int, k: Packed, v: Packed) -> None:
-        done, count = 0, k.words.shape[2]
-        while done < count:
-            slot = (position + done) % self._capacity
-            n = min(count - done, self._capacity - slot)
-            for store, rows in ((self._k, k), (self._v, v)):
-                for into, part in zip(store, rows):
-                    if part.size:
-                        into[:, :, slot : slot + n] = part[:, :, done : done + n]
-            done += n
-        self._first = max(self._first, position + count - self._capacity)
+        _put((self._k, self._v), position, (k, v))
+        self._first = max(self._first, position + k.words.shape[2] - self._capacity)
+
+    def _write_dense(self, keys: mx.array, values: mx.array) -> None:
+        """Keep what the policy wants of tokens that come next unquantised, in the space of the stored rows."""
+        start, tokens = self.offset, keys.shape[2]
+        sinks, recent = 0 if self.window is not None else self.policy.sinks, self.policy.recent
+
+        def rows(skip: int, count: int) -> tuple[Packed, Packed]:
+            made = []
+            for codec, x, old in zip(self._codecs, (keys, values), self._sinks or self._recent or (None, None)):
+                dtype = keys.dtype if old is None else old.words.dtype
+                words = saturate(query(codec, x[:, :, skip : skip + count]), dtype)
+                made.append(Packed(words, words[..., :0]))
+            return tuple(made)
+
+        if (count := min(tokens, sinks - start)) > 0:
+            new = rows(0, count)
+            self._sinks = self._sinks or _empty(new, sinks)
+            _put(self._sinks, start, new)
+        if count := min(tokens, recent):
+            new = rows(tokens - count, count)
+            self._recent = self._recent or _empty(new, recent)
+            _put(self._recent, start + tokens - count, new)
+            self._recent_first = max(min(self._recent_first, start), start + tokens - recent)
+
+    @staticmethod
+    def _dense(pair: tuple[Packed, Packed], first: int, stop: int) -> Segment:
+        return Segment(*pair, *(dense_format(DTYPES[p.words.dtype]) for p in pair), base=0, first=first, stop=stop)
+
+    def _with_dense(self, main: Segment) -> tuple[Segment, ...]:
+        """The segments of a view: dense rows take the place of their quantised ones."""
+        stop = main.stop
+        first = max(main.first, min(self.policy.sinks, stop) if self._sinks else 0)
+        recent_first = max(first, self._recent_first) if self._recent else stop
+        parts = [self._dense(self._sinks, main.first, first)] if main.first < first else []
+        if first < recent_first:
+            parts.append(replace(main, first=first, stop=recent_first))
+        if recent_first < stop:
+            parts.append(self._dense(self._recent, recent_first, stop))
+        return tuple(parts)
 
     def _span(self, packed: Packed, first: int, stop: int) -> Packed:
         """Rows of positions ``first <= p < stop``, oldest first."""
@@ -190,6 +223,23 @@ class Layer:
         for part in parts[1:]:
             found = _join(found, part)
         return found
+
+
+def _empty(like: tuple[Packed, Packed], rows: int) -> tuple[Packed, Packed]:
+    return tuple(p.map(lambda t: mx.zeros((*t.shape[:2], rows, t.shape[3]), dtype=t.dtype)) for p in like)
+
+
+def _put(stores: tuple[Packed, Packed], position: int, rows: tuple[Packed, Packed]) -> None:
+    """Write K and V rows from ``position`` on; position p goes to slot p modulo the stores' capacity."""
+    done, count, capacity = 0, rows[0].words.shape[2], stores[0].words.shape[2]
+    while done < count:
+        slot = (position + done) % capacity
+        n = min(count - done, capacity - slot)
+        for store, new in zip(stores, rows):
+            for into, part in zip(store, new):
+                if part.size:
+                    into[:, :, slot : slot + n] = part[:, :, done : done + n]
+        done += n
 
 
 def _join(a: Packed, b: Packed) -> Packed:

@@ -18,6 +18,8 @@ from ..backends.metal.kernels import Program
 from ..quant import Codec, Packed
 from ..rotation import rotate
 
+DTYPES = {mx.float32: torch.float32, mx.float16: torch.float16, mx.bfloat16: torch.bfloat16}
+
 
 class Machine:
     """Launches on MLX's default stream; see ``backends/metal/launches.py``."""
