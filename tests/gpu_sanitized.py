@@ -1,0 +1,27 @@
+"""A few small problems on a GPU, to be run under compute-sanitizer: see CONTRIBUTING.md. No test by itself."""
+
+from __future__ import annotations
+
+import torch
+
+from gyrokv import Codec, LayerCache
+from gyrokv.backends import gpu
+from gyrokv.cases import case
+from gyrokv.testing import inputs
+
+BF16 = torch.bfloat16
+CASES = (
+    case("turbo4", "q8_0", (128, 128), kv_len=113, causal=True),
+    case("turbo2", "turbo3", (64, 64), kv_len=333, q_len=3, causal=True, window=100),
+    case("tq5", "bf16", (128, 128), kv_len=97, mask="additive"),
+    case("bf16", "bf16", (128, 128), kv_len=200, q_len=70, dtype=BF16, causal=True),
+    case("q8_0", "turbo4", (512, 512), kv_len=200, q_len=40, dtype=BF16, causal=True),
+)
+
+if __name__ == "__main__":
+    for one in CASES:
+        print(one, float(inputs(one.on("cuda")).run("gpu")[0].float().abs().sum()))
+    layer = LayerCache(Codec("turbo4", 128), Codec("q8_0", 128), batch=2, kv_heads=2, dtype=BF16, device="cuda", capacity=64)
+    x = torch.randn(2, 2, 5, 128, device="cuda", dtype=BF16)
+    gpu.append(layer, x, x)
+    torch.cuda.synchronize()
