@@ -18,7 +18,7 @@ from .nvrtc import kernel
 
 Q_TYPES = {torch.float16: plan.F16, torch.bfloat16: plan.BF16, torch.float32: plan.F32}
 MASKS = {torch.bool: 1, torch.float32: 2, torch.float16: 3, torch.bfloat16: 4}
-_FAR = 2**62  # positions: no limit
+_FAR = 2**31 - 1  # positions from the origin on: no limit
 
 
 class Side(ctypes.Structure):
@@ -31,10 +31,11 @@ class Attend(ctypes.Structure):
         ("slopes", c_void_p), ("mask", c_void_p), ("mask_strides", c_int64 * 4), ("starts", c_void_p),
         ("k_table", c_void_p), ("v_table", c_void_p), ("pages", c_void_p), ("lengths", c_void_p),
         ("lengths_batch", c_int64), ("pages_batch", c_int64), ("page_slots", c_int64),
-        ("length", c_int64), ("base", c_int64), ("first", c_int64), ("stop", c_int64), ("trail", c_int64),
-        ("keep", c_int64), ("kv_first", c_int64), ("window", c_int64),
+        ("origin", c_int64), ("length", c_int), ("first", c_int), ("stop", c_int), ("trail", c_int), ("keep", c_int),
+        ("kv_first", c_int), ("window", c_int),
         ("capacity", c_int), ("q_heads", c_int), ("kv_heads", c_int), ("q_len", c_int), ("groups", c_int),
-        ("causal", c_int), ("splits", c_int), ("split_base", c_int), ("splits_total", c_int), ("row_tiles", c_int),
+        ("causal", c_int), ("splits", c_int), ("split_base", c_int), ("splits_total", c_int),
+        ("over_groups", c_uint32), ("over_splits", c_uint32),
         ("scale", c_float), ("softcap", c_float), ("k_factor", c_float), ("v_factor", c_float),
         ("k_low", c_uint32), ("k_high", c_uint32), ("v_low", c_uint32), ("v_high", c_uint32),
     ]  # fmt: skip
@@ -131,6 +132,21 @@ def strides(t: Tensor) -> tuple[int, ...]:
     return tuple(0 if size == 1 else stride for size, stride in zip(t.shape, t.stride()))
 
 
+def _origin(segment: Segment, view: KVView, spec: AttentionSpec) -> int:
+    """The last position in slot 0 that is no later than the first that can be seen: kernels count in 32 bits from it."""
+    if view.lengths is not None:
+        return segment.base
+    first = segment.first if segment.keep is None else max(segment.first, view.length - segment.keep)
+    if spec.window:
+        first = max(first, view.length - spec.q_len - spec.window + 1)
+    return segment.base + max(0, first - segment.base) // segment.capacity * segment.capacity
+
+
+def _over(n: int) -> int:
+    """What kernels multiply by to divide by n."""
+    return -(-(2**32) // n) % 2**32
+
+
 class _Part:
     """A segment's launch: its kernel, how many splits, the structure."""
 
@@ -151,6 +167,11 @@ class _Part:
         seen = segment.stop - segment.first if segment.keep is None else min(segment.stop - segment.first, segment.keep)
         if spec.window:
             seen = min(seen, spec.window + spec.q_len)
+        origin = _origin(segment, view, spec)
+
+        def near(position: int) -> int:
+            return max(-_FAR, min(position - origin, _FAR))
+
         tiles = -(-seen // self.plan.tile) + 1
         units = spec.batch * spec.kv_heads * self.row_tiles
         self.splits = plan.splits(units, tiles, self.plan.warps, _processors(device.index))
@@ -158,11 +179,11 @@ class _Part:
         self.call = Attend(
             q=q.data_ptr(), q_strides=strides(q)[:3], k=k.side, v=v.side,
             k_table=_pointer(self.held[2]), v_table=_pointer(self.held[3]),
-            length=view.length, base=segment.base, first=segment.first, stop=segment.stop, trail=segment.trail,
-            keep=_FAR if segment.keep is None else segment.keep,
-            kv_first=view.first, window=spec.window or 0, capacity=segment.capacity, q_heads=spec.q_heads,
+            origin=origin, length=near(view.length), first=near(segment.first), stop=near(segment.stop),
+            trail=min(segment.trail, _FAR), keep=_FAR if segment.keep is None else min(segment.keep, _FAR),
+            kv_first=near(view.first), window=min(spec.window or 0, 2**30), capacity=segment.capacity, q_heads=spec.q_heads,
             kv_heads=spec.kv_heads, q_len=spec.q_len, groups=spec.groups, causal=spec.causal, splits=self.splits,
-            row_tiles=self.row_tiles, scale=spec.scale, softcap=spec.softcap, k_factor=k.row.factor,
+            over_groups=_over(spec.groups), over_splits=_over(self.splits), scale=spec.scale, softcap=spec.softcap, k_factor=k.row.factor,
             v_factor=v.row.factor, k_low=k.row.low, k_high=k.row.high, v_low=v.row.low, v_high=v.row.high,
         )  # fmt: skip
         if segment.pages is not None:
@@ -196,7 +217,7 @@ def attend(q: Tensor, view: KVView, spec: AttentionSpec, mask: Tensor | None, si
             call = part.call
             call.out, call.top, call.split_base, call.splits_total = partial.data_ptr(), top.data_ptr(), base, total
             call.slopes, call.starts = _pointer(slopes), _pointer(starts)
-            grid = (part.row_tiles * part.splits, spec.kv_heads, batch)
+            grid = (part.row_tiles, spec.kv_heads, batch * part.splits)
             part.kernel.launch(grid, part.plan.warps * 32, stream, call)
             base += part.splits
         merge = Merge(

@@ -45,9 +45,22 @@ static_assert(!K_INT || (K_KIND == BYTES && TERMS == 2 && K_KEPT), "integers are
 // query row of a lane's i-th column in the j-th product
 INLINE int row_of(int j, int i, int t) { return TERMS == 1 ? 8 * j + 2 * t + i : 8 * j + t + 4 * i; }
 
-struct Unit {  // what a block works on
-  int batch, head, row_base, rows;
+// x / n, where over = ceil(2**32 / n), 0 for n = 1: the product is too large by one at most
+INLINE int quotient(u32 x, int n, u32 over) {
+  int q = over ? __umulhi(x, over) : x;
+  return q - ((int)(x - q * n) < 0);
+}
+
+struct Unit {  // what a block works on; its first row: query token, query head of the group
+  int batch, head, rows, token, member;
 };
+struct At {  // a row's query token and query head
+  int token, head;
+};
+INLINE At row_at(const Attend& p, const Unit& unit, int row) {
+  int r = unit.member + row, tokens = quotient(r, p.groups, p.over_groups);
+  return {unit.token + tokens, unit.head * p.groups + r - tokens * p.groups};
+}
 
 INLINE float load_q(const char* q, i64 at) {
   if (Q_TYPE == F32) return ((const float*)q)[at];
@@ -73,8 +86,8 @@ INLINE void fill_table(u32 to, const float* table, int codes) {
 }
 
 INLINE i64 q_offset(const Attend& p, const Unit& unit, int row) {
-  int r = unit.row_base + row;
-  return unit.batch * p.q_batch + (unit.head * p.groups + r % p.groups) * p.q_head + (r / p.groups) * p.q_token;
+  At at = row_at(p, unit, row);
+  return unit.batch * p.q_batch + at.head * p.q_head + at.token * p.q_token;
 }
 
 // what a row of q is multiplied by, from its largest magnitude
@@ -98,19 +111,37 @@ INLINE u32 term_of(float x, int term) {
   return K::IS_BF16 ? bf16x2(rest, 0.0f) : f16x2(rest, 0.0f);
 }
 
+// the rows of q that a warp measures, on their way while other loads are asked for
+struct Early {
+  static constexpr int MINE = (ALL_ROWS + WARPS - 1) / WARPS;
+  float x[MINE][(DK + 31) / 32];
+  i64 from[MINE];
+
+  INLINE Early(const Attend& p, const Unit& unit) {
+#pragma unroll
+    for (int i = 0; i < MINE; ++i) {
+      int row = threadIdx.x / 32 + i * WARPS, lane = threadIdx.x % 32;
+      from[i] = q_offset(p, unit, row);
+#pragma unroll
+      for (int j = 0; j < (DK + 31) / 32; ++j)
+        x[i][j] = row < unit.rows && lane + 32 * j < DK ? load_q(p.q, from[i] + lane + 32 * j) : 0.0f;
+    }
+  }
+};
+
 // q as operands: [pair][scale][column][lane] of two registers. norms[row]: what a row was multiplied by
-INLINE void fill_queries(char* shared, const Attend& p, const Unit& unit, float* norms) {
+INLINE void fill_queries(char* shared, const Attend& p, const Unit& unit, const Early& early, float* norms) {
   __shared__ i64 rows[ALL_ROWS];
-  int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  for (int row = warp; row < ALL_ROWS; row += WARPS) {
+#pragma unroll
+  for (int i = 0; i < Early::MINE; ++i) {
+    int row = threadIdx.x / 32 + i * WARPS;
+    if (row >= ALL_ROWS) break;
     float most = 0.0f;
-    i64 from = q_offset(p, unit, row);
-    if (row < unit.rows)
 #pragma unroll
-      for (int d = lane; d < DK; d += 32) most = fmaxf(most, fabsf(load_q(p.q, from + d)));
+    for (float x : early.x[i]) most = fmaxf(most, fabsf(x));
 #pragma unroll
-    for (int i = 16; i; i /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, i));
-    if (lane == 0) norms[row] = norm_of(most), rows[row] = from;
+    for (int j = 16; j; j /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, j));
+    if (threadIdx.x % 32 == 0) norms[row] = norm_of(most), rows[row] = early.from[i];
   }
   __syncthreads();
   for (int e = threadIdx.x; e < Q_BYTES / 8; e += WARPS * 32) {
