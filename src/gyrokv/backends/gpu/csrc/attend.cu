@@ -29,6 +29,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
   u32 shared = shared_address(memory);
 
   wait_for_earlier_kernels();
+  Early early(p, unit);
   // positions: which are live, then all relative to the first of them
   int length = p.lengths ? (int)(p.lengths[unit.batch * p.lengths_batch] - p.origin) : p.length, q_first = length - p.q_len;
   int first = max(p.first, length - p.keep), stop = min(p.stop, length - p.trail);
@@ -64,7 +65,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
   Rows v_scale_rows = rows_at(p.v.scale, p.v.scale_batch, p.v.scale_head, p.v.scale_slot);
   u32 k_ring = shared + RING_AT + warp * STAGES * STAGE_BYTES, v_ring = k_ring + STAGES * TILE * K_PITCH;
 
-  Early early(p, unit);
   // each ring takes its next tile as soon as one has been used: groups of copies alternate between K and V
   auto copy_k = [&](auto whole, int tile, int stage) {
     if (decltype(whole)::value || tile < end)
@@ -96,8 +96,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
 
 #pragma unroll
   for (int i = 0; i < STAGES; ++i) {
-    copy_k(Bool<false>(), begin + warp + i * WARPS, i);
-    copy_v(Bool<false>(), begin + warp + i * WARPS, i);
+    int tile = begin + warp + i * WARPS;
+    if (tile < end && slots.whole(tile * TILE, TILE)) copy_k(Bool<true>(), tile, i), copy_v(Bool<true>(), tile, i);
+    else copy_k(Bool<false>(), tile, i), copy_v(Bool<false>(), tile, i);
   }
   fetch_scales(Bool<false>(), begin + warp);
   if constexpr (K_KIND == TABLE) fill_table(shared, p.k_table, 1 << K_BITS);

@@ -62,11 +62,8 @@ INLINE At row_at(const Attend& p, const Unit& unit, int row) {
   return {unit.token + tokens, unit.head * p.groups + r - tokens * p.groups};
 }
 
-INLINE float load_q(const char* q, i64 at) {
-  if (Q_TYPE == F32) return ((const float*)q)[at];
-  u32 x = ((const u16*)q)[at];
-  return Q_TYPE == F16 ? f32_of_f16(x) : f32_of_bf16(x);
-}
+INLINE float value_of_q(u32 x) { return Q_TYPE == F32 ? __uint_as_float(x) : Q_TYPE == F16 ? f32_of_f16(x) : f32_of_bf16(x); }
+INLINE float load_q(const char* q, i64 at) { return value_of_q(Q_TYPE == F32 ? ((const u32*)q)[at] : ((const u16*)q)[at]); }
 
 INLINE float load_mask(const char* mask, i64 at) {  // a boolean mask: 0 or -inf
   if (MASK == 1) return mask[at] ? 0.0f : -INFINITY;
@@ -111,10 +108,10 @@ INLINE u32 term_of(float x, int term) {
   return K::IS_BF16 ? bf16x2(rest, 0.0f) : f16x2(rest, 0.0f);
 }
 
-// the rows of q that a warp measures, on their way while other loads are asked for
+// the rows of q that a warp measures: asked for before rows of K and V, which would delay them
 struct Early {
   static constexpr int MINE = (ALL_ROWS + WARPS - 1) / WARPS;
-  float x[MINE][(DK + 31) / 32];
+  u32 x[MINE][(DK + 31) / 32];
   i64 from[MINE];
 
   INLINE Early(const Attend& p, const Unit& unit) {
@@ -123,8 +120,10 @@ struct Early {
       int row = threadIdx.x / 32 + i * WARPS, lane = threadIdx.x % 32;
       from[i] = q_offset(p, unit, row);
 #pragma unroll
-      for (int j = 0; j < (DK + 31) / 32; ++j)
-        x[i][j] = row < unit.rows && lane + 32 * j < DK ? load_q(p.q, from[i] + lane + 32 * j) : 0.0f;
+      for (int j = 0; j < (DK + 31) / 32; ++j) {
+        x[i][j] = 0;
+        if (row < unit.rows && lane + 32 * j < DK) x[i][j] = load_now<Q_TYPE == F32 ? 4 : 2>(p.q, from[i] + lane + 32 * j);
+      }
     }
   }
 };
@@ -138,7 +137,7 @@ INLINE void fill_queries(char* shared, const Attend& p, const Unit& unit, const 
     if (row >= ALL_ROWS) break;
     float most = 0.0f;
 #pragma unroll
-    for (float x : early.x[i]) most = fmaxf(most, fabsf(x));
+    for (u32 x : early.x[i]) most = fmaxf(most, fabsf(value_of_q(x)));
 #pragma unroll
     for (int j = 16; j; j /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, j));
     if (threadIdx.x % 32 == 0) norms[row] = norm_of(most), rows[row] = early.from[i];
