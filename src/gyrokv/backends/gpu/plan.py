@@ -56,6 +56,11 @@ class Row:
         return {F16: 1, BF16: 1, F32: 2}.get(self.kind, 16 // self._field)
 
     @property
+    def fold(self) -> int:
+        """Parts of a warp's lanes that take different planes where rows are short; not where they become bytes."""
+        return 2 if self.words <= 4 and self.planes >= 4 else 1
+
+    @property
     def lut_bytes(self) -> int:
         return 256 << self.bits if self.kind == TABLE else 0
 
@@ -174,13 +179,14 @@ def _pitch(row: Row, copy: int, side: str) -> int:
     """Bytes from row to row in shared memory: the fewest without bank conflicts."""
     word = 4 if row.kind == F32 else 2
     if side == "k":
-        vector = _vector(row.words // 2, 4)
+        sharing = 4 // row.fold
+        vector = _vector(row.words // 2, sharing)
         size, lanes = (8, 2 * vector) if row.kind == F32 else (4 * vector, 2 * vector)
-        at = [(lane // 4, min((lane % 4) * lanes, row.words - 2) * word) for lane in range(32)]
+        at = [(lane // 4, min(lane % sharing * lanes, row.words - 2) * word) for lane in range(32)]
     elif row.words % 8 == 0 and row.kind != F32:  # eight words of a token at once
         size, at = 16, [(lane, 0) for lane in range(32)]
     else:
-        size, at = 4, [(2 * (lane % 4), min(lane // 4, row.words - 1) * word) for lane in range(32)]
+        size, at = 4, [(2 * (lane % 4), min(lane // 4 % (8 // row.fold), row.words - 1) * word) for lane in range(32)]
     unit = max(copy, size, 4)
     first = -(-row.bytes // unit) * unit
     pitches = range(first, first + 144, unit)
@@ -266,13 +272,15 @@ def _plan(problem: Problem, shared_memory: int) -> Plan:
 
 def _query_bytes(k: Row, k_columns: int, integers: bool) -> int:
     """Shared memory that q takes as operands: ``Q_BYTES`` in csrc/score.cuh."""
-    vector = _vector(k.words // 2, 4)
-    size, words, span = 8 * vector, k.words, k.span or k.dim
-    chunks, planes = -(-words // size), k.planes
+    fold = 1 if integers else k.fold
+    vector = _vector(k.words // 2, 4 // fold)
+    size, words, span = 8 // fold * vector, k.words, k.span or k.dim
+    chunks, planes = -(-words // size), k.planes // fold
 
     def scale(chunk: int, plane: int, last: bool) -> int:
         word = min((chunk + 1) * size, words) - 1 if last else chunk * size
-        return (word if k.kind == F32 else word + plane * words) // span
+        folded = plane + (fold - 1) * planes if last else plane
+        return (word if k.kind == F32 else word + folded * words) // span
 
     if integers:
         step = planes // 4

@@ -265,9 +265,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
       for (int tile = 0; tile < V_TILES; ++tile)
 #pragma unroll
         for (int half = 0; half < 2; ++half)
-          if (g < count_of(tile, half)) {
+          if (exists(tile, half, g)) {
             float x = run.out[tile][j][(V_INT ? PER_LANE : 2) * half + e];
-            parts[(warp * DV + dim_of(tile, half) + g) * ALL_ROWS + row] = x * factor * p.v_factor;
+            parts[(warp * DV + dim_of(tile, half, g)) * ALL_ROWS + row] = x * factor * p.v_factor;
           }
     }
   __syncthreads();

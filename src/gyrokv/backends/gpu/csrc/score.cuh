@@ -4,7 +4,8 @@
 
 using K = Row<K_KIND, K_BITS, DK, K_SPAN>;
 using V = Row<V_KIND, V_BITS, DV, V_SPAN>;
-using KShare = Share<K, 4, 2>;
+constexpr int K_FOLD = K_INT ? 1 : fold_of<K>();
+using KShare = Share<K, K_FOLD>;
 
 constexpr int COLUMNS = (ROWS + 7) / 8;                                        // products of 8 rows each
 constexpr int K_COLUMNS = TERMS == 1 ? COLUMNS : ROWS <= 4 ? 1 : 2 * COLUMNS;  // q may be the sum of two terms
@@ -162,7 +163,8 @@ INLINE void fill_queries(char* shared, const Attend& p, const Unit& unit, const 
         int which = pair % KShare::PAIRS_PER_STEP, step = pair / KShare::PAIRS_PER_STEP % KShare::STEPS;
         int chunk = pair / KShare::PAIRS_PER_STEP / KShare::STEPS, group = KShare::low(chunk, which) + slot;
         for (int half = 0; half < (KShare::BY_PLANE || KShare::BY_UNIT ? 2 : 1); ++half) {
-          int j = chunk * KShare::SIZE + (t * KShare::VEC + KShare::unit(step, half)) * 2, k = KShare::plane(which, half);
+          int j = chunk * KShare::SIZE + (t % KShare::LANES * KShare::VEC + KShare::unit(step, half)) * 2;
+          int k = KShare::plane(which, half) + t / KShare::LANES * KShare::PLANES;
           if (j >= K::WORDS) continue;
           x[half] = (term_of(value(K::dim(j, k), group), term) & 0xFFFF) | term_of(value(K::dim(j + 1, k), group), term) << 16;
         }
@@ -207,7 +209,7 @@ INLINE void score(float (&s)[TILES][COLUMNS][4], u32 ring, const char* memory, c
   ByteTables<K> tables(table);
 #pragma unroll
   for (int chunk = 0; chunk < KShare::CHUNKS; ++chunk) {
-    int j = chunk * KShare::SIZE + t * 2 * KShare::VEC;
+    int j = chunk * KShare::SIZE + t % KShare::LANES * 2 * KShare::VEC;
     if (!KShare::WHOLE) j = min(j, K::WORDS - 2 * KShare::VEC);
     u32 z[TILES][2][K::NREG][KShare::VEC];
 #pragma unroll
@@ -266,7 +268,7 @@ INLINE void score(float (&s)[TILES][COLUMNS][4], u32 ring, const char* memory, c
             for (int u = 0; u < KShare::UNITS_TOGETHER; ++u) {
               u32 unit[K::NREG];
 #pragma unroll
-              for (int r = 0; r < K::NREG; ++r) unit[r] = z[tile][i][r][KShare::unit(step, u)];
+              for (int r = 0; r < K::NREG; ++r) unit[r] = z[tile][i][r][KShare::unit(step, u)] >> (K_FOLD > 1 ? t / 2 * 8 : 0);
               expand<K>(unit, h[tile][i][u], table, memory, lane * 4);
             }
 #pragma unroll

@@ -7,6 +7,7 @@
 #pragma once
 #include "score.cuh"
 
+constexpr int V_FOLD = V_INT ? 1 : fold_of<V>();
 constexpr int V_TERMS = V::IS_BF16 ? 2 : 1;
 constexpr float WEIGHT = 256.0f;       // weights are kept away from the denormals of half precision
 constexpr float V_LARGEST = 65280.0f;  // of weights as integers: 255 * 256
@@ -20,32 +21,33 @@ constexpr bool planes_agree() {
 }
 // are halves of two eights?
 constexpr bool V_BY_EIGHTS = !V_INT && (V::PLANES == 1 || V::SPLIT || (EIGHTS > 1 && !planes_agree()));
-constexpr int KINDS = V::SPLIT ? 1 : V::PLANES;                    // planes of an eight
+constexpr int KINDS = V::SPLIT ? 1 : V::PLANES / V_FOLD;           // planes of an eight, of a lane
 constexpr int PER_STEP = V_BY_EIGHTS ? KINDS : up(KINDS, 2) / 2;   // tiles of one or two eights
 constexpr int STEP = V_BY_EIGHTS ? 2 : 1;
 constexpr int V_TILES = (EIGHTS + STEP - 1) / STEP * PER_STEP;  // of 16 dims
 
-// half `half` of a tile: its eight, plane and first dim (lane g has the g-th after it), and how many of the eight exist
+// half `half` of a tile: its eight and plane, and lane g's dim, if there is one
 INLINE constexpr int eight_of(int tile, int half) { return tile / PER_STEP * STEP + (V_BY_EIGHTS ? half : 0); }
 INLINE constexpr int kind_of(int tile, int half) {
   int at = tile % PER_STEP;  // bytes: [nibbles][plane 0 or 1 of four], with the planes 2 further in the other half
   return V_INT ? at / 2 + V::NIBBLES * (at % 2 + 2 * half) : V_BY_EIGHTS ? at : 2 * at + half;
 }
-INLINE constexpr int dim_of(int tile, int half) { return V::dim(8 * eight_of(tile, half), kind_of(tile, half)); }
-INLINE constexpr int count_of(int tile, int half) {
-  int rest = kind_of(tile, half) < KINDS ? V::WORDS - 8 * eight_of(tile, half) : 0;
-  return rest < 0 ? 0 : rest > 8 ? 8 : rest;
+INLINE constexpr int word_of(int tile, int half, int g) { return 8 * eight_of(tile, half) + (V_FOLD > 1 ? g % 4 : g); }
+INLINE constexpr int dim_of(int tile, int half, int g) {
+  return V::dim(word_of(tile, half, g), kind_of(tile, half) + (V_FOLD > 1 ? g / 4 * KINDS : 0));
 }
-// the scales of a half: all of one, or told apart by lane
-INLINE constexpr int low_group(int tile, int half) { return dim_of(tile, half) / V::SPAN; }
-INLINE constexpr int high_group(int tile, int half) { return (dim_of(tile, half) + count_of(tile, half) - 1) / V::SPAN; }
-INLINE constexpr bool touches(int tile, int half, int group) {
-  return count_of(tile, half) > 0 && low_group(tile, half) <= group && group <= high_group(tile, half);
+INLINE constexpr bool exists(int tile, int half, int g) { return kind_of(tile, half) < KINDS && word_of(tile, half, g) < V::WORDS; }
+// how many of a half's dims are of this group
+INLINE constexpr int count_of(int tile, int half, int group) {
+  int count = 0;
+  for (int g = 0; g < 8; ++g) count += exists(tile, half, g) && dim_of(tile, half, g) / V::SPAN == group;
+  return count;
 }
+INLINE constexpr bool touches(int tile, int half, int group) { return count_of(tile, half, group) > 0; }
 // is lane g's dim of this group?
 INLINE bool of_group(int tile, int half, int group, int g) {
   if (!touches(tile, half, group)) return false;
-  return low_group(tile, half) == high_group(tile, half) || (dim_of(tile, half) + g) / V::SPAN == group;
+  return V::GROUPS == 1 || count_of(tile, half, group) == 8 || dim_of(tile, half, g) / V::SPAN == group;
 }
 
 struct Running {  // of a warp: the softmax so far
@@ -108,11 +110,11 @@ INLINE void load_words(u32 ring, int block, int u, int lane, u32 (&z)[TILES * 2]
 #pragma unroll
       for (int i = 0; i < TILES * 2; i += 4) load_transposed(at + (8 * i + lane) * V_PITCH, *(u32(*)[4])(z + i));
   } else {
-    int word = V::WORDS % 8 ? min(lane / 4, V::WORDS - 1 - 8 * u) : lane / 4;
+    int word = min(V_FOLD > 1 ? lane / 4 % 4 : lane / 4, V::WORDS - 1 - 8 * u);
 #pragma unroll
     for (int i = 0; i < TILES * 2; ++i) {
       u32 from = at + (8 * i + 2 * (lane % 4)) * V_PITCH + word * 2;
-      z[i] = prmt(load_shared_u16(from), load_shared_u16(from + V_PITCH), 0x5410);
+      z[i] = prmt(load_shared_u16(from), load_shared_u16(from + V_PITCH), 0x5410) >> (V_FOLD > 1 ? lane / 16 * 8 : 0);
     }
   }
 }
@@ -188,7 +190,7 @@ INLINE void add_values_floats(R& r, const float (&s)[TILES][COLUMNS][4], u32 rin
           for (int half = 0; half < 2; ++half)
 #pragma unroll
             for (int k = 0; k < 2; ++k)
-              a[half][k] = count_of(at, half) ? h[V_BY_EIGHTS ? half : 0][k][V::SPLIT ? part : kind_of(at, half)] : 0;
+              a[half][k] = kind_of(at, half) < KINDS && eight_of(at, half) < EIGHTS ? h[V_BY_EIGHTS ? half : 0][k][V::SPLIT ? part : kind_of(at, half)] : 0;
 #pragma unroll
           for (int group = 0; group < V::GROUPS; ++group) {
             if (!touches(at, 0, group) && !touches(at, 1, group)) continue;
