@@ -29,6 +29,7 @@ __all__ = [
     "append",
     "append_at",
     "attend",
+    "attend_heads",
     "missing",
     "name",
     "tile",
@@ -101,6 +102,16 @@ def attend(
     if _why_decode(spec):
         return calls.attend(q, view, spec, mask, sinks)
     return prefill.attend(q, view, spec, mask, block_map, sinks)
+
+
+def attend_heads(
+    q: Tensor, view: KVView, spec: AttentionSpec, mask: Tensor | None, block_map: BlockMap | None, sinks: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The contract's, with the rotations of q and of the output in the kernels of decode."""
+    if _why_decode(spec):
+        return calls.attend(q, view, spec, mask, sinks, heads=True)
+    out, lse = prefill.attend(view.k_codec.query(q), view, spec, mask, block_map, sinks)
+    return view.v_codec.output(out).to(q.dtype), lse
 
 
 def why_not_append(layer: LayerCache) -> list[str]:

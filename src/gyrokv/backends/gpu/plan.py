@@ -125,7 +125,7 @@ class Problem:
     """Everything that changes the code. ``stride``s: bytes from slot to slot where rows lie side by side, else 0.
 
     ``columns``: query rows per KV head. ``copy``: alignment of rows in bytes (16, 8 or 4). ``page_slots``: slots of a
-    page, a multiple of 16, or 0 without pages.
+    page, a multiple of 16, or 0 without pages. ``k_turn``: the block of a rotation that the kernel applies to q, or 0.
     """
 
     k: Row
@@ -144,6 +144,7 @@ class Problem:
     v_stride: int = 0
     k_scale_stride: int = 0
     v_scale_stride: int = 0
+    k_turn: int = 0
 
 
 @dataclass(frozen=True)
@@ -229,7 +230,7 @@ def _plan(problem: Problem, shared_memory: int) -> Plan:
     rows = 4 if problem.columns <= 4 else 8 if problem.columns <= 8 or v.dim > 256 else 16
     k_int, v_int = _integers(k, "k", rows), _integers(v, "v", rows)
     # one bfloat16 holds a q of that dtype only; where four rows fill half a product, two terms are free
-    rounded = k.kind in (BF16, F32) and problem.q_type != BF16
+    rounded = k.kind in (BF16, F32) and (problem.q_type != BF16 or problem.k_turn > 0)
     terms = 2 if problem.two_terms or rounded or k_int or rows == 4 else 1
     columns = -(-rows // 8)
     k_columns = columns if terms == 1 else 1 if rows == 4 else 2 * columns
@@ -261,6 +262,7 @@ def _plan(problem: Problem, shared_memory: int) -> Plan:
         "V_INT": int(v_int), "DV": v.dim,
         "ROWS": rows, "TERMS": terms, "Q_TYPE": problem.q_type, "SOFTCAP": int(problem.softcap), "MASK": problem.mask,
         "ALIBI": int(problem.alibi), "PAGED": int(problem.page_slots > 0), "SAME_TABLE": int(problem.same_table),
+        "K_TURN": problem.k_turn,
         "FREE": int(not (tables and v.dim > 256)), "TILE": tile, "STAGES": stages, "WARPS": warps,
         "K_PITCH": k_pitch, "V_PITCH": v_pitch,
         "K_COPY": problem.k_copy, "V_COPY": problem.v_copy, "K_STRIDE": problem.k_stride, "V_STRIDE": problem.v_stride,

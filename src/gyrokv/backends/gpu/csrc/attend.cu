@@ -8,7 +8,7 @@
 // Scales never touch elements: K's multiplies scores, V's the weights.
 //
 // The host defines K_KIND, K_BITS, K_SPAN, K_SCALE32, K_INT (and V_), DK, DV, ROWS, TERMS, Q_TYPE, SOFTCAP, MASK, ALIBI, TILE, STAGES,
-// WARPS, FREE (a loop of its own for tiles that all rows see whole), K_PITCH, K_COPY, K_STRIDE, K_SCALE_STRIDE (and V_), SAME_TABLE, PAGED,
+// WARPS, K_TURN (the block of a rotation that q goes through, or 0), FREE (a loop of its own for tiles that all rows see whole), K_PITCH, K_COPY, K_STRIDE, K_SCALE_STRIDE (and V_), SAME_TABLE, PAGED,
 // SHARED (bytes).
 #include "values.cuh"
 
@@ -103,7 +103,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
   fetch_scales(Bool<false>(), begin + warp);
   if constexpr (K_KIND == TABLE) fill_table(shared, p.k_table, 1 << K_BITS);
   if constexpr (V_KIND == TABLE && !(K_KIND == TABLE && SAME_TABLE)) fill_table(shared + V_LUT, p.v_table, 1 << V_BITS);
-  fill_queries(memory, p, unit, early, norms);
+  fill_queries(memory, p, early, norms);
   __syncthreads();
 
   Table k_table{p.k_low, p.k_high}, v_table{p.v_low, p.v_high};

@@ -1,6 +1,6 @@
 // Arguments of the kernels, as the host lays them out (calls.py).
 #pragma once
-#include "ptx.cuh"
+#include "turn.cuh"
 
 struct Side {
   const char* words;  // of batch 0, head 0, slot 0
@@ -32,15 +32,18 @@ struct Attend {
   u32 over_groups, over_splits;  // see `quotient`
   float scale, softcap, k_factor, v_factor;
   u32 k_low, k_high, v_low, v_high;  // tables of bytes
+  int q_dim;                         // values of q in memory: DK or fewer
+  Signs k_signs;                     // of q, with K_TURN
 };
 
 struct Merge {
   const float* part;
   const float2* top;
   const float* sinks;  // [Hq] or null
-  float* out;          // [B, Hq, Tq, DV]
+  char* out;           // [B, Hq, Tq, out_dim]
   float* lse;          // [B, Hq, Tq]
-  int q_heads, q_len, splits, dim;
+  int q_heads, q_len, splits, dim, out_dim;
+  Signs signs;  // of the output, with TURN
 };
 
 struct Source {

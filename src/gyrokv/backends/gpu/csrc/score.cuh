@@ -1,6 +1,7 @@
 // What a block works on, its queries as operands, and the scores of a tile of keys.
 #pragma once
 #include "rows.cuh"
+#include "turn.cuh"
 
 using K = Row<K_KIND, K_BITS, DK, K_SPAN>;
 using V = Row<V_KIND, V_BITS, DV, V_SPAN>;
@@ -64,7 +65,6 @@ INLINE At row_at(const Attend& p, const Unit& unit, int row) {
 }
 
 INLINE float value_of_q(u32 x) { return Q_TYPE == F32 ? __uint_as_float(x) : Q_TYPE == F16 ? f32_of_f16(x) : f32_of_bf16(x); }
-INLINE float load_q(const char* q, i64 at) { return value_of_q(Q_TYPE == F32 ? ((const u32*)q)[at] : ((const u16*)q)[at]); }
 
 INLINE float load_mask(const char* mask, i64 at) {  // a boolean mask: 0 or -inf
   if (MASK == 1) return mask[at] ? 0.0f : -INFINITY;
@@ -109,68 +109,92 @@ INLINE u32 term_of(float x, int term) {
   return K::IS_BF16 ? bf16x2(rest, 0.0f) : f16x2(rest, 0.0f);
 }
 
-// the rows of q that a warp measures: asked for before rows of K and V, which would delay them
+// The rows of q that a warp makes operands of: asked for before rows of K and V, which would delay them.
 struct Early {
-  static constexpr int MINE = (ALL_ROWS + WARPS - 1) / WARPS;
-  u32 x[MINE][(DK + 31) / 32];
-  i64 from[MINE];
+  static constexpr int MINE = (ALL_ROWS + WARPS - 1) / WARPS, N = (DK + 31) / 32;
+  u32 x[MINE][N];
 
   INLINE Early(const Attend& p, const Unit& unit) {
 #pragma unroll
     for (int i = 0; i < MINE; ++i) {
       int row = threadIdx.x / 32 + i * WARPS, lane = threadIdx.x % 32;
-      from[i] = q_offset(p, unit, row);
+      i64 from = q_offset(p, unit, row);
 #pragma unroll
-      for (int j = 0; j < (DK + 31) / 32; ++j) {
+      for (int j = 0; j < N; ++j) {
         x[i][j] = 0;
-        if (row < unit.rows && lane + 32 * j < DK) x[i][j] = load_now<Q_TYPE == F32 ? 4 : 2>(p.q, from[i] + lane + 32 * j);
+        if (row < unit.rows && lane + 32 * j < p.q_dim) x[i][j] = load_now<Q_TYPE == F32 ? 4 : 2>(p.q, from + lane + 32 * j);
       }
     }
   }
 };
 
+// Where value d of q goes among the operands, for plane `copy` of a dim that K has two of: bytes from those of row 0 on;
+// the first scale that its pair meets.
+struct Place {
+  int at, low;
+
+  INLINE Place(int d, int copy) {
+    int word = d % K::WORDS, plane = K::SPLIT ? copy : d / K::WORDS;
+    int chunk = word / KShare::SIZE, unit = word % KShare::SIZE / 2, t = unit / KShare::VEC, vec = unit % KShare::VEC, pair;
+    if constexpr (K_INT) {
+      int n = plane % K::NIBBLES;
+      pair = (chunk * KShare::VEC + vec) * K::NIBBLES + n, low = KBytes::low(chunk, n);
+      at = word % 2 * 4 + plane / K::NIBBLES;
+    } else {
+      t += plane / KShare::PLANES * KShare::LANES, plane %= KShare::PLANES;
+      int step = KShare::BY_UNIT ? vec / 2 : vec, half = KShare::BY_UNIT ? vec % 2 : KShare::BY_PLANE ? plane % 2 : 0;
+      int which = KShare::BY_PLANE ? plane / 2 : plane;
+      pair = KShare::pair(chunk, step, which), low = KShare::low(chunk, which);
+      at = half * 4 + word % 2 * 2;
+    }
+    at += pair * (K_MOST * K_COLUMNS * 256) + t * 8;
+  }
+};
+
 // q as operands: [pair][scale][column][lane] of two registers. norms[row]: what a row was multiplied by
-INLINE void fill_queries(char* shared, const Attend& p, const Unit& unit, const Early& early, float* norms) {
-  __shared__ i64 rows[ALL_ROWS];
+INLINE void fill_queries(char* shared, const Attend& p, const Early& early, float* norms) {
+  constexpr bool GAPS = !KShare::WHOLE || (!K_INT && !KShare::BY_PLANE && !KShare::BY_UNIT);
+  int lane = threadIdx.x % 32;
+  if (GAPS) {
+    for (int e = threadIdx.x; e < Q_BYTES / 8; e += WARPS * 32) ((uint2*)(shared + Q_AT))[e] = make_uint2(0, 0);
+    __syncthreads();
+  }
 #pragma unroll
   for (int i = 0; i < Early::MINE; ++i) {
     int row = threadIdx.x / 32 + i * WARPS;
     if (row >= ALL_ROWS) break;
-    float most = 0.0f;
+    float x[Early::N], most = 0.0f;
 #pragma unroll
-    for (u32 x : early.x[i]) most = fmaxf(most, fabsf(value_of_q(x)));
+    for (int j = 0; j < Early::N; ++j) x[j] = value_of_q(early.x[i][j]);
+    if constexpr (K_TURN > 0) turn<K_TURN>(x, p.k_signs, lane);
+#pragma unroll
+    for (float value : x) most = fmaxf(most, fabsf(value));
 #pragma unroll
     for (int j = 16; j; j /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, j));
-    if (threadIdx.x % 32 == 0) norms[row] = norm_of(most), rows[row] = early.from[i];
-  }
-  __syncthreads();
-  for (int e = threadIdx.x; e < Q_BYTES / 8; e += WARPS * 32) {
-    int l = e % 32, g = l / 4, t = l % 4, rest = e / 32;
-    int column = rest % K_COLUMNS, slot = rest / K_COLUMNS % K_MOST, pair = rest / K_COLUMNS / K_MOST;
-    int row = TERMS == 1 ? 8 * column + g : 8 * (column / 2) + 4 * (column % 2) + g / 2, term = TERMS == 1 ? 0 : g % 2;
-    u32 x[2] = {0, 0};
-    if (row < unit.rows) {
-      i64 from = rows[row];
-      float norm = norms[row];
-      auto value = [&](int d, int group) { return d / K::SPAN == group ? load_q(p.q, from + d) * norm : 0.0f; };
-      if constexpr (K_INT) {
-        int n = pair % K::NIBBLES, vec = pair / K::NIBBLES % KShare::VEC, chunk = pair / K::NIBBLES / KShare::VEC;
-        int j = chunk * KShare::SIZE + (t * KShare::VEC + vec) * 2, group = KBytes::low(chunk, n) + slot;
-        if (j < K::WORDS)
-          for (int half = 0; half < 2; ++half)
-            for (int i = 0; i < 4; ++i) x[half] |= term_of(value(K::dim(j + half, n + i * K::NIBBLES), group), term) << (8 * i);
-      } else {
-        int which = pair % KShare::PAIRS_PER_STEP, step = pair / KShare::PAIRS_PER_STEP % KShare::STEPS;
-        int chunk = pair / KShare::PAIRS_PER_STEP / KShare::STEPS, group = KShare::low(chunk, which) + slot;
-        for (int half = 0; half < (KShare::BY_PLANE || KShare::BY_UNIT ? 2 : 1); ++half) {
-          int j = chunk * KShare::SIZE + (t % KShare::LANES * KShare::VEC + KShare::unit(step, half)) * 2;
-          int k = KShare::plane(which, half) + t / KShare::LANES * KShare::PLANES;
-          if (j >= K::WORDS) continue;
-          x[half] = (term_of(value(K::dim(j, k), group), term) & 0xFFFF) | term_of(value(K::dim(j + 1, k), group), term) << 16;
+    float norm = norm_of(most);
+    if (lane == 0) norms[row] = norm;
+    // column and lane / 4 of the row's first term
+    int column = TERMS == 1 ? row / 8 : row / 8 * 2 + row % 8 / 4, g = TERMS == 1 ? row % 8 : row % 4 * 2;
+#pragma unroll
+    for (int j = 0; j < Early::N; ++j) {
+      int d = lane + 32 * j;
+      if (DK % 32 && d >= DK) break;
+#pragma unroll
+      for (int copy = 0; copy < (K::SPLIT ? 2 : 1); ++copy) {
+        Place place(d, copy);
+        char* to = shared + Q_AT + place.at + column * 256 + g * 32;
+#pragma unroll
+        for (int term = 0; term < TERMS; ++term) {
+          u32 bits = term_of(x[j] * norm, term);
+#pragma unroll
+          for (int slot = 0; slot < K_MOST; ++slot) {
+            u32 here = K_MOST == 1 || d / K::SPAN == place.low + slot ? bits : 0;
+            if (K_INT) *(u8*)(to + slot * (K_COLUMNS * 256) + term * 32) = here;
+            else *(u16*)(to + slot * (K_COLUMNS * 256) + term * 32) = here;
+          }
         }
       }
     }
-    ((uint2*)(shared + Q_AT))[e] = make_uint2(x[0], x[1]);
   }
 }
 
