@@ -59,6 +59,10 @@ def codec(old: str, new: str) -> tuple[tuple[str, str, str], ...]:
     return (("codec.cuh", old, new),)
 
 
+def turn(old: str, new: str) -> tuple[tuple[str, str, str], ...]:
+    return (("turn.cuh", old, new),)
+
+
 def rows(old: str, new: str) -> tuple[tuple[str, str, str], ...]:
     return (("rows.cuh", old, new),)
 
@@ -143,7 +147,7 @@ FAULTS = (
           rows("from + (live ? row * stride : 0) + part * COPY, live);",
                "from + (slot + row < slots.capacity ? row * stride : 0) + part * COPY, true);")),
     Fault("a_table_is_one_entry_late", k_rows(lambda r: r.kind == plan.TABLE),
-          score("f16x2(table[i / 32], 0.0f)", "f16x2(table[max(0, i / 32 - 1)], 0.0f)")),
+          score("load_now<4>((const char*)table, code)", "load_now<4>((const char*)table, max(0, code - 1))")),
     Fault("one_byte_of_a_table_is_off", k_rows(lambda r: r.kind == plan.BYTES and r.bits < 4),
           codec("return prmt(table.low, table.high, nibbles);", "return prmt(table.low ^ 0x0800, table.high, nibbles);")),
     Fault("codes_of_one_sign_are_not_looked_up", k_rows(lambda r: r.kind == plan.BYTES and r.bits == 4 and r.scales <= 2),
@@ -165,6 +169,15 @@ FAULTS = (
           codec("u32 top = z[2] >> (2 * m);", "u32 top = z[2] >> m;")),
     Fault("a_half_of_fp8_is_read_twice", k_rows(lambda r: r.kind == plan.FP8),
           codec("h[1] = f16x2_of_e4m3(x >> 16);", "h[1] = f16x2_of_e4m3(x);")),
+    Fault("q_turns_without_its_first_signs", lambda c: plain(c.spec) and c.spec.k_format.rotation in ("turbo", "mlx"),
+          turn("x[j] = flip(x[j], signs.before[j], lane);", ""), splits=1),
+    Fault("the_output_turns_without_its_last_signs",
+          lambda c: plain(c.spec) and c.spec.v_format.rotation in ("turbo", "mlx"),
+          turn("signs.after[j], lane", "0, lane")),
+    Fault("the_butterfly_has_a_stage_less", lambda c: plain(c.spec) and c.spec.v_format.rotation != "none",
+          turn("for (int h = 1; h < 32; h *= 2)", "for (int h = 1; h < 16; h *= 2)")),
+    Fault("short_rows_have_planes_of_the_other_byte", k_rows(lambda r: r.fold == 2 and r.kind == plan.TABLE),
+          score("t / 2 * 8 : 0);", "8 - t / 2 * 8 : 0);")),
     Fault("q_has_its_high_term_only",
           lambda c: plain(c.spec) and c.spec.dtype == torch.float32 and exact_rows(c.spec),
           score("return K::IS_BF16 ? bf16x2(rest, 0.0f) : f16x2(rest, 0.0f);", "return 0;"), bound=_FLOAT32),
@@ -281,7 +294,7 @@ def test_every_fault_is_one_of_the_sources(fault):
 def test_faults_are_many_and_in_every_source():
     assert len({f.name for f in FAULTS}) == len(FAULTS) >= 24
     files = {name for fault in FAULTS for name, _, _ in fault.edits}
-    assert files == {"attend.cu", "score.cuh", "values.cuh", "codec.cuh", "rows.cuh", "merge.cu"}
+    assert files == {"attend.cu", "score.cuh", "values.cuh", "codec.cuh", "rows.cuh", "merge.cu", "turn.cuh"}
 
 
 def test_edited_sources_are_forgotten():

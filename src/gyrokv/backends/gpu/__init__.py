@@ -20,7 +20,7 @@ from ...masks import BlockMap
 from ...quant import Codec, Packed
 from ...spec import AttentionSpec, features
 from ...view import KVView
-from . import calls, encode, nvrtc, plan, prefill, shapes
+from . import calls, encode, nvrtc, plan, prefill, shapes, turn
 
 __all__ = [
     "BOUND",
@@ -107,11 +107,11 @@ def attend(
 def attend_heads(
     q: Tensor, view: KVView, spec: AttentionSpec, mask: Tensor | None, block_map: BlockMap | None, sinks: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The contract's, with the rotations of q and of the output in the kernels of decode."""
+    """The contract's: decode rotates q and the output in its own kernels, prefill by one before and one after."""
     if _why_decode(spec):
         return calls.attend(q, view, spec, mask, sinks, heads=True)
-    out, lse = prefill.attend(view.k_codec.query(q), view, spec, mask, block_map, sinks)
-    return view.v_codec.output(out).to(q.dtype), lse
+    out, lse = prefill.attend(turn.query(view.k_codec, q), view, spec, mask, block_map, sinks)
+    return turn.output(view.v_codec, out, q.dtype), lse
 
 
 def why_not_append(layer: LayerCache) -> list[str]:

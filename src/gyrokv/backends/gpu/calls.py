@@ -10,16 +10,14 @@ import torch
 from torch import Tensor
 
 from ...formats import KVFormat
-from ...quant import Codec, Packed, code_values
-from ...rotation import ROTATIONS, sign_table
+from ...quant import Packed, code_values
 from ...spec import AttentionSpec, alibi_slopes
 from ...view import KVView, Segment
-from . import plan
+from . import plan, turn
 from .nvrtc import kernel
 
-Q_TYPES = {torch.float16: plan.F16, torch.bfloat16: plan.BF16, torch.float32: plan.F32}
+Q_TYPES = turn.TYPES
 MASKS = {torch.bool: 1, torch.float32: 2, torch.float16: 3, torch.bfloat16: 4}
-_SIGNS = 640  # most values of a row: 576 in whole blocks of 128
 _FAR = 2**31 - 1  # positions from the origin on: no limit
 
 
@@ -40,7 +38,7 @@ class Attend(ctypes.Structure):
         ("over_groups", c_uint32), ("over_splits", c_uint32),
         ("scale", c_float), ("softcap", c_float), ("k_factor", c_float), ("v_factor", c_float),
         ("k_low", c_uint32), ("k_high", c_uint32), ("v_low", c_uint32), ("v_high", c_uint32),
-        ("q_dim", c_int), ("k_signs", c_uint32 * 40),
+        ("q_dim", c_int), ("k_signs", turn.Signs),
     ]  # fmt: skip
 
 
@@ -48,7 +46,7 @@ class Merge(ctypes.Structure):
     _fields_ = [
         ("part", c_void_p), ("top", c_void_p), ("sinks", c_void_p), ("out", c_void_p), ("lse", c_void_p),
         ("q_heads", c_int), ("q_len", c_int), ("splits", c_int), ("dim", c_int), ("out_dim", c_int),
-        ("signs", c_uint32 * 40),
+        ("signs", turn.Signs),
     ]  # fmt: skip
 
 
@@ -113,22 +111,6 @@ def _table(fmt: KVFormat, row: plan.Row, device: torch.device) -> Tensor | None:
 
 
 @cache
-def _signs(rotation: str, block: int, dim: int, back: bool) -> tuple[int, ...]:
-    """csrc/turn.cuh's ``Signs`` of rows of ``dim`` values in blocks of ``block``; ``back``: of the way back."""
-    words = []
-    for table in ROTATIONS[rotation].signs[:: -1 if back else 1]:
-        signs = sign_table(table, block).tolist()
-        bits = [signs[d % block] < 0 for d in range(dim)] + [False] * (_SIGNS - dim)
-        words += [sum(bit << i for i, bit in enumerate(bits[at : at + 32])) for at in range(0, _SIGNS, 32)]
-    return tuple(words)
-
-
-def _block(codec: Codec) -> int:
-    """The block of a codec's own rotation, 0 without one."""
-    return 0 if codec.rotation == "none" else codec.group
-
-
-@cache
 def head_slopes(q_heads: int, max_bias: float, device: torch.device) -> Tensor:
     return alibi_slopes(q_heads, max_bias).to(device, torch.float32)
 
@@ -171,7 +153,7 @@ class _Part:
     """A segment's launch: its kernel, how many splits, the structure."""
 
     def __init__(
-        self, segment: Segment, view: KVView, q: Tensor, spec: AttentionSpec, mask: Tensor | None, turn: int
+        self, segment: Segment, view: KVView, q: Tensor, spec: AttentionSpec, mask: Tensor | None, turns: bool
     ) -> None:  # fmt: skip
         k_codec, v_codec, device = view.k_codec, view.v_codec, q.device
         k = Rows(segment.k, plan.row_of(segment.k_format, k_codec.head_dim, k_codec.padded))
@@ -181,7 +163,7 @@ class _Part:
             k.row, v.row, columns, Q_TYPES[q.dtype], spec.dtype == torch.float32, spec.softcap > 0,
             MASKS[mask.dtype] if mask is not None else 0, spec.alibi > 0, segment.page_slots,
             k.row.kind == plan.TABLE and segment.k_format is segment.v_format, k.copy, v.copy, k.stride, v.stride,
-            k.scale_stride, v.scale_stride, turn,
+            k.scale_stride, v.scale_stride, turn.block(k_codec) if turns else 0,
         )  # fmt: skip
         self.plan = plan.plan(problem, _shared_memory(device.index))
         self.kernel = kernel("attend", self.plan.defines, device.index, self.plan.shared)
@@ -203,13 +185,14 @@ class _Part:
             k_table=_pointer(self.held[2]), v_table=_pointer(self.held[3]),
             origin=origin, length=near(view.length), first=near(segment.first), stop=near(segment.stop),
             trail=min(segment.trail, _FAR), keep=_FAR if segment.keep is None else min(segment.keep, _FAR),
-            kv_first=near(view.first), window=min(spec.window or 0, 2**30), capacity=segment.capacity, q_heads=spec.q_heads,
-            kv_heads=spec.kv_heads, q_len=spec.q_len, groups=spec.groups, causal=spec.causal, splits=self.splits,
-            over_groups=_over(spec.groups), over_splits=_over(self.splits), scale=spec.scale, softcap=spec.softcap, k_factor=k.row.factor,
-            v_factor=v.row.factor, k_low=k.row.low, k_high=k.row.high, v_low=v.row.low, v_high=v.row.high, q_dim=q.shape[3],
+            kv_first=near(view.first), window=min(spec.window or 0, 2**30), capacity=segment.capacity,
+            q_heads=spec.q_heads, kv_heads=spec.kv_heads, q_len=spec.q_len, groups=spec.groups, causal=spec.causal,
+            splits=self.splits, over_groups=_over(spec.groups), over_splits=_over(self.splits), scale=spec.scale,
+            softcap=spec.softcap, k_factor=k.row.factor, v_factor=v.row.factor, k_low=k.row.low,
+            k_high=k.row.high, v_low=v.row.low, v_high=v.row.high, q_dim=q.shape[3],
         )  # fmt: skip
-        if turn:
-            self.call.k_signs = _signs(k_codec.rotation, turn, k_codec.padded, False)
+        if turns:
+            self.call.k_signs = turn.signs(k_codec, back=False)
         if segment.pages is not None:
             self.call.pages, self.call.pages_batch = segment.pages.data_ptr(), segment.pages.stride(0)
             self.call.page_slots = segment.page_slots
@@ -222,31 +205,27 @@ class _Part:
 def attend(
     q: Tensor, view: KVView, spec: AttentionSpec, mask: Tensor | None, sinks: Tensor | None, heads: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """The contract's ``attend``, or with ``heads`` its ``attend_heads``, whose rotations are the kernels' first and last act.
+    """The contract's ``attend``, or with ``heads`` its ``attend_heads``, with the rotations in the kernels.
 
     Tensors that structures point to are held by the locals of this function.
     """
-    dtype, turn, turn_back = torch.float32, 0, 0
-    if heads and view.k_codec.only_rotates:
-        turn = _block(view.k_codec)
-    elif heads:
+    first = heads and view.k_codec.only_rotates  # nothing is to be done on q before
+    last = heads and view.v_codec.only_rotates  # nor on the output after
+    if heads and not first:
         q = view.k_codec.query(q)
-    last = heads and view.v_codec.only_rotates  # nothing is left to do on the output
-    if last:
-        dtype, turn_back = spec.dtype, _block(view.v_codec)
     if q.stride(3) != 1:
         q = q.contiguous()
     batch, q_heads, q_len, _ = q.shape
     device, v_dim = q.device, view.v_codec.padded
     out_dim = view.v_codec.head_dim if last else v_dim
-    out = torch.empty((batch, q_heads, q_len, out_dim), dtype=dtype, device=device)
+    out = torch.empty((batch, q_heads, q_len, out_dim), dtype=spec.dtype if last else torch.float32, device=device)
     lse = torch.empty((batch, q_heads, q_len), dtype=torch.float32, device=device)
     sinks = None if sinks is None else sinks.to(torch.float32).contiguous()
     starts = None if view.starts is None else view.starts.contiguous()
     slopes = head_slopes(q_heads, spec.alibi, device) if spec.alibi else None
     stream = torch.cuda.current_stream(device).cuda_stream
     with torch.cuda.device(device):
-        parts = [_Part(segment, view, q, spec, mask, turn) for segment in view.segments]
+        parts = [_Part(segment, view, q, spec, mask, first) for segment in view.segments]
         total = sum(part.splits for part in parts)
         partial = torch.empty((batch, q_heads, q_len, total, v_dim), dtype=torch.float32, device=device)
         top = torch.empty((batch, q_heads, q_len, total, 2), dtype=torch.float32, device=device)
@@ -259,11 +238,12 @@ def attend(
             part.kernel.launch(grid, part.plan.warps * 32, stream, call)
             base += part.splits
         merge = Merge(
-            partial.data_ptr(), top.data_ptr(), _pointer(sinks), out.data_ptr(), lse.data_ptr(), q_heads, q_len, total, v_dim,
-            out_dim, _signs(view.v_codec.rotation, turn_back, v_dim, True) if turn_back else (0,) * 40,
+            partial.data_ptr(), top.data_ptr(), _pointer(sinks), out.data_ptr(), lse.data_ptr(), q_heads, q_len, total,
+            v_dim, out_dim, turn.signs(view.v_codec, back=True),
         )  # fmt: skip
         rows = batch * q_heads * q_len
         most = next(n for n in (32, 256, 1024, 8192) if n >= total)
-        defines = ("SPLITS", most), ("OUT_TYPE", Q_TYPES[dtype]), ("DIM", v_dim), ("TURN", turn_back)
+        block = turn.block(view.v_codec) if last else 0
+        defines = ("SPLITS", most), ("OUT_TYPE", Q_TYPES[out.dtype]), ("DIM", v_dim), ("TURN", block)
         kernel("merge", defines, device.index).launch((rows, 1, 1), -(-v_dim // 32) * 32, stream, merge)
     return (out, lse) if last or not heads else (view.v_codec.output(out).to(spec.dtype), lse)

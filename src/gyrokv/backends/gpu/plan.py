@@ -250,7 +250,8 @@ def _plan(problem: Problem, shared_memory: int) -> Plan:
     tile, (most, warps) = 32, warps_of(32)
     tables = TABLE in (k.kind, v.kind)
     whole = problem.page_slots % 32 == 0  # a page holds whole tiles
-    if not whole or warps < most or not (v_int or _registers(problem, rows, terms, 32) + 24 * tables <= 176):
+    short = tables and max(k.fold, v.fold) > 1  # these lanes hold many planes
+    if not whole or warps < most or short or not (v_int or _registers(problem, rows, terms, 32) + 24 * tables <= 176):
         tile, (most, warps) = 16, warps_of(16)
     per_stage = tile * (k_pitch + v_pitch)
     stages = 2 if warps * per_stage < _IN_FLIGHT and fixed + 2 * warps * per_stage <= room else 1

@@ -29,6 +29,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
   u32 shared = shared_address(memory);
 
   wait_for_earlier_kernels();
+  EarlyTable<K::LUT_BYTES / 256> k_entries(p.k_table);
+  EarlyTable<(K_KIND == TABLE && SAME_TABLE ? 0 : V::LUT_BYTES / 256)> v_entries(p.v_table);
   Early early(p, unit);
   // positions: which are live, then all relative to the first of them
   int length = p.lengths ? (int)(p.lengths[unit.batch * p.lengths_batch] - p.origin) : p.length, q_first = length - p.q_len;
@@ -101,8 +103,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
     else copy_k(Bool<false>(), tile, i), copy_v(Bool<false>(), tile, i);
   }
   fetch_scales(Bool<false>(), begin + warp);
-  if constexpr (K_KIND == TABLE) fill_table(shared, p.k_table, 1 << K_BITS);
-  if constexpr (V_KIND == TABLE && !(K_KIND == TABLE && SAME_TABLE)) fill_table(shared + V_LUT, p.v_table, 1 << V_BITS);
+  k_entries.fill(shared);
+  v_entries.fill(shared + V_LUT);
   fill_queries(memory, p, early, norms);
   __syncthreads();
 

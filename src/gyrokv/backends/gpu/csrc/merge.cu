@@ -65,7 +65,7 @@ extern "C" __global__ void merge(const __grid_constant__ Merge p) {
     float x[DIM / 32];
 #pragma unroll
     for (int j = 0; j < DIM / 32; ++j) x[j] = sums[lane + 32 * j];
-    turn<TURN>(x, p.signs, lane);
+    turn_row<TURN>(x, p.signs, lane);
 #pragma unroll
     for (int j = 0; j < DIM / 32; ++j)
       if (lane + 32 * j < p.out_dim) store(p, row, lane + 32 * j, x[j]);

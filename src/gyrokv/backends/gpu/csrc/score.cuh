@@ -75,13 +75,29 @@ INLINE float load_mask(const char* mask, i64 at) {  // a boolean mask: 0 or -inf
 using KScales = Scales<K, K_SCALE32>;
 using VScales = Scales<V, V_SCALE32>;
 
-// a lookup table, as half precision, once per bank
-INLINE void fill_table(u32 to, const float* table, int codes) {
-  for (int i = threadIdx.x; i < codes * 32; i += WARPS * 32) {
-    u32 x = f16x2(table[i / 32], 0.0f);
-    asm volatile("st.shared.u32 [%0], %1;" ::"r"(to + i / 32 * 256 + i % 32 * 4), "r"(x));
+// a lookup table, asked for early, as half precision once per bank
+template <int CODES>
+struct EarlyTable {
+  static constexpr int MINE = CODES == 0 ? 1 : (CODES + WARPS - 1) / WARPS;
+  u32 entries[MINE];
+
+  INLINE explicit EarlyTable(const float* table) {
+#pragma unroll
+    for (int n = 0; n < MINE; ++n) {
+      int code = threadIdx.x / 32 + n * WARPS;
+      if (code < CODES) entries[n] = load_now<4>((const char*)table, code);
+    }
   }
-}
+  INLINE void fill(u32 to) const {
+#pragma unroll
+    for (int n = 0; n < MINE; ++n) {
+      int i = threadIdx.x + n * WARPS * 32;
+      if (i >= CODES * 32) break;
+      u32 x = f16x2(__uint_as_float(entries[n]), 0.0f);
+      asm volatile("st.shared.u32 [%0], %1;" ::"r"(to + i / 32 * 256 + i % 32 * 4), "r"(x));
+    }
+  }
+};
 
 INLINE i64 q_offset(const Attend& p, const Unit& unit, int row) {
   At at = row_at(p, unit, row);
@@ -166,7 +182,7 @@ INLINE void fill_queries(char* shared, const Attend& p, const Early& early, floa
     float x[Early::N], most = 0.0f;
 #pragma unroll
     for (int j = 0; j < Early::N; ++j) x[j] = value_of_q(early.x[i][j]);
-    if constexpr (K_TURN > 0) turn<K_TURN>(x, p.k_signs, lane);
+    if constexpr (K_TURN > 0) turn_row<K_TURN>(x, p.k_signs, lane);
 #pragma unroll
     for (float value : x) most = fmaxf(most, fabsf(value));
 #pragma unroll
