@@ -171,7 +171,7 @@ def structures() -> dict[str, list[tuple[str, int, int]]]:
             size = 8 if kind.endswith("*") else CTYPES.get(kind) or sum(made[kind][-1][1:])
             for field in re.split(r",\s*", names):
                 field, count = re.fullmatch(r"\s*(\w+)(?:\[(\d+)\])?\s*", field).groups()
-                at += -at % (4 if kind == "Signs" else min(size, 8))
+                at += -at % (4 if kind == "SignBits" else min(size, 8))
                 fields.append((field, at, size * int(count or 1)))
                 at += fields[-1][2]
         made[name] = fields

@@ -38,7 +38,7 @@ class Attend(ctypes.Structure):
         ("over_groups", c_uint32), ("over_splits", c_uint32),
         ("scale", c_float), ("softcap", c_float), ("k_factor", c_float), ("v_factor", c_float),
         ("k_low", c_uint32), ("k_high", c_uint32), ("v_low", c_uint32), ("v_high", c_uint32),
-        ("q_dim", c_int), ("k_signs", turn.Signs),
+        ("q_dim", c_int), ("k_signs", turn.SignBits),
     ]  # fmt: skip
 
 
@@ -46,7 +46,7 @@ class Merge(ctypes.Structure):
     _fields_ = [
         ("part", c_void_p), ("top", c_void_p), ("sinks", c_void_p), ("out", c_void_p), ("lse", c_void_p),
         ("q_heads", c_int), ("q_len", c_int), ("splits", c_int), ("dim", c_int), ("out_dim", c_int),
-        ("signs", turn.Signs),
+        ("signs", turn.SignBits),
     ]  # fmt: skip
 
 

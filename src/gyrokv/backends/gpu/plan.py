@@ -254,7 +254,7 @@ def _plan(problem: Problem, shared_memory: int) -> Plan:
     if not whole or warps < most or short or not (v_int or _registers(problem, rows, terms, 32) + 24 * tables <= 176):
         tile, (most, warps) = 16, warps_of(16)
     per_stage = tile * (k_pitch + v_pitch)
-    stages = 2 if warps * per_stage < _IN_FLIGHT and fixed + 2 * warps * per_stage <= room else 1
+    stages = 2 if warps * per_stage < _IN_FLIGHT and fixed + 2 * warps * per_stage <= room and not short else 1
     shared = max(fixed + warps * stages * per_stage, warps * per_warp)
     defines = {
         "K_KIND": k.kind, "K_BITS": k.bits, "K_SPAN": k.span, "K_SCALE32": int(k.wide_scale),

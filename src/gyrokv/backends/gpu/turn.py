@@ -18,14 +18,14 @@ TYPES = {torch.float16: F16, torch.bfloat16: BF16, torch.float32: F32}
 _VALUES = 640  # most values of a row: 576 in whole blocks of 128
 _ROWS, _THREADS = 8, 256  # of a block
 
-Signs = c_uint32 * (_VALUES // 16)
+SignBits = c_uint32 * (_VALUES // 16)
 NO_SIGNS = (0,) * (_VALUES // 16)
 
 
 class _Turn(ctypes.Structure):
     _fields_ = [
         ("from_", c_void_p), ("to", c_void_p), ("strides", c_int64 * 3), ("heads", c_uint32), ("tokens", c_uint32),
-        ("rows", c_uint32), ("from_dim", c_int), ("to_dim", c_int), ("signs", Signs),
+        ("rows", c_uint32), ("from_dim", c_int), ("to_dim", c_int), ("signs", SignBits),
     ]  # fmt: skip
 
 
@@ -45,7 +45,7 @@ def _signs(rotation: str, size: int, back: bool) -> tuple[int, ...]:
 
 
 def signs(codec: Codec, back: bool) -> tuple[int, ...]:
-    """``Signs`` before and after the butterfly; ``back``: of the way from what is stored to values."""
+    """``SignBits`` before and after the butterfly; ``back``: of the way from what is stored to values."""
     return _signs(codec.rotation, codec.group, back) if block(codec) else NO_SIGNS
 
 

@@ -33,7 +33,7 @@ struct Attend {
   float scale, softcap, k_factor, v_factor;
   u32 k_low, k_high, v_low, v_high;  // tables of bytes
   int q_dim;                         // values of q in memory: DK or fewer
-  Signs k_signs;                     // of q, with K_TURN
+  SignBits k_signs;                     // of q, with K_TURN
 };
 
 struct Merge {
@@ -43,7 +43,7 @@ struct Merge {
   char* out;           // [B, Hq, Tq, out_dim]
   float* lse;          // [B, Hq, Tq]
   int q_heads, q_len, splits, dim, out_dim;
-  Signs signs;  // of the output, with TURN
+  SignBits signs;  // of the output, with TURN
 };
 
 struct Source {

@@ -8,7 +8,7 @@ struct Turn {
   i64 batch, head, token;   // of from, elements
   u32 heads, tokens, rows;  // rows: batch * heads * tokens
   int from_dim, to_dim;     // values in memory: DIM or fewer
-  Signs signs;
+  SignBits signs;
 };
 
 INLINE float load(const char* from, i64 at) {
