@@ -197,10 +197,12 @@ def _pitch(row: Row, copy: int, side: str) -> int:
 def _integers(row: Row, side: str, rows: int) -> bool:
     """True when a side is multiplied as bytes, which takes two terms of q and of the weights: free on K, and on V while
     four query rows fill half of a product. Two lookups per code, for either sign, pay for themselves on K alone, and
-    while a product meets few scales."""
+    while a product meets few scales; not for long rows of 2 bits and many query rows, by measurement."""
     if row.kind != BYTES:
         return False
-    return (row.bits < 4 or row.scales <= 2) if side == "k" else row.bits < 4 and rows == 4
+    if side == "k":
+        return (row.bits < 4 or row.scales <= 2) and not (row.bits == 2 and rows > 4 and row.dim > 256)
+    return row.bits < 4 and rows == 4
 
 
 def _registers(problem: Problem, rows: int, terms: int, tile: int) -> int:

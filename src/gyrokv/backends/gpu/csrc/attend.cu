@@ -28,10 +28,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
   unit.rows = min(ROWS, p.groups * p.q_len - base);
   u32 shared = shared_address(memory);
 
-  wait_for_earlier_kernels();
-  EarlyTable<K::LUT_BYTES / 256> k_entries(p.k_table);
-  EarlyTable<(K_KIND == TABLE && SAME_TABLE ? 0 : V::LUT_BYTES / 256)> v_entries(p.v_table);
-  Early early(p, unit);
+  // tables, and positions that the host knows, do not wait
+  if (p.lengths || p.starts) wait_for_earlier_kernels();
+  fill_table<K::LUT_BYTES / 256>(shared, p.k_table);
+  fill_table<K_KIND == TABLE && SAME_TABLE ? 0 : V::LUT_BYTES / 256>(shared + V_LUT, p.v_table);
   // positions: which are live, then all relative to the first of them
   int length = p.lengths ? (int)(p.lengths[unit.batch * p.lengths_batch] - p.origin) : p.length, q_first = length - p.q_len;
   int first = max(p.first, length - p.keep), stop = min(p.stop, length - p.trail);
@@ -47,6 +47,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
   int tiles = slots.count == 0 ? 0 : ((straight ? slots.first_slot + slots.count : slots.capacity) + TILE - 1) / TILE - tile_low;
   int share = quotient(tiles, p.splits, p.over_splits), rest = tiles - share * p.splits;  // the first `rest` splits take one more
   int begin = tile_low + split * share + min(split, rest), end = begin + share + (split < rest);
+  wait_for_earlier_kernels();
+  Early early(p, unit);
   // a tile whose first position is in this range is seen by all rows
   int free_low = window ? high - window + 1 : 0, free_high = p.causal || window ? low - TILE + 1 : 0x7FFFFFFF;
 
@@ -103,8 +105,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
     else copy_k(Bool<false>(), tile, i), copy_v(Bool<false>(), tile, i);
   }
   fetch_scales(Bool<false>(), begin + warp);
-  k_entries.fill(shared);
-  v_entries.fill(shared + V_LUT);
   fill_queries(memory, p, early, norms);
   __syncthreads();
 

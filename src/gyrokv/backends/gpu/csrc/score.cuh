@@ -75,29 +75,17 @@ INLINE float load_mask(const char* mask, i64 at) {  // a boolean mask: 0 or -inf
 using KScales = Scales<K, K_SCALE32>;
 using VScales = Scales<V, V_SCALE32>;
 
-// a lookup table, asked for early, as half precision once per bank
+// a lookup table, as half precision, once per bank
 template <int CODES>
-struct EarlyTable {
-  static constexpr int MINE = CODES == 0 ? 1 : (CODES + WARPS - 1) / WARPS;
-  u32 entries[MINE];
-
-  INLINE explicit EarlyTable(const float* table) {
+INLINE void fill_table(u32 to, const float* table) {
 #pragma unroll
-    for (int n = 0; n < MINE; ++n) {
-      int code = threadIdx.x / 32 + n * WARPS;
-      if (code < CODES) entries[n] = load_now<4>((const char*)table, code);
-    }
+  for (int n = 0; n < (CODES + WARPS - 1) / WARPS; ++n) {
+    int i = threadIdx.x + n * WARPS * 32;
+    if (i >= CODES * 32) break;
+    u32 x = f16x2(table[i / 32], 0.0f);
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(to + i / 32 * 256 + i % 32 * 4), "r"(x));
   }
-  INLINE void fill(u32 to) const {
-#pragma unroll
-    for (int n = 0; n < MINE; ++n) {
-      int i = threadIdx.x + n * WARPS * 32;
-      if (i >= CODES * 32) break;
-      u32 x = f16x2(__uint_as_float(entries[n]), 0.0f);
-      asm volatile("st.shared.u32 [%0], %1;" ::"r"(to + i / 32 * 256 + i % 32 * 4), "r"(x));
-    }
-  }
-};
+}
 
 INLINE i64 q_offset(const Attend& p, const Unit& unit, int row) {
   At at = row_at(p, unit, row);
