@@ -89,9 +89,9 @@ class Executor(torch_mps.Machine):
             outputs = [(label, dtype) for label, dtype, _ in inputs[count + 2 :]]
             own = mlx_kernel(f"custom_kernel_{name}", inputs[: count + 2], outputs, program.body)
             label = name if self.entry == "torch" else f"custom_kernel_{name}"
-            kernel = library(self.edit(f"{source}\n{own}")).kernel(label)
             assert all(n % size == 0 for n, size in zip(threads, group_size))
             groups = [n // size for n, size in zip(threads, group_size)]
-            self.log.append((program, kernel(buffers, groups, group_size, self.schedule)))
+            ran = library(self.edit(f"{source}\n{own}")).run(label, buffers, groups, program.threads, self.schedule)
+            self.log.append((program, ran))
 
         return type("Shader", (), {name: staticmethod(launch)})()

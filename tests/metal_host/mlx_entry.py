@@ -60,7 +60,7 @@ class Kernel:
         name = re.search(r"\[\[kernel\]\] void (\w+)", source).group(1)
         groups = [n // size for n, size in zip(grid, threadgroup)]
         buffers = [(a.ctypes.data, a.nbytes) for a in (*given, *made)]
-        self._runs.log.append(library(source).kernel(name)(buffers, groups, threadgroup, self._runs.schedule))
+        self._runs.log.append(library(source).run(name, buffers, groups, threadgroup[0], self._runs.schedule))
         return [mx.array(a).view(dtype) if dtype == mx.bfloat16 else mx.array(a) for a, dtype in zip(made, output_dtypes)]
 
     def _source(self, inputs: Sequence[mx.array], options: dict) -> str:
