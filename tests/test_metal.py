@@ -327,6 +327,7 @@ def test_the_same_bytes_attend_alike_on_a_gpu(k, v, problem, backend_here):
     assert_matches(data, *(t.cpu() for t in got), gpu.BOUND)
     layer = LayerCache(data.view.k_codec, data.view.v_codec, batch=2, kv_heads=2, device="cuda")
     theirs = append(layer, data.k.cuda(), data.v.cuda()).to("cpu")
+    assert all(torch.equal(mine.decode(side), theirs.decode(side)) for side in "kv")
     assert_matches(data, *run(data, Executor("torch"), DECODE, view=theirs))
 
 

@@ -85,10 +85,10 @@ def compiler() -> str | None:
     return shutil.which("g++") if platform.machine() == "x86_64" else None
 
 
-def _built(name: str, text: str, command: Sequence[str]) -> Path:
+def _built(name: str, text: str, command: Sequence[str], libraries: Sequence[str] = ()) -> Path:
     """The library that ``command`` makes of ``text``: made once, whichever process or test asks for it first."""
     headers = (HERE / "include" / header for header in ("msl.h", "runtime.h"))
-    parts = (*(header.read_text() for header in headers), *command, text)
+    parts = (*(header.read_text() for header in headers), *command, *libraries, text)
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
     CACHE.mkdir(mode=0o700, exist_ok=True)
     output = CACHE / f"{name}-{digest}.so"
@@ -96,7 +96,8 @@ def _built(name: str, text: str, command: Sequence[str]) -> Path:
         source = CACHE / f"{name}-{digest}.{os.getpid()}.cpp"  # another process may be making the same
         made = source.with_suffix("")
         source.write_text(text)
-        done = subprocess.run([*command, str(source), "-o", str(made)], capture_output=True, text=True, check=False)
+        whole = [*command, str(source), "-o", str(made), *libraries]
+        done = subprocess.run(whole, capture_output=True, text=True, check=False)
         source.unlink()
         if done.returncode:
             raise KernelFault(f"{command[0]} cannot compile {source.name}:\n{done.stderr[:4000]}")
@@ -105,10 +106,10 @@ def _built(name: str, text: str, command: Sequence[str]) -> Path:
 
 
 @cache
-def _runtime() -> ctypes.CDLL:
-    """``runtime.cpp``, where all kernels of this process find what they call."""
-    path = _built("runtime", (HERE / "runtime.cpp").read_text(), _RUNTIME)
-    return ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+def _runtime() -> tuple[str, ctypes.CDLL]:
+    """``runtime.cpp``, which all kernels of this process share: its path, and the library."""
+    path = str(_built("runtime", (HERE / "runtime.cpp").read_text(), _RUNTIME))
+    return path, ctypes.CDLL(path)
 
 
 @dataclass(frozen=True)
@@ -164,9 +165,9 @@ class Library:
 
     def __init__(self, source: str) -> None:
         self.source = source
-        _runtime()
+        runtime, _ = _runtime()
         text, self.kernels = translate(source)
-        self.path = _built("kernel", text, _KERNEL)
+        self.path = _built("kernel", text, _KERNEL, [runtime, "-lm"])
         self._dll = ctypes.CDLL(str(self.path))
         self._image = (ctypes.c_char_p * 2).in_dll(self._dll, "metal_host_image")
 
@@ -190,7 +191,7 @@ class Library:
         )
         sizes = (ctypes.c_uint * 3)(*(*groups, 1, 1)[:3])
         outcome = _Outcome()
-        _runtime().metal_host_run(
+        _runtime()[1].metal_host_run(
             getattr(self._dll, f"entry_{name}"), self._image, given, len(buffers), sizes, threads,
             SCHEDULES.index(schedule), ctypes.c_uint64(seed), ctypes.byref(outcome),
         )  # fmt: skip
