@@ -21,7 +21,7 @@ from mlx_models import llama_model, logits, oss_model, packed, same  # noqa: E40
 import gyrokv.mlx  # noqa: E402
 from gyrokv import CapacityError, Codec, GyroKVError, LayerCache, attend  # noqa: E402
 from gyrokv.backends.metal import launches  # noqa: E402
-from gyrokv.config import CacheConfig  # noqa: E402
+from gyrokv.config import CacheConfig, LayerShape  # noqa: E402
 from gyrokv.mlx import machine as mlx_machine  # noqa: E402
 from gyrokv.mlx import trial  # noqa: E402
 
@@ -33,7 +33,7 @@ def filled(config: str, window: int | None, dim: int = 64, chunks=CHUNKS):
     """A layer of ours and torch's, fed with the same chunks: yields (handles, torch's view) after each."""
     ours = packed(config, window)
     policy = CacheConfig.parse(config).layer(0, 1, sliding=window is not None)
-    k_codec, v_codec = Codec(policy.k, dim), Codec(policy.v, dim)
+    k_codec, v_codec = policy.codecs(LayerShape(2, dim))
     theirs = LayerCache(k_codec, v_codec, kv_heads=2, window=window, sinks=policy.sinks, recent=policy.recent)
     random = torch.Generator().manual_seed(0)
     for tokens in chunks:
@@ -88,6 +88,18 @@ def test_first_and_recent_tokens_stay_dense(options, window):
         want = attend(q, theirs.append(k, v), window=window, backend="torch")
         got = gyrokv.mlx.attend(mx.array(q.numpy()), *handles, scale=64**-0.5, mask="causal")
         torch.testing.assert_close(same(got), want, rtol=1e-5, atol=2e-5)
+
+
+def test_rotations_that_a_policy_adds():
+    """To formats without one of their own: a matrix on keys, queries, values and outputs, as torch applies it."""
+    config = "k=f32,v=f32,k_rotation=hadamard,v_rotation=hadamard"
+    with executed():
+        for layer, handles, view, q in filled(config, None, 96, (9, 1)):
+            assert layer._codecs[0].matrix is not None and layer._codecs[1].matrix is not None
+            mine, torchs = layer._main.pair[0].words[:, :, : layer.offset], view.decode("k")
+            torch.testing.assert_close(same(mine), torchs, rtol=1e-5, atol=1e-5)
+            got = gyrokv.mlx.attend(mx.array(q.numpy()), *handles, scale=96**-0.5, mask="causal")
+            torch.testing.assert_close(same(got), attend(q, view, backend="torch"), rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

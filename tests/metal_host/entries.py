@@ -8,7 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from gyrokv.backends.metal import torch_mps
+from gyrokv.backends.metal import launches, torch_mps
 from gyrokv.backends.metal.kernels import POSITIONS, Program
 
 from .host import Library, Ran
@@ -62,7 +62,7 @@ class Executor(torch_mps.Machine):
         self.log: list[tuple[Program, Ran]] = []
 
     def strides(self, x: Tensor) -> tuple[int, ...]:
-        return super().strides(x if self.entry == "torch" else torch.empty(x.shape, device="meta"))
+        return super().strides(x) if self.entry == "torch" else launches.contiguous(x.shape)
 
     def launch(self, program, inputs, ints, floats, groups, outputs):
         self._now = program
