@@ -14,7 +14,7 @@ pytest.importorskip("mlx_lm.models.base", reason="no mlx-lm: pip install mlx-lm"
 import mlx_lm.models.cache as theirs  # noqa: E402
 from metal_host.host import compiler  # noqa: E402
 from metal_host.mlx_entry import executed  # noqa: E402
-from mlx_lm.generate import BatchGenerator  # noqa: E402
+from mlx_lm.generate import BatchGenerator, generate_step, speculative_generate_step  # noqa: E402
 from mlx_models import llama_model, oss_model, packed, same  # noqa: E402
 
 import gyrokv.mlx  # noqa: E402
@@ -283,6 +283,23 @@ def test_copies_are_independent(config, window, keep, copied):
         feed(other, *a)
         feed(cache, *b)
         assert bool(mx.array_equal(feed(other, *c), want)) and other.offset == cache.offset + 2
+
+
+def test_generation_with_and_without_a_draft():
+    """mlx-lm's generators, prompts in chunks: the probabilities of its own caches, after rejected drafts too."""
+    mx.random.seed(0)
+    model, draft, prompt = llama_model(), llama_model(), mx.random.randint(0, 61, (40,))
+    options = dict(max_tokens=6, prefill_step_size=16)
+
+    def generated(make) -> list[mx.array]:
+        plain = generate_step(prompt, model, prompt_cache=make(model), **options)
+        drafted = speculative_generate_step(prompt, model, draft, prompt_cache=make(model) + make(draft), **options)
+        return [logprobs for _, logprobs, *_ in (*plain, *drafted)]
+
+    want = generated(theirs.make_prompt_cache)
+    with executed():
+        got = generated(lambda m: gyrokv.mlx.cache(m, "f32"))
+    torch.testing.assert_close(same(mx.stack(got)), same(mx.stack(want)), rtol=1e-4, atol=1e-4)
 
 
 def test_the_least_recently_used_prompts():
