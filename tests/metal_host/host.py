@@ -14,7 +14,6 @@ import platform
 import re
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -22,7 +21,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 SCHEDULES = ("forward", "reverse", "random", "lockstep")
-CACHE = Path(tempfile.gettempdir()) / f"gyrokv-metal-host-{os.getuid()}"
+CACHE = HERE.parents[1] / "build" / "metal_host"  # of compiled kernels, for all tests and their workers
 _GXX = ("g++", "-std=c++17", "-fPIC", "-shared", "-fno-exceptions", f"-I{HERE}/include")
 _RUNTIME = (*_GXX, "-O2", "-fno-semantic-interposition")
 _KERNEL = (
@@ -90,7 +89,7 @@ def _built(name: str, text: str, command: Sequence[str], libraries: Sequence[str
     headers = (HERE / "include" / header for header in ("msl.h", "runtime.h"))
     parts = (*(header.read_text() for header in headers), *command, *libraries, text)
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
-    CACHE.mkdir(mode=0o700, exist_ok=True)
+    CACHE.mkdir(parents=True, exist_ok=True)
     output = CACHE / f"{name}-{digest}.so"
     if not output.exists():
         source = CACHE / f"{name}-{digest}.{os.getpid()}.cpp"  # another process may be making the same
