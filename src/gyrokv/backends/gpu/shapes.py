@@ -17,10 +17,7 @@ def why_not(spec: AttentionSpec) -> str:
     """Why the decode kernel serves ``spec`` instead; empty if these do (on compute capability 9.0)."""
     if spec.q_len < FEWEST_QUERIES:
         return f"q_len={spec.q_len} (below {FEWEST_QUERIES}, decode reads each key once for all rows)"
-    if spec.dtype not in DTYPES:
-        return f"dtype={spec.dtype}"
-    used = sorted(spec.uses() & {"starts", "lengths", "paged"})
-    return f"the feature {used[0]}" if used else ""
+    return "" if spec.dtype in DTYPES else f"dtype={spec.dtype}"
 
 
 def served_by_cudnn(spec: AttentionSpec) -> bool:
@@ -43,6 +40,7 @@ class Shape:
     softcap: bool
     alibi: bool
     any_scale: bool
+    ragged: bool  # sequences have starts or lengths of their own
     cluster: int = 1  # blocks that load k and v for each other; of the wide kernel
 
     @property
@@ -97,7 +95,7 @@ class Shape:
             "DK": self.dk, "DV": self.dv, "KEYS": self.keys, "K_STAGES": k, "V_STAGES": v, "Q_TYPE": self.q_type,
             "V_TYPE": self.v_type, "OUT_TYPE": self.out_type, "MASK": self.mask,
             "SOFTCAP": int(self.softcap), "ALIBI": int(self.alibi),
-            "ANY_SCALE": int(self.any_scale),
+            "ANY_SCALE": int(self.any_scale), "RAGGED": int(self.ragged),
         }  # fmt: skip
         return tuple((names | own).items())
 
@@ -118,7 +116,10 @@ def shape(spec: AttentionSpec, dims: tuple[int, int], types: tuple[torch.dtype, 
     """
     dk, dv = (-(-d // 64) * 64 for d in dims)
     cluster = 2 if not mask and dv > 128 and keys * sum(dims) * 2 > SECTION else 1
-    return Shape(dk, dv, *(Q_TYPES[t] for t in types), mask, spec.softcap > 0, spec.alibi > 0, spec.scale <= 0, cluster)
+    return Shape(
+        dk, dv, *(Q_TYPES[t] for t in types), mask, spec.softcap > 0, spec.alibi > 0, spec.scale <= 0,
+        spec.starts or spec.lengths, cluster,
+    )  # fmt: skip
 
 
 def tile(spec: AttentionSpec) -> tuple[int, int]:

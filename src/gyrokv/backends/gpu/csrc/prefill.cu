@@ -14,7 +14,7 @@
 //
 // The host defines DK, DV (multiples of 64, at most 576), KEYS (128; 64 for DV > 512), CLUSTER (1, 2), K_STAGES, V_STAGES
 // (even), Q_TYPE (0 f16, 1 bf16: of q and k), V_TYPE, OUT_TYPE (0 f16, 1 bf16, 2 f32), MASK (0 none, 1 boolean, 2 f32, 3 f16,
-// 4 bf16), SOFTCAP, ALIBI, ANY_SCALE (0: scale > 0). Head sizes between multiples of 64 are padded by the tensor maps.
+// 4 bf16), SOFTCAP, ALIBI, ANY_SCALE (0: scale > 0), RAGGED (1: sequences have starts or lengths of their own). Head sizes between multiples of 64 are padded by the tensor maps.
 //
 // Launch: grid CLUSTER * batches * q_heads * ceil(q_len / (64 * CLUSTER)), block 512, shared memory BYTES:
 //   128 DK + 32768 + K_STAGES * 128 KEYS + V_STAGES * 64 up(DV / 2, 64) + 1280 + 8 (9 + 2 K_STAGES + 2 V_STAGES)
@@ -174,14 +174,18 @@ INLINE void score_role(const Prefill& p, const Tile& tile, u32 shared, u32 rank)
     products_wait<0>();
     settle(s);
     release((ring.stage + K_STAGES - 1) % K_STAGES);
-    softmax.begin(s, p, Range(p, block, row, lane % 4), mask, slope);
+    softmax.begin(s, p, Range(p, tile, block, row, lane % 4), mask, slope);
 #pragma unroll
     for (int unit = 0; unit < UNITS; ++unit) softmax.weights(s, unit, scale, w[unit]);
   }
   if (tile.block >= 0) send(to, softmax, w);
-  float last[2];
-  softmax.finish(last, p, tile, row, lane % 4);
+  float last[2], before[2];
+  softmax.finish(last, before, p, tile, row, lane % 4);
   to.open(last[0], last[1], true);
+  if (JOINS && p.joined && lane % 4 == 0) {  // in place of weights
+    store_shared(to.weights() + lane, before[0]);
+    store_shared(to.weights() + 32 + lane, before[1]);
+  }
   to.close();
 }
 
@@ -271,11 +275,14 @@ INLINE void value_role(const Prefill& p, const Tile& tile, u32 shared, u32 rank,
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     if (row + 8 * r >= p.q_len) break;
+    float before = 0.0f;
+    if (JOINS && p.joined)
+      before = load_shared_f32(shared + P_AT + slots.stage * SLOT_BYTES + warp * 2048 + 32 * r + lane / 4 * 4);
     i64 at = tile.batch * p.out_batch + tile.head * p.out_head + (row + 8 * r) * p.out_token + column;
 #pragma unroll
     for (int j = 0; j < COLUMNS / 8; ++j) {
       if (column + 8 * j >= p.dv) break;
-      store(p, at + 8 * j, o.at(4 * j + 2 * r), o.at(4 * j + 2 * r + 1));
+      store(p, at + 8 * j, o.at(4 * j + 2 * r), o.at(4 * j + 2 * r + 1), before);
     }
   }
 }
@@ -290,6 +297,8 @@ extern "C" __global__ void SHAPE
             const __grid_constant__ TensorMap v_map) {
   wait_for_earlier_kernels();
   let_later_kernels_start();
+  const Tile tile(p);
+  if (tile.leaves_results(p)) return;  // all blocks of a cluster do
   u32 shared = shared_address(memory), rank = CLUSTER == 2 ? cluster_rank() : 0;
   int warp = __shfl_sync(~0u, (int)threadIdx.x / 32, 0);
   if (threadIdx.x == 0) {
@@ -310,7 +319,6 @@ extern "C" __global__ void SHAPE
   }
   if (CLUSTER == 2) cluster_sync();
   else __syncthreads();
-  const Tile tile(p);
   if (warp < 4) {
     registers<LOAD_REGISTERS, 128>();
     if (warp == 0) load_keys(&q_map, &k_map, tile, shared, rank);

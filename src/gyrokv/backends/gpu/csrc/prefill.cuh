@@ -6,16 +6,22 @@
 struct Prefill {
   char* out;
   i64 out_batch, out_head, out_token;  // elements
-  float* lse;                          // [B, Hq, Tq] or null
+  float* lse;                          // [B, Hq, Tq], contiguous in Tq
+  i64 lse_batch, lse_head;
   const float* sinks;                  // [Hq] or null
   const float* slopes;                 // [Hq], with ALIBI
   const char* mask;
   i64 mask_batch, mask_head, mask_token, mask_key;  // elements
   const u8* map;                    // of the mask, per tile of rows and KEYS keys: 0 skip, 1 all visible, 2 look; or null
   i64 map_batch, map_head, map_row;
+  const i64* starts;   // RAGGED: [B], the first position of each sequence; or null
+  const i64* lengths;  // RAGGED: [B or 1], tokens of each sequence, in place of length; or null
+  i64 lengths_batch;
+  int length, oldest, keep, origin, relative;  // RAGGED: live are positions from oldest on, the last keep; see own_keys
   int q_heads, groups, q_len, kv_len, tiles;  // groups: query heads per KV head; tiles: of a head
   int section, pairs;                         // KV heads at a time, for L2: some 24 MB; all (batch, KV head)
   int causal, window, first;                  // window 0: none; first: position of query 0 among the keys
+  int joined;                                 // results over other keys are in out (f32) and lse: these are added
   int dv;                                     // true columns
   float scale, softcap, v_scale;              // v_scale: of the output
 };
@@ -28,9 +34,12 @@ constexpr bool PLAIN = !SOFTCAP && MASK == 0 && !ANY_SCALE;
 
 constexpr int SCORES = KEYS / 2, UNITS = KEYS / 16;  // scores: of a thread; a unit: 16 keys
 
+constexpr bool JOINS = OUT_TYPE == 2;
+
 struct Tile {
-  int batch, head, kv_head, row, block;  // row: first of the tile; block: last that is seen, or less than stop
+  int batch, head, kv_head, row, block;  // row: first of the tile; block: last that is seen, or -1
   int stop;
+  int own_first, own_begin, own_end;  // RAGGED
   const u8* map;
 
   INLINE Tile(const Prefill& p) {
@@ -41,13 +50,27 @@ struct Tile {
     batch = pair / kv_heads, kv_head = pair - batch * kv_heads, head = kv_head * p.groups + inner % p.groups;
     int tile = p.tiles - 1 - order;  // the longest rows of a causal problem first
     row = tile * ROWS;
-    int last = p.kv_len - 1;
-    stop = 0;
-    if (p.causal || p.window) last = min(last, min(row + ROWS, p.q_len) - 1 + p.first);
-    if (p.window) stop = max(0, row + p.first - p.window + 1) / KEYS;
+    if (RAGGED) own_keys(p);
+    int last = end(p) - 1, low = begin();
+    if (p.causal || p.window) last = min(last, min(row + ROWS, p.q_len) - 1 + first(p));
+    if (p.window) low = max(low, row + first(p) - p.window + 1);
+    stop = low / KEYS;
     map = MASK && p.map ? p.map + batch * p.map_batch + head * p.map_head + tile * p.map_row : nullptr;
-    block = seen(last < 0 ? -1 : last / KEYS);
+    block = seen(last < low ? -1 : last / KEYS);
   }
+  // Key 0 has position origin. In a sequence that is shorter than length by `missing`, queries lie that much earlier, and so do
+  // keys that are relative to the end: what a window sees is then in the same keys for all sequences.
+  INLINE void own_keys(const Prefill& p) {
+    int tokens = p.lengths ? (int)p.lengths[batch * p.lengths_batch] : p.length, missing = p.length - tokens;
+    int origin = p.relative ? p.origin - missing : p.origin, start = max(p.oldest, tokens - p.keep);
+    if (p.starts) start = max(start, (int)p.starts[batch]);
+    own_first = p.relative ? p.first : p.first - missing;
+    own_begin = max(0, start - origin), own_end = min(p.kv_len, tokens - origin);
+  }
+  INLINE int first(const Prefill& p) const { return RAGGED ? own_first : p.first; }  // position of query 0 among the keys
+  INLINE int begin() const { return RAGGED ? own_begin : 0; }                        // keys of the sequence: from here
+  INLINE int end(const Prefill& p) const { return RAGGED ? own_end : p.kv_len; }     // to before here
+  INLINE bool leaves_results(const Prefill& p) const { return JOINS && p.joined && block < 0; }
   INLINE int seen(int at) const {  // the next block, downwards, that is not skipped
     if (MASK && map)
       while (at >= stop && map[at] == 0) --at;
@@ -66,13 +89,14 @@ INLINE void settle(float (&x)[N]) {
 struct Range {
   int low[2], high[2];
 
-  INLINE Range(const Prefill& p, int block, int row, int t) {
-    int key = block * KEYS + 2 * t;
+  INLINE Range(const Prefill& p, const Tile& tile, int block, int row, int t) {
+    int key = block * KEYS + 2 * t, end = tile.end(p) - 1;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      int position = row + 8 * r + p.first;
-      high[r] = (p.causal || p.window ? min(p.kv_len - 1, position) : p.kv_len - 1) - key;
-      low[r] = p.window ? position - p.window + 1 - key : -key;
+      int position = row + 8 * r + tile.first(p);
+      high[r] = (p.causal || p.window ? min(end, position) : end) - key;
+      low[r] = p.window ? position - p.window + 1 - key : tile.begin() - key;
+      if (RAGGED) low[r] = max(low[r], tile.begin() - key);
     }
   }
   INLINE bool whole() const { return min(high[0], high[1]) >= KEYS - 1 && max(low[0], low[1]) <= 0; }
@@ -202,23 +226,38 @@ struct Softmax {
     }
   }
 
-  // after the last block: what the output is multiplied by; lse
-  INLINE void finish(float (&last)[2], const Prefill& p, const Tile& tile, int row, int t) {
+  // after the last block: what the output is multiplied by, and the result that it joins; lse. A result over other keys is
+  // a sink that has a value.
+  INLINE void finish(float (&last)[2], float (&before)[2], const Prefill& p, const Tile& tile, int row, int t) {
+    float* lse = p.lse + tile.batch * p.lse_batch + tile.head * p.lse_head + row;
+    float sinks[2];
+    bool joins = JOINS && p.joined;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float sum = total[r], sink = p.sinks ? p.sinks[tile.head] * LOG2E : -INFINITE;
+      sinks[r] = p.sinks ? p.sinks[tile.head] * LOG2E : -INFINITE;
+      if (joins) sinks[r] = row + 8 * r < p.q_len ? lse[8 * r] * LOG2E : -INFINITE;
+    }
+    __syncwarp();  // lanes that read a row's lse before one of them writes it
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float sum = total[r], sink = sinks[r];
       sum += __shfl_xor_sync(~0u, sum, 1);
       sum += __shfl_xor_sync(~0u, sum, 2);
       float most = fmaxf(top[r], sink);
       float all = most == -INFINITE ? 0.0f : sum * exp2_fast(top[r] - most) + exp2_fast(sink - most);
       last[r] = sum > 0.0f ? exp2_fast(top[r] - most) / all * p.v_scale : 0.0f;
-      i64 at = ((i64)tile.batch * p.q_heads + tile.head) * p.q_len + row + 8 * r;
-      if (p.lse && t == 0 && row + 8 * r < p.q_len) p.lse[at] = all > 0.0f ? (most + log2f(all)) * LN2 : -INFINITE;
+      before[r] = joins && all > 0.0f ? exp2_fast(sink - most) / all : 0.0f;
+      if (t == 0 && row + 8 * r < p.q_len) lse[8 * r] = all > 0.0f ? (most + log2f(all)) * LN2 : -INFINITE;
     }
   }
 };
 
-INLINE void store(const Prefill& p, i64 at, float x, float y) {
+// two values of the output, with the share that the result before has
+INLINE void store(const Prefill& p, i64 at, float x, float y, float before) {
+  if (JOINS && p.joined) {
+    float2 old = *(const float2*)((const float*)p.out + at);
+    x += before * old.x, y += before * old.y;
+  }
   if (OUT_TYPE == 2) *(float2*)((float*)p.out + at) = make_float2(x, y);
   else *(u32*)((u16*)p.out + at) = OUT_TYPE == 1 ? bf16x2(x, y) : f16x2(x, y);
 }

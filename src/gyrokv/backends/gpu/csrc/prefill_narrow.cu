@@ -108,7 +108,7 @@ INLINE void attend_role(const Prefill& p, const Tile& tile, u32 shared, int grou
     products_wait<0>();
     settle(s);
     release_k();
-    softmax.begin(s, p, Range(p, block, row, lane % 4), mask, slope);
+    softmax.begin(s, p, Range(p, tile, block, row, lane % 4), mask, slope);
     weigh();
     while ((block = tile.seen(block - 1)) >= 0) {
       Mask mask;
@@ -123,7 +123,7 @@ INLINE void attend_role(const Prefill& p, const Tile& tile, u32 shared, int grou
       }
       settle(s);
       release_k();
-      softmax.begin(s, p, Range(p, block, row, lane % 4), mask, slope);
+      softmax.begin(s, p, Range(p, tile, block, row, lane % 4), mask, slope);
       products_wait<0>();
       settle(o);
       release_v();
@@ -138,8 +138,8 @@ INLINE void attend_role(const Prefill& p, const Tile& tile, u32 shared, int grou
     settle(o);
     release_v();
   }
-  float last[2];
-  softmax.finish(last, p, tile, row, lane % 4);
+  float last[2], before[2];
+  softmax.finish(last, before, p, tile, row, lane % 4);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     if (row + 8 * r >= p.q_len) break;
@@ -147,7 +147,7 @@ INLINE void attend_role(const Prefill& p, const Tile& tile, u32 shared, int grou
 #pragma unroll
     for (int j = 0; j < DV / 8; ++j) {
       if (8 * j + 2 * (lane % 4) >= p.dv) break;
-      store(p, at + 8 * j, o[4 * j + 2 * r] * last[r], o[4 * j + 2 * r + 1] * last[r]);
+      store(p, at + 8 * j, o[4 * j + 2 * r] * last[r], o[4 * j + 2 * r + 1] * last[r], before[r]);
     }
   }
 }
@@ -157,6 +157,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             const __grid_constant__ TensorMap v_map) {
   wait_for_earlier_kernels();
   let_later_kernels_start();
+  const Tile tile(p);
+  if (tile.leaves_results(p)) return;
   u32 shared = shared_address(memory);
   int warp = __shfl_sync(~0u, (int)threadIdx.x / 32, 0);
   if (threadIdx.x == 0) {
@@ -172,7 +174,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     fence_barrier_init();
   }
   __syncthreads();
-  const Tile tile(p);
   if (warp < 4) {
     registers<LOAD_REGISTERS, ENTRY>();
     if (warp == 0) load_keys(&q_map, &k_map, tile, shared);
