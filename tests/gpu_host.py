@@ -15,8 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gyrokv.backends.gpu import nvrtc, plan, prefill, staging
+from gyrokv import dispatch
+from gyrokv.backends.gpu import nvrtc, plan, prefill, shapes, staging
+from gyrokv.masks import BlockMap
 from gyrokv.packing import unpack
+from gyrokv.testing import Problem
 
 _DENSE = {plan.F16: torch.float16, plan.BF16: torch.bfloat16, plan.F32: torch.float32}
 _MASKS = {1: np.bool_, 2: np.float32, 3: np.float16, 4: np.int16}
@@ -43,6 +46,18 @@ def hosted(processors: int = 132) -> Iterator[list]:
         mock.patch.object(nvrtc, "kernel", Kernel),
     ):  # fmt: skip
         yield launches
+
+
+def run(problem: Problem, processors: int = 132) -> tuple[Tensor, Tensor, list]:
+    """(out, lse, launches) of ``problem``."""
+    backend, block_map = SimpleNamespace(attend=prefill.attend), None
+    if problem.case.spec.block_map:
+        block_map = BlockMap.build(problem.mask, shapes.tile(problem.case.spec))
+        backend.tile = shapes.tile
+    spec = dispatch.describe(problem.q, problem.view, **problem.options, block_map=block_map)
+    options = dict(mask=problem.mask, sinks=problem.sinks, block_map=block_map)
+    with hosted(processors) as launches:
+        return *dispatch.run(backend, problem.q, problem.view, spec, **options), launches
 
 
 def memory(address: int, dtype, sizes: tuple[int, ...], strides: tuple[int, ...]) -> np.ndarray:

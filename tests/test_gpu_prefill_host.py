@@ -1,0 +1,85 @@
+"""How prefill cuts problems, copies rows and addresses tensors, without a GPU: the host carries out the launches."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from gpu_host import run
+
+from gyrokv.backends import gpu
+from gyrokv.backends.gpu import staging
+from gyrokv.cases import Case, case, groups
+from gyrokv.testing import assert_matches, inputs
+
+CASES = groups()["many_queries"]
+SIZES = dict(q_len=40, kv_len=290, dtype=torch.bfloat16)
+
+
+def smaller(case: Case, **sizes) -> Case:
+    return replace(case, spec=replace(case.spec, **sizes))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_launches_mean_the_reference(case, problem):
+    data = problem(case)
+    out, lse, launches = run(data)
+    assert_matches(data, out, lse, gpu.BOUND)
+    assert [name for name, _, _ in launches].count("unpack") == 2 * len(data.view.segments)
+
+
+@pytest.mark.parametrize("case", CASES[:: 3 if len(CASES) > 30 else 1], ids=str)
+def test_pieces_mean_the_reference(case, problem, monkeypatch):
+    """Two heads at a time, 128 keys at a time, and the results joined."""
+    data = problem(smaller(case, kv_heads=3, q_heads=6) if not case.spec.mask else case)
+    monkeypatch.setattr(staging, "STAGED", 1)
+    out, lse, launches = run(data, processors=2)
+    assert_matches(data, out, lse, gpu.BOUND)
+    joined = [call.joined for name, _, call in launches if name != "unpack"]
+    assert joined[0] == 0
+    if case.spec.kv_len > 128 and case.spec.window is None:
+        assert joined.count(1) == joined.count(0) > 1
+
+
+@pytest.mark.parametrize("k", ["bf16", "f16", "f32", "fp8_e4m3", "q4_0", "tq5", "turbo3"])
+@pytest.mark.parametrize("page", [16, 256])
+def test_rows_of_each_kind(k, page, problem):
+    """What lies in words, in one or two fields, with scales of one or two widths, in pages or not."""
+    for kind in (dict(), dict(paged=True, lengths=True, page=page)):
+        data = problem(case(k, "turbo4", (96, 96), batch=2, causal=True, **kind, **SIZES))
+        assert_matches(data, *run(data)[:2], gpu.BOUND)
+
+
+def test_rows_that_lie_well_are_read_in_place():
+    """A copy of 16-bit rows of equal sequences would cost time for nothing."""
+    copies = {}
+    for name, settings in {
+        "dense": dict(), "one side": dict(v="q8_0"), "starts": dict(starts=True), "pages": dict(paged=True),
+        "window": dict(window=50),
+    }.items():  # fmt: skip
+        settings = dict(k="bf16", v="bf16", causal=True) | SIZES | settings
+        data = inputs(case(settings.pop("k"), settings.pop("v"), **settings))
+        out, lse, launches = run(data)
+        assert_matches(data, out, lse, gpu.BOUND)
+        copies[name] = [name for name, _, _ in launches].count("unpack")
+    assert copies == {"dense": 0, "one side": 1, "starts": 2, "pages": 2, "window": 0}
+
+
+def test_queries_are_taken_a_few_at_a_time(monkeypatch):
+    """Their copy in another type is bounded too."""
+    monkeypatch.setattr(staging, "QUERIES", 1)
+    data = inputs(case("q8_0", "turbo4", causal=True, sinks=True, **(SIZES | dict(q_len=150))))
+    out, lse, launches = run(data)
+    assert_matches(data, out, lse, gpu.BOUND)
+    found = [call for name, _, call in launches if name != "unpack"]
+    assert [call.q_len for call in found] == [128, 22] * 4 and all(call.pairs == 1 for call in found)
+
+
+def test_a_window_needs_no_more_than_it_sees():
+    """With lengths on the device too, where the keys that a window sees lie elsewhere in each sequence."""
+    for kind in (dict(), dict(lengths=True), dict(paged=True, lengths=True)):
+        data = inputs(case("q8_0", "turbo4", causal=True, window=60, batch=3, **SIZES, **kind))
+        out, lse, launches = run(data)
+        assert_matches(data, out, lse, gpu.BOUND)
+        assert all(call.kv_len == 99 for name, _, call in launches if name != "unpack")
