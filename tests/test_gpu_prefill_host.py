@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
+import re
 from dataclasses import replace
 
+import gpu_record
 import pytest
 import torch
 from gpu_host import run
 
+from gyrokv import GyroKVError
 from gyrokv.backends import gpu
-from gyrokv.backends.gpu import staging
+from gyrokv.backends.gpu import nvrtc, prefill, staging
 from gyrokv.cases import Case, case, groups
 from gyrokv.testing import assert_matches, inputs
 
@@ -19,6 +23,42 @@ SIZES = dict(q_len=40, kv_len=290, dtype=torch.bfloat16)
 
 def smaller(case: Case, **sizes) -> Case:
     return replace(case, spec=replace(case.spec, **sizes))
+
+
+STRUCTURES = [(prefill.Prefill, "prefill.cuh"), (staging.Unpack, "unpack.cu")]
+
+
+@pytest.mark.parametrize(("mirror", "file"), STRUCTURES)
+def test_structures_are_laid_out_alike(mirror, file):
+    """A field that moved would be read as another one: the same names in the same order, strides one by one."""
+    text = re.sub(r"//[^\n]*", "", nvrtc._sources()[file].decode())
+    body = re.search(rf"struct {mirror.__name__} {{(.*?)\n}};", text, re.DOTALL)[1]
+    there = [re.sub(r"[^\w]", "", part.split()[-1]) for part in re.split("[;,]", body) if part.split()]
+    for name, kind in mirror._fields_:
+        if issubclass(kind, ctypes.Array):
+            strides, there = there[: kind._length_], there[kind._length_ :]
+            assert all(stride.startswith(name.removesuffix("strides")) for stride in strides)
+        else:
+            assert there.pop(0) == {"source": "from"}.get(name, name)
+    assert not there
+
+
+@pytest.mark.skipif(nvrtc.compiler_version() is None, reason="libnvrtc was not found")
+@pytest.mark.parametrize(("mirror", "file"), STRUCTURES)
+def test_the_compiler_finds_structures_of_the_same_size(mirror, file):
+    name, data = mirror.__name__, inputs(case("q8_0", "q8_0", (512, 512), **SIZES))
+    *_, launches = run(data)
+    kernel = "unpack" if file == "unpack.cu" else "prefill"
+    defines = next(defines for found, defines, _ in launches if found == kernel)
+    for wrong in (0, 8):
+        text = f'\nstatic_assert(sizeof({name}) == {ctypes.sizeof(mirror) + wrong}, "size");\nconstexpr bool '
+        anchor = "\nconstexpr bool CODES" if kernel == "unpack" else "\nconstexpr bool JOINS"
+        with nvrtc.sources([(file, anchor, text + anchor.split()[-1])]):
+            if wrong:
+                with pytest.raises(GyroKVError, match="static"):
+                    nvrtc.compile_source(f"{kernel}.cu", defines, gpu_record.ARCH)
+            else:
+                nvrtc.compile_source(f"{kernel}.cu", defines, gpu_record.ARCH)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
