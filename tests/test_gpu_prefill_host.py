@@ -109,11 +109,11 @@ def test_rows_that_lie_well_are_read_in_place():
 def test_queries_are_taken_a_few_at_a_time(monkeypatch):
     """Their copy in another type is bounded too."""
     monkeypatch.setattr(staging, "QUERIES", 1)
-    data = inputs(case("q8_0", "turbo4", causal=True, sinks=True, **(SIZES | dict(q_len=150))))
+    data = inputs(case("q8_0", "turbo4", causal=True, sinks=True, **(SIZES | dict(q_len=400))))
     out, lse, launches = run(data)
     assert_matches(data, out, lse, gpu.BOUND)
     found = [call for name, _, call in launches if name != "unpack"]
-    assert [call.q_len for call in found] == [128, 22] * 4 and all(call.pairs == 1 for call in found)
+    assert [call.q_len for call in found] == [384, 16] * 4 and all(call.pairs == 1 for call in found)
 
 
 def test_a_window_needs_no_more_than_it_sees():

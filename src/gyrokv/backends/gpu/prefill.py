@@ -20,7 +20,8 @@ from ...view import KVView
 from . import calls, nvrtc, staging
 from .shapes import SECTION, Shape, served_by_cudnn, shape
 
-_ROOM = 4  # q in half precision is divided by 2**4: values up to 2**20 are exact, larger ones saturate
+_STEP = 384  # queries are taken in multiples of it, which all tiles divide
+_LOWERED = 4  # q in half precision is divided by 2**4: values up to 2**20 are exact, larger ones saturate
 
 
 class Prefill(ctypes.Structure):
@@ -89,12 +90,12 @@ class _Call:
         self.dims = tuple(c.padded for c in rows.codecs)
         self.scale, self.v_scale = spec.scale * 2.0 ** rows.shifts[0], 2.0 ** rows.shifts[1]
         self.copied = q.dtype != rows.types[0] or not staging.mappable(q)
-        self.room = 0 if q.dtype == rows.types[0] else _ROOM
-        self.scale *= 2.0**self.room
+        self.lowered = 0 if q.dtype == rows.types[0] else _LOWERED
+        self.scale *= 2.0**self.lowered
         made = self.shape(torch.float32, rows.keys)
         most = spec.batch * spec.kv_heads
         if self.copied:
-            most = max(1, staging.QUERIES // (self._bytes(1) * min(128, spec.q_len)))
+            most = max(1, staging.QUERIES // (self._bytes(1) * min(_STEP, spec.q_len)))
         tiles = -(-spec.q_len // made.rows) * made.cluster
         self.cut = staging.cut(
             spec.batch, spec.kv_heads, rows.keys, rows.room, tiles * spec.groups, _processors(q.device.index), most
@@ -102,7 +103,7 @@ class _Call:
         self.step = spec.q_len
         if self.copied:
             pairs = self.cut.batches * self.cut.heads
-            self.step = min(spec.q_len, max(128, staging.QUERIES // self._bytes(pairs) // 128 * 128))
+            self.step = min(spec.q_len, max(_STEP, staging.QUERIES // self._bytes(pairs) // _STEP * _STEP))
             self.buffer = torch.empty(self._bytes(pairs) // 2 * self.step, dtype=rows.types[0], device=q.device)
 
     def _bytes(self, pairs: int) -> int:
@@ -149,9 +150,9 @@ class _Call:
         if not self.copied:
             return q
         to = self.buffer[: q.numel()].view(q.shape)
-        if not self.room:
+        if not self.lowered:
             return to.copy_(q)
-        return torch.mul(q, 2.0**-self.room, out=to).clamp_(-65504.0, 65504.0)  # without a copy in between
+        return torch.mul(q, 2.0**-self.lowered, out=to).clamp_(-65504.0, 65504.0)  # without a copy in between
 
     def launch(
         self, batches: slice, heads: slice, low: int, first: int, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
