@@ -78,7 +78,7 @@ def own(call, batch: int) -> tuple[int, int]:
 
 def _unpack(call: staging.Unpack, defines: dict, grid: tuple[int, int, int]) -> None:
     dim, kind, side = defines["ROW_DIM"], defines["ROW_KIND"], call.source
-    assert grid[0] * 256 >= call.count * dim // 8 > (grid[0] - 1) * 256
+    assert grid[0] * 1024 >= call.count * dim // 8 > (grid[0] - 1) * 1024
     dtype = torch.bfloat16 if defines["OUT_BF16"] else torch.float16
     for b, h in np.ndindex(grid[2], grid[1]):
         start, tokens = own(call, b)

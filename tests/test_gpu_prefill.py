@@ -37,9 +37,13 @@ def ragged() -> list[Case]:
     for page, (k, v) in product((16, 32, 64, 128, 256), PAIRS):
         found.append(case(k, v, (128, 128), paged=True, lengths=True, page=page, **sizes))
         found.append(case(k, v, (256, 256), paged=True, page=page, **(sizes | dict(causal=False))))
-    for name, kind, dim in product(FEATURES, kinds, (64, 512)):
-        settings = FEATURES[name] if not (kind.get("starts") and FEATURES[name].get("sliding")) else {}
-        found.append(case("q8_0", "f16", (dim, dim), **(sizes | dict(causal=False) | settings | kind | dict(q_len=70))))
+    for settings, kind, dim in product(FEATURES.values(), kinds, (64, 512)):
+        if not settings.get("sliding"):
+            settings = sizes | dict(causal=False) | settings | kind | dict(q_len=70)
+            found.append(case("q8_0", "f16", (dim, dim), **settings))
+        elif not kind.get("starts"):
+            settings = sizes | settings | kind | dict(sliding=90, window=90, kv_len=290, offset=39, q_len=60)
+            found.append(case("q8_0", "f16", (dim, dim), **settings))
     for window, kind in product((1, 100, 600), kinds):
         found.append(case("bf16", "turbo4", (128, 128), window=window, **(sizes | kind)))
     return found

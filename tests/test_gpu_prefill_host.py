@@ -66,7 +66,8 @@ def test_launches_mean_the_reference(case, problem):
     data = problem(case)
     out, lse, launches = run(data)
     assert_matches(data, out, lse, gpu.BOUND)
-    assert [name for name, _, _ in launches].count("unpack") == 2 * len(data.view.segments)
+    copies = [name for name, _, _ in launches].count("unpack")
+    assert copies == 2 * len(data.view.segments) + (data.q.dtype != torch.float16 or data.view.k_codec.rotation != "none")
 
 
 @pytest.mark.parametrize("case", CASES[:: 3 if len(CASES) > 30 else 1], ids=str)

@@ -149,10 +149,7 @@ class _Call:
         q = self.q[batches, heads, low : low + self.step]
         if not self.copied:
             return q
-        to = self.buffer[: q.numel()].view(q.shape)
-        if not self.lowered:
-            return to.copy_(q)
-        return torch.mul(q, 2.0**-self.lowered, out=to).clamp_(-65504.0, 65504.0)  # without a copy in between
+        return staging.narrowed(q, self.buffer[: q.numel()].view(q.shape), self.lowered, self.stream)
 
     def launch(
         self, batches: slice, heads: slice, low: int, first: int, k: Tensor, v: Tensor, out: Tensor, lse: Tensor

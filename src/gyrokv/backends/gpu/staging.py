@@ -17,7 +17,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ...formats import KVFormat
+from ...formats import KVFormat, dense_format
 from ...quant import Packed, code_values, scale_divisor
 from ...spec import AttentionSpec
 from ...view import KVView, Segment
@@ -29,7 +29,7 @@ from .shapes import DTYPES
 STAGED, QUERIES = (n * 2**20 for n in (176, 64))
 FAR = 2**30  # positions: no limit
 _DENSE_ROOM = 128.0
-_THREADS = 256
+_THREADS, _TURNS = 256, 4  # of unpack; how often a thread takes eight values
 
 
 class Unpack(ctypes.Structure):
@@ -200,17 +200,11 @@ class Rows:
         codec, shift = self.codecs[side], self.shifts[side]
         row = row_of(fmt, codec.head_dim, codec.padded)
         packed = Packed(*(t[slice(None) if segment.page_slots else batches, heads] for t in packed))
-        defines = (
-            ("ROW_KIND", TABLE if fmt.has_levels else row.kind), ("ROW_BITS", fmt.bits), ("ROW_DIM", row.dim),
-            ("ROW_SPAN", row.span), ("WIDE_SCALE", int(row.wide_scale)), ("ALIGNED", _alignment(packed.words)),
-            ("OUT_BF16", int(to.dtype == torch.bfloat16)),
-        )  # fmt: skip
         call = Unpack(
-            source=_side(packed, row), to=to.data_ptr(), to_batch=to.stride(0), to_head=to.stride(1),
-            first=segment.first, stop=segment.stop, keep=FAR if segment.keep is None else segment.keep,
-            trail=segment.trail, base=segment.base, capacity=segment.capacity, page_slots=max(1, segment.page_slots),
-            length=self.view.length, origin=first, count=stop - first, relative=self.relative, fill=fill,
-            factor=2.0**-shift,
+            source=_side(packed, row), first=segment.first, stop=segment.stop,
+            keep=FAR if segment.keep is None else segment.keep, trail=segment.trail, base=segment.base,
+            capacity=segment.capacity, page_slots=max(1, segment.page_slots), length=self.view.length, origin=first,
+            relative=self.relative, fill=fill, factor=2.0**-shift,
         )  # fmt: skip
         table = _table(fmt, to.device, codec.head_dim, shift)
         call.table = 0 if table is None else table.data_ptr()
@@ -219,8 +213,7 @@ class Rows:
             pages = segment.pages[batches]
             call.pages, call.pages_batch = pages.data_ptr(), pages.stride(0)
         call.starts, call.lengths, call.lengths_batch = self.ends(batches)
-        blocks = -(-call.count * (row.dim // 8) // _THREADS)
-        nvrtc.kernel("unpack", defines, to.device.index).launch((blocks, to.shape[1], to.shape[0]), _THREADS, stream, call)
+        _unpack(call, row, fmt, packed.words, to, stream)
 
     def ends(self, batches: slice) -> tuple[int, int, int]:
         """(address of starts, address of lengths, stride of lengths) of some sequences, as structures hold them."""
@@ -229,6 +222,30 @@ class Rows:
             return starts, 0, 0
         stride = int(self.lengths.shape[0] > 1)
         return starts, self.lengths.data_ptr() + 8 * stride * batches.start, stride
+
+
+def narrowed(x: Tensor, to: Tensor, lowered: int, stream: int) -> Tensor:
+    """``to``, 16-bit values side by side, after x ``[B, H, T, D]`` (D in eights), dense, over 2**lowered: saturated."""
+    fmt = dense_format(x.dtype)
+    packed, row = Packed(x, x), row_of(fmt, x.shape[3], x.shape[3])
+    call = Unpack(
+        source=_side(packed, row), stop=x.shape[2], keep=FAR, capacity=x.shape[2], page_slots=1, length=x.shape[2],
+        factor=2.0**-lowered,
+    )  # fmt: skip
+    _unpack(call, row, fmt, x, to, stream)
+    return to
+
+
+def _unpack(call: Unpack, row: Row, fmt: KVFormat, words: Tensor, to: Tensor, stream: int) -> None:
+    """Start ``call`` for all of ``to [B, H, T, D]``."""
+    defines = (
+        ("ROW_KIND", TABLE if fmt.has_levels else row.kind), ("ROW_BITS", fmt.bits), ("ROW_DIM", row.dim),
+        ("ROW_SPAN", row.span), ("WIDE_SCALE", int(row.wide_scale)), ("ALIGNED", _alignment(words)),
+        ("OUT_BF16", int(to.dtype == torch.bfloat16)),
+    )  # fmt: skip
+    call.to, call.to_batch, call.to_head, call.count = to.data_ptr(), to.stride(0), to.stride(1), to.shape[2]
+    blocks = -(-call.count * (row.dim // 8) // (_THREADS * _TURNS))
+    nvrtc.kernel("unpack", defines, to.device.index).launch((blocks, to.shape[1], to.shape[0]), _THREADS, stream, call)
 
 
 def _side(packed: Packed, row: Row) -> calls.Side:
