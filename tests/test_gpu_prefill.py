@@ -122,6 +122,18 @@ def test_a_query_alone_is_the_query_among_many(pair, backend_here):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dim", (64, 512))
+@pytest.mark.parametrize("kind", [dict(starts=True), dict(lengths=True), dict(paged=True, lengths=True)], ids=str)
+def test_a_ragged_query_alone_is_the_query_among_many(kind, dim, backend_here):
+    backend_here("gpu")
+    settings = SIZES | dict(batch=5, dtype=BF16, causal=True) | kind
+    data = inputs(case("q8_0", "turbo4", (dim, dim), **settings).on("cuda"))
+    many = attend(data.q, data.view, backend="gpu")
+    one = attend(data.q[:, :, -1:].contiguous(), data.view, backend="gpu")
+    assert float((many[:, :, -1:].float() - one.float()).norm() / one.float().norm()) < 6e-3
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("dims", [(64, 64), (128, 128), (256, 256), (512, 512), (576, 512)])
 @pytest.mark.parametrize("features", [dict(causal=True), dict(causal=True, window=100), dict(softcap=20.0)], ids=str)
 def test_two_runs_are_bitwise_equal(dims, features, backend_here):
