@@ -84,7 +84,7 @@ def _unpack(call: staging.Unpack, defines: dict, grid: tuple[int, int, int]) -> 
         start, tokens = own(call, b)
         origin = call.origin - (call.length - tokens if call.relative else 0)
         oldest = max(call.first, start, tokens - call.keep)
-        for i in range(call.count):
+        for i in range(min(call.count, max(0, -(-(tokens - origin) // 128) * 128))):
             position, value = origin + i, torch.zeros(dim)
             if oldest <= position < min(call.stop, tokens - call.trail):
                 place, slot = b, (position - call.base) % call.capacity
@@ -167,7 +167,10 @@ def _prefill(call: prefill.Prefill, d: dict, grid: tuple[int, int, int], q: Tens
         top = torch.maximum(s.amax(1), sink).clamp(min=-1e300)
         weights, before = torch.exp(s - top[:, None]), torch.exp(sink - top)
         total = weights.sum(1) + before
-        result = weights @ v[b, h // call.groups][:, : call.dv].double() * call.v_scale
+        tiles = begin // d["KEYS"] * d["KEYS"], -(-end // d["KEYS"]) * d["KEYS"]  # others are not read
+        read = ((keys >= tiles[0]) & (keys < tiles[1]))[:, None]
+        values = torch.where(read, v[b, h // call.groups][:, : call.dv].double(), 0.0)
+        result = weights @ values * call.v_scale
         if call.joined:
             assert of == 2
             result = result + before[:, None] * torch.from_numpy(out.copy())

@@ -19,7 +19,7 @@ struct Unpack {
   int first, stop, keep, trail, base, capacity, page_slots;
   int length, origin, count;
   int relative;  // origin lies as much earlier as the sequence is shorter than length
-  int fill;      // zeros for rows that are not live
+  int fill;      // zeros for rows that are not live, up to a multiple of 128 after the last token
   float factor;  // on values that no table gives
 };
 
@@ -79,8 +79,7 @@ struct Eight {
     if constexpr (D) f(Field<1>(), (A + B + C) * UNIT, A / 8 + B / 4 + C / 2, A + B + C);
   }
 
-  INLINE void load(const Unpack& p, int token, int first, int head, int batch, int tokens, int oldest) {
-    int position = p.origin + token - (p.relative ? p.length - tokens : 0);
+  INLINE void load(const Unpack& p, int position, int first, int head, int batch, int tokens, int oldest) {
     live = position >= oldest && position < min(p.stop, tokens - p.trail);
     if (!live) return;
     u32 slot = (u32)(position - p.base) % (u32)p.capacity;
@@ -133,12 +132,15 @@ extern "C" __global__ void __launch_bounds__(256) unpack(const __grid_constant__
   wait_for_earlier_kernels();
   let_later_kernels_start();
   int head = blockIdx.y, batch = blockIdx.z, tokens = p.lengths ? (int)p.lengths[batch * p.lengths_batch] : p.length;
+  int origin = p.origin - (p.relative ? p.length - tokens : 0);
   int oldest = max(max(p.first, tokens - p.keep), p.starts ? (int)p.starts[batch] : 0);
-  int all = p.count * EIGHTS, step = gridDim.x * blockDim.x, item = blockIdx.x * blockDim.x + threadIdx.x;
+  // a tile of keys is read whole, and none beyond the last token
+  int tiles = (tokens - origin + 127) / 128 * 128, all = min(p.count, tiles) * EIGHTS;
+  int step = gridDim.x * blockDim.x, item = blockIdx.x * blockDim.x + threadIdx.x;
   uint4* to = (uint4*)(p.to + batch * p.to_batch + head * p.to_head);
   Eight now, next;
   auto load = [&](Eight& x, int item) {
-    if (item < all) x.load(p, item / EIGHTS, item % EIGHTS * 8, head, batch, tokens, oldest);
+    if (item < all) x.load(p, origin + item / EIGHTS, item % EIGHTS * 8, head, batch, tokens, oldest);
   };
   load(next, item);
   if (CODES) {
