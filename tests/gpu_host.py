@@ -118,7 +118,19 @@ def _unpack(call: staging.Unpack, defines: dict, grid: tuple[int, int, int]) -> 
             ctypes.memmove(to, value.data_ptr(), 2 * dim)
 
 
+def _from_pages(call: prefill.Prefill, pool: Tensor, page: int, batch: int) -> Tensor:
+    """Rows ``[B, h, kv_len, D]`` where they are those of pages ``[pages, h, page, D]``."""
+    if not page:
+        return pool
+    slots = call.slot + torch.arange(call.kv_len)
+    tables = memory(call.pages, np.int32, (batch, call.last_page + 1), (call.pages_batch, 1)).copy()
+    assert call.slot % 128 == 0 and pool.shape[2] == page
+    table = torch.from_numpy(tables)[:, (slots // page).clamp(max=call.last_page)].long()  # [B, kv_len]
+    return pool[table, :, slots % page].transpose(1, 2)
+
+
 def _prefill(call: prefill.Prefill, d: dict, grid: tuple[int, int, int], q: Tensor, k: Tensor, v: Tensor) -> None:
+    k, v = _from_pages(call, k, d["K_PAGED"], q.shape[0]), _from_pages(call, v, d["V_PAGED"], q.shape[0])
     assert q.shape[1:3] == (call.q_heads, call.q_len) and k.shape[2] == v.shape[2] == call.kv_len
     assert k.shape[0] * k.shape[1] == call.pairs and q.shape[1] == k.shape[1] * call.groups
     assert grid[0] % (call.pairs * call.groups * call.tiles) == 0
@@ -168,7 +180,8 @@ def _prefill(call: prefill.Prefill, d: dict, grid: tuple[int, int, int], q: Tens
         weights, before = torch.exp(s - top[:, None]), torch.exp(sink - top)
         total = weights.sum(1) + before
         tiles = begin // d["KEYS"] * d["KEYS"], -(-end // d["KEYS"]) * d["KEYS"]  # others are not read
-        read = ((keys >= tiles[0]) & (keys < tiles[1]))[:, None]
+        read = (keys >= tiles[0]) & (keys < tiles[1])
+        read = (read & (keys >= begin) & (keys < end) if d["CLEARS"] else read)[:, None]
         values = torch.where(read, v[b, h // call.groups][:, : call.dv].double(), 0.0)
         result = weights @ values * call.v_scale
         if call.joined:

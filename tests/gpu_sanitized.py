@@ -17,6 +17,8 @@ CASES = (
     case("tq5", "bf16", (128, 128), kv_len=97, mask="additive"),
     case("bf16", "bf16", (128, 128), kv_len=200, q_len=70, dtype=BF16, causal=True),
     case("q8_0", "turbo4", (512, 512), kv_len=200, q_len=40, dtype=BF16, causal=True),
+    case("bf16", "bf16", (128, 128), kv_len=300, q_len=70, dtype=BF16, causal=True, lengths=True, paged=True),
+    case("bf16", "bf16", (512, 512), kv_len=300, q_len=70, dtype=BF16, lengths=True, paged=True, page=64),
     case("q8_0", "turbo4", (128, 128), kv_len=300, q_len=70, dtype=BF16, causal=True, lengths=True, paged=True),
     case("bf16", "turbo4", (512, 512), kv_len=300, q_len=70, dtype=BF16, causal=True, lengths=True, window=100),
 )

@@ -161,12 +161,13 @@ def test_a_block_map_changes_no_bit(dim, backend_here):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dim", (64, 128, 512))
 @pytest.mark.parametrize("paged", (False, True))
+@pytest.mark.parametrize("k", ("q8_0", "bf16"))
 @pytest.mark.parametrize("settings", [dict(causal=True), dict(), dict(causal=True, window=90, sinks=True)], ids=str)
-def test_lengths_of_every_kind(dim, paged, settings, backend_here):
+def test_lengths_of_every_kind(k, dim, paged, settings, backend_here):
     """Nothing held, fewer tokens than queries, the last key at and beside the end of a tile."""
     backend_here("gpu")
     settings = SIZES | dict(batch=8, q_len=70, kv_len=800, dtype=BF16, lengths=True, paged=paged) | settings
-    data = inputs(case("q8_0", "bf16", (dim, dim), **settings).on("cuda"))
+    data = inputs(case(k, "bf16", (dim, dim), **settings).on("cuda"))
     lengths = torch.tensor([0, 1, 69, 71, 127, 128, 129, 256], device="cuda")
     data.view = replace(data.view, lengths=lengths)
     assert_matches(data, *data.run("gpu"), gpu.BOUND)
@@ -180,8 +181,9 @@ def test_two_blocks_share_ragged_keys(settings, backend_here, monkeypatch):
     monkeypatch.setattr(shapes, "SECTION", 1)
     for kind in (dict(starts=True), dict(lengths=True), dict(paged=True, lengths=True)):
         settings = SIZES | dict(batch=4, kv_len=700, dtype=BF16, causal=True) | kind | settings
-        data = inputs(case("bf16", "q8_0", (512, 512), **settings).on("cuda"))
-        assert_matches(data, *data.run("gpu"), gpu.BOUND)
+        for v in ("bf16", "q8_0"):
+            data = inputs(case("bf16", v, (512, 512), **settings).on("cuda"))
+            assert_matches(data, *data.run("gpu"), gpu.BOUND)
 
 
 @pytest.mark.gpu

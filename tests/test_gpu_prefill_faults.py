@@ -38,12 +38,17 @@ def apart(s: AttentionSpec) -> bool:
 
 
 def plain(s: AttentionSpec) -> bool:
-    return s.kv_len == 150 and s.uses() <= {"causal", "sinks"}
+    return s.kv_len == 150 and s.uses() <= {"causal", "sinks"} and not s.k_format.is_dense
+
+
+def dense(s: AttentionSpec) -> bool:
+    """Rows are read where they lie."""
+    return s.k_format.is_dense and not s.ring
 
 
 def joined(s: AttentionSpec) -> bool:
     """The second piece of the keys matters."""
-    return s.kv_len == 150 and not (s.window or s.mask or s.lengths)
+    return s.kv_len == 150 and not (s.window or s.mask or s.lengths or s.k_format.is_dense)
 
 
 FAULTS = (
@@ -55,23 +60,38 @@ FAULTS = (
           "own_first = p.relative ? p.first : p.first - missing;", "own_first = p.first;"),
     Fault("keys of a window end where those of the longest sequence do", lambda s: s.lengths and s.window and not s.mask,
           "prefill.cuh", "p.relative ? p.origin - missing : p.origin", "p.origin"),
-    Fault("keys of a window are those of the longest sequence", lambda s: s.lengths and s.window and not s.mask,
-          "unpack.cu", "(p.relative ? p.length - tokens : 0)", "0"),
+    Fault("keys of a window are those of the longest sequence",
+          lambda s: not dense(s) and s.lengths and s.window and not s.mask, "unpack.cu",
+          "(p.relative ? p.length - tokens : 0)", "0"),
     Fault("all sequences have the length of the first", apart, "prefill.cuh",
           "p.lengths[batch * p.lengths_batch]", "p.lengths[0]"),
     Fault("a query sees the key after its own", lambda s: s.causal and not s.mask, "prefill.cuh",
           "min(end, position) : end", "min(end, position + 1) : end"),
     Fault("the window is one too wide", lambda s: s.window and not s.mask, "prefill.cuh",
           "low[r] = p.window ? position - p.window + 1 - key", "low[r] = p.window ? position - p.window - key"),
-    Fault("what is nowhere is not cleared", lambda s: s.lengths or s.starts, "unpack.cu",
+    Fault("values that are nowhere are not cleared", lambda s: dense(s) and s.lengths, "prefill.cuh",
+          "if (row < begin || row >= end) store_zeros(values + 16 * i);", ""),
+    Fault("values are cleared a row early", lambda s: dense(s) and s.lengths and not s.window, "prefill.cuh",
+          "row >= end) store_zeros", "row >= end - 1) store_zeros", dim=512),
+    Fault("a part of 32 values is taken for the one before", lambda s: dense(s) and s.lengths, "prefill.cu",
+          "block * KEYS + slot * 64 + part * 32, 1 + which", "block * KEYS + slot * 64, 1 + which", dim=512),
+    Fault("boxes are those of the first page", lambda s: dense(s) and s.paged and not s.mask, "prefill.cuh",
+          "pages[min(slot / PAGED, (u32)p.last_page)]", "pages[0]"),
+    Fault("all sequences are read from the pages of the first", lambda s: dense(s) and s.paged and not s.mask, "prefill.cuh",
+          "p.pages + tile.batch * p.pages_batch;", "p.pages;"),
+    Fault("boxes of keys lie on each other", lambda s: dense(s) and s.paged and not s.mask, "prefill_narrow.cu",
+          "load_box(to + c * CHUNK_BYTES + before * 128, k_map", "load_box(to + c * CHUNK_BYTES, k_map"),
+    Fault("boxes of values lie on each other", lambda s: dense(s) and s.paged and not s.mask, "prefill.cu",
+          "load_part(to + c * 64 + before * 128, v_map", "load_part(to + c * 64, v_map", dim=512),
+    Fault("what is nowhere is not cleared", lambda s: not dense(s) and (s.lengths or s.starts), "unpack.cu",
           "else if (p.fill) to[item] = make_uint4(0, 0, 0, 0);", ""),
-    Fault("all sequences have the pages of the first", lambda s: s.paged and not s.mask, "unpack.cu",
+    Fault("all sequences have the pages of the first", lambda s: not dense(s) and s.paged and not s.mask, "unpack.cu",
           "p.pages[batch * p.pages_batch + slot", "p.pages[slot"),
-    Fault("pages have other slots", lambda s: s.paged, "unpack.cu",
+    Fault("pages have other slots", lambda s: not dense(s) and s.paged, "unpack.cu",
           "      slot %= (u32)p.page_slots;\n", "      slot = 0;\n"),
-    Fault("a ring is one slot short", lambda s: s.ring and s.lengths and s.window, "unpack.cu",
+    Fault("a ring is one slot short", lambda s: not dense(s) and s.ring and s.lengths and s.window, "unpack.cu",
           "% (u32)p.capacity", "% (u32)(p.capacity - 1)"),
-    Fault("dense recent rows stand for all", lambda s: s.unquantised and s.ring and s.lengths, "unpack.cu",
+    Fault("dense recent rows stand for all", lambda s: not dense(s) and s.unquantised and s.ring and s.lengths, "unpack.cu",
           "max(p.first, tokens - p.keep)", "p.first"),
     Fault("values take the scale of the first group", plain, "unpack.cu",
           "f32_of_f16(((const u16*)scales)[first / SPAN])", "f32_of_f16(((const u16*)scales)[0])"),
@@ -92,7 +112,7 @@ FAULTS = (
           "warp * 2048 + 32 * r + lane", "warp * 2048 + lane", joined=True, dim=512),
     Fault("shares are not sent", joined, "prefill.cu",
           "    store_shared(to.weights() + lane, before[0]);\n", "", joined=True, dim=512),
-    Fault("heads share the log-sum-exp of the first", lambda s: plain(s), "prefill.cuh",
+    Fault("heads share the log-sum-exp of the first", lambda s: not dense(s) and plain(s), "prefill.cuh",
           " + tile.head * p.lse_head + row;", " + row;"),
 )  # fmt: skip
 
@@ -139,6 +159,6 @@ def test_every_fault_is_one_of_the_sources(fault, monkeypatch):
         *_, launches = gpu_host.run(inputs(selected[0]))
         kernels = {(name, tuple(defines.items())) for name, defines, _ in launches}
         wanted = {k for k in kernels if (k[0] == "unpack") == (fault.file == "unpack.cu")}
-        assert wanted and (fault.file != "prefill.cu" or any(name == "prefill" for name, _ in wanted))
+        assert wanted and (not fault.file.endswith(".cu") or {f"{name}.cu" for name, _ in wanted} == {fault.file})
         for name, defines in wanted:
             nvrtc.compile_source(f"{name}.cu", dict(defines), gpu_record.ARCH)

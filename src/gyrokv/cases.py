@@ -274,8 +274,10 @@ def _many_queries() -> Iterator[Case]:
         settings = dict(kv_len=150) | settings | dict(lengths=extra in ("lengths", "paged") or name == "lengths")
         if sliding:  # a long chunk: the view holds all that it looks back on
             settings |= dict(kv_len=90, offset=30) if settings["lengths"] else dict(kv_len=71, offset=49, ring=False)
-        dtype = (torch.bfloat16, torch.float16)[i % 2]
+        dtype, dense = ((torch.bfloat16, "bf16"), (torch.float16, "f16"))[i % 2]
         yield case("q8_0", "turbo4", **settings, q_len=40, dtype=dtype)
+        if extra and not settings.get("unquantised"):
+            yield case(dense, dense, **settings, q_len=40, dtype=dtype)
 
 
 GROUPS: tuple[Callable[[], Iterable[Case]], ...] = (

@@ -84,7 +84,7 @@ def how(spec: AttentionSpec) -> str:
         return f"decode: {why}"
     if shapes.served_by_cudnn(spec):
         return "cuDNN through PyTorch, faster than the prefill kernels at this head_dim"
-    return "prefill; rows that are packed, paged or ragged are copied to 16 bits, a bounded number of them at a time"
+    return "prefill; rows that do not lie side by side in 16 bits are copied, a bounded number of them at a time"
 
 
 def _why_decode(spec: AttentionSpec) -> str:

@@ -29,10 +29,11 @@ class Prefill(ctypes.Structure):
         ("out", c_void_p), ("out_strides", c_int64 * 3), ("lse", c_void_p), ("lse_strides", c_int64 * 2),
         ("sinks", c_void_p), ("slopes", c_void_p), ("mask", c_void_p), ("mask_strides", c_int64 * 4), ("map", c_void_p),
         ("map_strides", c_int64 * 3), ("starts", c_void_p), ("lengths", c_void_p), ("lengths_batch", c_int64),
-        ("length", c_int), ("oldest", c_int), ("keep", c_int), ("origin", c_int), ("relative", c_int),
-        ("q_heads", c_int), ("groups", c_int), ("q_len", c_int), ("kv_len", c_int), ("tiles", c_int), ("section", c_int),
-        ("pairs", c_int), ("causal", c_int), ("window", c_int), ("first", c_int), ("joined", c_int), ("dv", c_int),
-        ("scale", c_float), ("softcap", c_float), ("v_scale", c_float),
+        ("pages", c_void_p), ("pages_batch", c_int64), ("slot", c_int), ("last_page", c_int), ("length", c_int),
+        ("oldest", c_int), ("keep", c_int), ("origin", c_int), ("relative", c_int), ("q_heads", c_int), ("groups", c_int),
+        ("q_len", c_int), ("kv_len", c_int), ("tiles", c_int), ("section", c_int), ("pairs", c_int), ("causal", c_int),
+        ("window", c_int), ("first", c_int), ("joined", c_int), ("dv", c_int), ("scale", c_float), ("softcap", c_float),
+        ("v_scale", c_float),
     ]  # fmt: skip
 
 
@@ -112,7 +113,7 @@ class _Call:
 
     def shape(self, out: torch.dtype, keys: int) -> Shape:
         mask = 0 if self.mask is None else calls.MASKS[self.mask.dtype]
-        return shape(self.spec, self.dims, (*self.rows.types, out), mask, keys)
+        return shape(self.spec, self.dims, (*self.rows.types, out), mask, keys, self.rows.pages, self.rows.clears)
 
     def results(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         sizes, device = (self.spec.batch, self.spec.q_heads, self.spec.q_len), self.q.device
@@ -141,7 +142,7 @@ class _Call:
                 count = min(step, rows.keys - first)
                 k, v = rows.take(batches, heads, rows.first + first, count, self.stream)
                 for low in range(0, spec.q_len, self.step):
-                    self.launch(batches, heads, low, rows.first + first, k, v, out, lse)
+                    self.launch(batches, heads, low, rows.first + first, count, k, v, out, lse)
         return out, lse
 
     def queries(self, batches: slice, heads: slice, low: int) -> Tensor:
@@ -152,15 +153,16 @@ class _Call:
         return staging.narrowed(q, self.buffer[: q.numel()].view(q.shape), self.lowered, self.stream)
 
     def launch(
-        self, batches: slice, heads: slice, low: int, first: int, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
-    ) -> None:
-        """Queries of these sequences and KV heads, ``step`` from ``low`` on, over keys of positions ``first`` on."""
-        spec, rows, keys = self.spec, self.rows, k.shape[2]
+        self, batches: slice, heads: slice, low: int, first: int, keys: int, k: Tensor, v: Tensor, out: Tensor,
+        lse: Tensor,
+    ) -> None:  # fmt: skip
+        """``step`` queries from ``low`` on of these sequences and KV heads, and ``keys`` keys from position ``first`` on."""
+        spec, rows = self.spec, self.rows
         q_heads = slice(heads.start * spec.groups, heads.stop * spec.groups)
         q = self.queries(batches, q_heads, low)
         out, lse = (x[batches, q_heads, low : low + self.step] for x in (out, lse))
         made = self.shape(out.dtype, keys)
-        tiles, pairs = -(-q.shape[2] // made.rows), k.shape[0] * k.shape[1]
+        tiles, pairs = -(-q.shape[2] // made.rows), q.shape[0] * q.shape[1] // spec.groups
         starts, lengths, lengths_batch = rows.ends(batches)
         call = Prefill(
             out=out.data_ptr(), out_strides=out.stride()[:3], lse=lse.data_ptr(), lse_strides=lse.stride()[:2],
@@ -173,6 +175,10 @@ class _Call:
             dv=self.dims[1], scale=self.scale, softcap=spec.softcap, v_scale=self.v_scale,
         )  # fmt: skip
         at = batches.start, q_heads.start, low, first - rows.view.first
+        if any(rows.pages):
+            (segment,) = rows.view.segments
+            call.pages, call.pages_batch = staging.table_of(segment, batches)
+            call.slot, call.last_page = rows.slot + first - rows.first, segment.pages.shape[1] - 1
         if self.mask is not None:
             call.mask, call.mask_strides = _at(self.mask, at), calls.strides(self.mask)
         if self.block_map is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +42,8 @@ class Shape:
     alibi: bool
     any_scale: bool
     ragged: bool  # sequences have starts or lengths of their own
+    pages: tuple[int, int]  # slots of a page of k and v where rows are read from pages, else 0
+    clears: bool  # values that a sequence does not have are read
     cluster: int = 1  # blocks that load k and v for each other; of the wide kernel
 
     @property
@@ -63,7 +66,8 @@ class Shape:
     @property
     def boxes(self) -> tuple[int, int, int]:
         """Tokens of a box of q, k and v."""
-        return (64, self.keys, self.keys) if self.groups else (64, self.keys, 32)
+        sizes = (self.keys, self.keys if self.groups else 32)
+        return 64, *(math.gcd(size, page) for size, page in zip(sizes, self.pages))
 
     @property
     def _parts(self) -> tuple[int, int, int, int]:
@@ -96,6 +100,7 @@ class Shape:
             "V_TYPE": self.v_type, "OUT_TYPE": self.out_type, "MASK": self.mask,
             "SOFTCAP": int(self.softcap), "ALIBI": int(self.alibi),
             "ANY_SCALE": int(self.any_scale), "RAGGED": int(self.ragged),
+            "CLEARS": int(self.clears), "K_PAGED": self.pages[0], "V_PAGED": self.pages[1],
         }  # fmt: skip
         return tuple((names | own).items())
 
@@ -108,8 +113,12 @@ _SHARED = 232448  # bytes of a block on compute capability 9.0
 SECTION = 24 * 2**20  # bytes of K and V that blocks read at a time, to stay in L2
 
 
-def shape(spec: AttentionSpec, dims: tuple[int, int], types: tuple[torch.dtype, ...], mask: int, keys: int = 0) -> Shape:
-    """The kernel of a problem whose rows have ``dims`` values. ``types``: of k, v and the output; ``mask``: 0 for none.
+def shape(
+    spec: AttentionSpec, dims: tuple[int, int], types: tuple[torch.dtype, ...], mask: int, keys: int = 0,
+    pages: tuple[int, int] = (0, 0), clears: bool = False,
+) -> Shape:  # fmt: skip
+    """The kernel of a problem whose rows have ``dims`` values. ``types``: of k, v and the output; ``mask``: 0 for none;
+    ``pages``, ``clears``: see :class:`Shape`.
 
     Blocks share what they load once ``keys`` rows of K and V no longer stay in L2; not under a mask, whose map has one
     tile shape.
@@ -118,7 +127,7 @@ def shape(spec: AttentionSpec, dims: tuple[int, int], types: tuple[torch.dtype, 
     cluster = 2 if not mask and dv > 128 and keys * sum(dims) * 2 > SECTION else 1
     return Shape(
         dk, dv, *(Q_TYPES[t] for t in types), mask, spec.softcap > 0, spec.alibi > 0, spec.scale <= 0,
-        spec.starts or spec.lengths, cluster,
+        spec.starts or spec.lengths or clears, pages, clears, cluster,
     )  # fmt: skip
 
 

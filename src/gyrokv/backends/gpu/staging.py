@@ -1,8 +1,8 @@
 """K and V as prefill multiplies them: 16-bit rows side by side.
 
-Rows that lie so are read where they are. All others (packed, in pages, across the end of a ring or in several segments, of
-sequences with starts or lengths of their own) are copied by csrc/unpack.cu, a bounded number at a time: of all sequences and
-heads, or of all positions. What a sequence does not have becomes zeros, for its weight is 0 and 0 * NaN is not.
+Rows that lie so, also in pages, are read where they are. All others (packed, across the end of a ring, in several segments)
+are copied by csrc/unpack.cu, a bounded number at a time: of some heads all positions, or some positions. What a sequence
+does not have becomes zeros, for its weight is 0 and 0 * NaN is not.
 """
 
 from __future__ import annotations
@@ -132,17 +132,18 @@ class Rows:
         )
         found = [stored_as(f, c.head_dim, t) for f, c, t in zip(formats, self.codecs, (q.dtype, spec.dtype))]
         self.types, self.shifts = zip(*found)
-        self.first = view.first
-        if spec.window is not None and not (spec.mask and spec.lengths):
-            unseen = max(0, view.length - spec.q_len - spec.window + 1 - view.first)
-            self.first += unseen // 128 * 128 if spec.mask else unseen  # block maps have tiles
-        self.keys = view.length - self.first
-        self.relative = spec.lengths and self.first > view.first
+        plain = tuple(self._as_they_are(side) for side in range(2))
+        unseen = 0 if spec.window is None else max(0, view.length - spec.q_len - spec.window + 1 - view.first)
+        if spec.lengths and (spec.mask or all(plain)):
+            unseen = 0  # it lies elsewhere in each sequence
+        elif spec.mask or (view.paged and any(plain)):
+            unseen = unseen // 128 * 128  # block maps and pages have tiles
+        self.first, self.keys = view.first + unseen, view.kv_len - unseen
+        self.relative = spec.lengths and unseen > 0
+        self.direct = plain if not self.relative and self._in_a_row() else (False, False)
         self.starts = view.starts.contiguous() if spec.starts else None
         self.lengths = view.lengths.contiguous() if spec.lengths else None
         self.keep = max((FAR if s.keep is None else s.keep for s in view.segments), default=0)
-        alone = self._alone()
-        self.direct = tuple(alone and self._as_they_are(i) for i in range(2))
         # the largest first: it clears what no segment fills
         self.segments = sorted(view.segments, key=lambda s: s.first - min(s.stop, s.first + (s.keep or FAR)))
         copied = sum(c.padded * 2 for c, direct in zip(self.codecs, self.direct) if not direct)
@@ -154,28 +155,47 @@ class Rows:
         """Sequences have starts or lengths of their own."""
         return self.starts is not None or self.lengths is not None
 
-    def _alone(self) -> bool:
-        """All positions lie one after the other in one segment, for all sequences."""
-        if len(self.view.segments) != 1 or self.view.paged or self.ragged:
+    @property
+    def slot(self) -> int:
+        """That of position ``first``, where rows are read where they lie."""
+        segment = self.view.segments[0]
+        return (self.first - segment.base) % segment.capacity
+
+    @property
+    def pages(self) -> tuple[int, int]:
+        """Slots of a page of k and v where rows are read in pages, else 0."""
+        return tuple(self.view.segments[0].page_slots if direct else 0 for direct in self.direct)
+
+    @property
+    def clears(self) -> bool:
+        """The kernel reads values that a sequence does not have."""
+        return self.direct[1] and (self.ragged or self.view.paged)
+
+    def _in_a_row(self) -> bool:
+        """The slots of all positions follow each other, in pages from a tile's first on."""
+        if len(self.view.segments) != 1:
             return False
         segment = self.view.segments[0]
-        return len(list(segment.runs(self.first, segment.stop))) == 1
+        whole = segment.stop >= self.view.length and not segment.trail and segment.keep is None
+        return whole and self.slot + self.keys <= segment.capacity and not (self.view.paged and self.slot % 128)
 
     def _as_they_are(self, side: int) -> bool:
+        if len(self.view.segments) != 1:
+            return False
         segment = self.view.segments[0]
         fmt, packed = ((segment.k_format, segment.k), (segment.v_format, segment.v))[side]
         dense = not self.shifts[side] and fmt.is_dense and fmt.dtype == self.types[side]
         return dense and mappable(packed.words)
 
     def take(self, batches: slice, heads: slice, first: int, count: int, stream: int) -> list[Tensor]:
-        """k ``[b, h, count, Dk]`` and v of positions ``first`` on; the next call may overwrite them."""
+        """k ``[b, h, count, Dk]`` and v of positions ``first`` on, or all of their pages ``[pages, h, slots, D]``; the next
+        call may overwrite copies."""
         taken = []
         for side, codec in enumerate(self.codecs):
             if self.direct[side]:
                 (segment,) = self.view.segments
-                slot = (first - segment.base) % segment.capacity
-                words = (segment.k, segment.v)[side].words
-                taken.append(words[batches, heads, slot : slot + count])
+                words, slot = (segment.k, segment.v)[side].words, self.slot + first - self.first
+                taken.append(words[:, heads] if self.view.paged else words[batches, heads, slot : slot + count])
                 continue
             size = batches.stop - batches.start, heads.stop - heads.start, count, codec.padded
             if side not in self._buffers:  # the first part is the largest
@@ -208,10 +228,7 @@ class Rows:
         )  # fmt: skip
         table = _table(fmt, to.device, codec.head_dim, shift)
         call.table = 0 if table is None else table.data_ptr()
-        pages = None
-        if segment.pages is not None:
-            pages = segment.pages[batches]
-            call.pages, call.pages_batch = pages.data_ptr(), pages.stride(0)
+        call.pages, call.pages_batch = table_of(segment, batches)
         call.starts, call.lengths, call.lengths_batch = self.ends(batches)
         _unpack(call, row, fmt, packed.words, to, stream)
 
@@ -246,6 +263,13 @@ def _unpack(call: Unpack, row: Row, fmt: KVFormat, words: Tensor, to: Tensor, st
     call.to, call.to_batch, call.to_head, call.count = to.data_ptr(), to.stride(0), to.stride(1), to.shape[2]
     blocks = -(-call.count * (row.dim // 8) // (_THREADS * _TURNS))
     nvrtc.kernel("unpack", defines, to.device.index).launch((blocks, to.shape[1], to.shape[0]), _THREADS, stream, call)
+
+
+def table_of(segment: Segment, batches: slice) -> tuple[int, int]:
+    """(address, stride) of the pages of some sequences, as structures hold them."""
+    if segment.pages is None:
+        return 0, 0
+    return segment.pages.data_ptr() + 4 * segment.pages.stride(0) * batches.start, segment.pages.stride(0)
 
 
 def _side(packed: Packed, row: Row) -> calls.Side:

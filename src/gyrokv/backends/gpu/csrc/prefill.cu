@@ -14,12 +14,15 @@
 //
 // The host defines DK, DV (multiples of 64, at most 576), KEYS (128; 64 for DV > 512), CLUSTER (1, 2), K_STAGES, V_STAGES
 // (even), Q_TYPE (0 f16, 1 bf16: of q and k), V_TYPE, OUT_TYPE (0 f16, 1 bf16, 2 f32), MASK (0 none, 1 boolean, 2 f32, 3 f16,
-// 4 bf16), SOFTCAP, ALIBI, ANY_SCALE (0: scale > 0), RAGGED (1: sequences have starts or lengths of their own). Head sizes between multiples of 64 are padded by the tensor maps.
+// 4 bf16), SOFTCAP, ALIBI, ANY_SCALE (0: scale > 0), RAGGED (1: sequences have starts or lengths of their own),
+// CLEARS (1: values that a sequence does not have are read too), K_PAGED, V_PAGED (slots of a page, a multiple of 16, where the
+// rows of tensor maps are [page, head, slot, dim]; or 0). Head sizes between multiples of 64 are padded by the tensor maps.
 //
 // Launch: grid CLUSTER * batches * q_heads * ceil(q_len / (64 * CLUSTER)), block 512, shared memory BYTES:
 //   128 DK + 32768 + K_STAGES * 128 KEYS + V_STAGES * 64 up(DV / 2, 64) + 1280 + 8 (9 + 2 K_STAGES + 2 V_STAGES)
 // Tensor maps of q, k, v: 16 bits, dims (dim, token, head, batch), true sizes and strides, swizzle of 128 bytes, zeros out of
-// bounds, boxes q (64, 64, 1, 1), k (64, KEYS, 1, 1), v (64, 32, 1, 1).
+// bounds, boxes q (64, 64, 1, 1), k (64, KEYS, 1, 1), v (64, 32, 1, 1); in pages
+// at most as many tokens as divide these and a page.
 constexpr int ROWS = 64 * CLUSTER, BLOCKS = CLUSTER;
 #include "prefill.cuh"
 
@@ -58,7 +61,7 @@ INLINE void load_part(u32 to, const TensorMap* map, int dim, int token, int head
   else if (mine) load_box(to, map, dim, token, head, batch, full, (u16)3);
 }
 
-INLINE void load_keys(const TensorMap* q_map, const TensorMap* k_map, const Tile& tile, u32 shared, u32 rank) {
+INLINE void load_keys(const Prefill& p, const TensorMap* q_map, const TensorMap* k_map, const Tile& tile, u32 shared, u32 rank) {
   Ring<K_STAGES> ring;
   if (tile.block < 0) return;
   if (elected()) {
@@ -73,12 +76,14 @@ INLINE void load_keys(const TensorMap* q_map, const TensorMap* k_map, const Tile
       wait(barrier(shared, K_EMPTY + ring.stage), ring.parity ^ 1);
       if (elected()) {
         arrive_expect(full, K_BYTES);
-        load_part(to, k_map, c * 64, block * KEYS, tile.kv_head, tile.batch, full, turn % 2);
+        each_box<KEYS, K_PAGED>(p, tile, block * KEYS, [&](int before, int token, int batch) {
+          load_part(to + before * 128, k_map, c * 64, token, tile.kv_head, batch, full, turn % 2);
+        });
       }
     }
 }
 
-INLINE void load_values(const TensorMap* v_map, const Tile& tile, u32 shared, u32 rank) {
+INLINE void load_values(const Prefill& p, const TensorMap* v_map, const Tile& tile, u32 shared, u32 rank) {
   Ring<V_STAGES> ring;
   for (int block = tile.block; block >= 0; block = tile.seen(block - 1))
     for (int part = 0; part < KEYS / 32; ++part)
@@ -89,7 +94,9 @@ INLINE void load_values(const TensorMap* v_map, const Tile& tile, u32 shared, u3
         if (elected()) {
           arrive_expect(full, columns * 64);
           for (int c = 0; c < columns; c += 64)
-            load_part(to + c * 64, v_map, from + c, key, tile.kv_head, tile.batch, full, c / 64 % 2 == rank);
+            each_box<32, V_PAGED>(p, tile, key, [&](int before, int token, int batch) {
+              load_part(to + c * 64 + before * 128, v_map, from + c, token, tile.kv_head, batch, full, c / 64 % 2 == rank);
+            });
         }
       }
 }
@@ -249,6 +256,8 @@ INLINE void value_role(const Prefill& p, const Tile& tile, u32 shared, u32 rank,
 #pragma unroll
       for (int part = 0; part < 2; ++part) {
         wait(barrier(shared, V_FULL + ring.stage), ring.parity);
+        if (CLEARS)
+          clear_values<32, COLUMNS>(p, tile, shared + V_AT + ring.stage * V_BYTES, block * KEYS + slot * 64 + part * 32, 1 + which);
         Operand v(shared + V_AT + ring.stage * V_BYTES, 4096);
         products_begin();
 #pragma unroll
@@ -321,8 +330,8 @@ extern "C" __global__ void SHAPE
   else __syncthreads();
   if (warp < 4) {
     registers<LOAD_REGISTERS, 128>();
-    if (warp == 0) load_keys(&q_map, &k_map, tile, shared, rank);
-    if (warp == 1) load_values(&v_map, tile, shared, rank);
+    if (warp == 0) load_keys(p, &q_map, &k_map, tile, shared, rank);
+    if (warp == 1) load_values(p, &v_map, tile, shared, rank);
   } else if (warp < 8) {
     registers<SCORE_REGISTERS, 128>();
     score_role(p, tile, shared, rank);

@@ -17,6 +17,9 @@ struct Prefill {
   const i64* starts;   // RAGGED: [B], the first position of each sequence; or null
   const i64* lengths;  // RAGGED: [B or 1], tokens of each sequence, in place of length; or null
   i64 lengths_batch;
+  const int* pages;    // K_PAGED, V_PAGED: [B, pages_batch], the page of each so many slots, or null
+  i64 pages_batch;
+  int slot, last_page;  // slot of key 0, a multiple of 128; no table has more pages
   int length, oldest, keep, origin, relative;  // RAGGED: live are positions from oldest on, the last keep; see own_keys
   int q_heads, groups, q_len, kv_len, tiles;  // groups: query heads per KV head; tiles: of a head
   int section, pairs;                         // KV heads at a time, for L2: some 24 MB; all (batch, KV head)
@@ -77,6 +80,37 @@ struct Tile {
     return at >= stop ? at : -1;
   }
 };
+
+constexpr int common(int a, int b) { return b ? common(b, a % b) : a; }
+
+// TOKENS keys from key on in boxes: load(keys before a box, its token, its batch: with PAGED slots to a page, that page).
+template <int TOKENS, int PAGED, class F>
+INLINE void each_box(const Prefill& p, const Tile& tile, int key, F load) {
+  if constexpr (PAGED == 0) {
+    load(0, key, tile.batch);
+  } else {
+    const int* pages = p.pages + tile.batch * p.pages_batch;
+#pragma unroll
+    for (int i = 0; i < TOKENS; i += common(TOKENS, PAGED)) {
+      u32 slot = p.slot + key + i;
+      load(i, slot % PAGED, pages[min(slot / PAGED, (u32)p.last_page)]);
+    }
+  }
+}
+
+// What a sequence does not have among KEYS_ values from key on, in chunks of 64 columns, becomes zeros: its weights are 0, but
+// 0 * NaN is not. For the 128 threads of a warpgroup, which share a barrier of the block.
+template <int KEYS_, int COLUMNS_>
+INLINE void clear_values(const Prefill& p, const Tile& tile, u32 values, int key, int barrier) {
+  int begin = tile.begin() - key, end = tile.end(p) - key;
+  if (begin <= 0 && end >= KEYS_) return;
+  for (int i = threadIdx.x % 128; i < KEYS_ * COLUMNS_ / 8; i += 128) {
+    int row = i / 8 % KEYS_;
+    if (row < begin || row >= end) store_zeros(values + 16 * i);
+  }
+  fence_async();
+  asm volatile("bar.sync %0, 128;" ::"r"(barrier) : "memory");
+}
 
 // registers that products wrote are read, or that they will write are written, on this side of here
 template <int N>

@@ -115,11 +115,12 @@ struct Eight {
 
   INLINE uint4 values(const Unpack& p, const float* table, int first) const {
     constexpr float LIMIT = OUT_BF16 ? 3.3895314e38f : 65504.0f;
+    constexpr bool FITS = CODES && !WIDE_SCALE;  // the host divides by what the largest scale asks for
     u32 y[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      float a = fminf(fmaxf(value(p, table, first, 2 * i), -LIMIT), LIMIT);
-      float b = fminf(fmaxf(value(p, table, first, 2 * i + 1), -LIMIT), LIMIT);
+      float a = value(p, table, first, 2 * i), b = value(p, table, first, 2 * i + 1);
+      if (!FITS) a = fminf(fmaxf(a, -LIMIT), LIMIT), b = fminf(fmaxf(b, -LIMIT), LIMIT);
       y[i] = OUT_BF16 ? bf16x2(a, b) : f16x2(a, b);
     }
     return make_uint4(y[0], y[1], y[2], y[3]);
