@@ -1,14 +1,17 @@
-"""Many query rows at once, on Hopper: tensor maps, staging of packed rows, results of pieces of the keys joined.
+"""Many query rows at once: staging of packed rows, tensor maps for Hopper, results of pieces of the keys joined.
 
 16-bit rows are read where they lie; rows of other formats are unpacked to 16 bits, a bounded number of tokens at a time
 (csrc/unpack.cu), so that the workspace does not grow with the context. The kernels are csrc/prefill.cu and
-prefill_narrow.cu; ``plan`` says which serves what, and with which constants.
+prefill_narrow.cu on Hopper, prefill_portable.cu and prefill_portable_wide.cu on other GPUs and where ``forced``;
+``shapes`` says which serves what, and with which constants.
 """
 
 from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from ctypes import c_char, c_float, c_int, c_int64, c_uint32, c_uint64, c_void_p
 from dataclasses import dataclass
 from functools import cache
@@ -42,6 +45,10 @@ class Prefill(ctypes.Structure):
     ]  # fmt: skip
 
 
+class Operands(ctypes.Structure):
+    _fields_ = [("rows", c_void_p * 3), ("strides", c_int64 * 9), ("dk", c_int), ("dv", c_int)]
+
+
 class Unpack(ctypes.Structure):
     _fields_ = [
         ("source", calls.Side), ("table", c_void_p), ("to", c_void_p), ("to_batch", c_int64), ("to_head", c_int64),
@@ -55,6 +62,34 @@ class Join(ctypes.Structure):
         ("out", c_void_p), ("lse", c_void_p), ("part", c_void_p), ("part_lse", c_void_p), ("out_strides", c_int64 * 3),
         ("lse_strides", c_int64 * 2), ("heads", c_int), ("tokens", c_int), ("dim", c_int),
     ]  # fmt: skip
+
+
+# -- which kernels
+
+_forced = False
+
+
+@contextmanager
+def forced(kernels: str) -> Iterator[None]:
+    """Prefill runs ``kernels`` inside: "portable", which other GPUs than Hopper run anyway. For tests and benchmarks.
+
+    Raises ValueError for another name.
+    """
+    global _forced
+    if kernels != "portable":
+        raise ValueError(f"kernels={kernels!r} is not one that can be forced: ['portable']")
+    before, _forced = _forced, True
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def portable_room(device: int | None = None) -> int:
+    """Bytes of shared memory that a block of the portable kernels may have; 0 where Hopper's kernels run."""
+    if torch.cuda.get_device_capability(device)[0] == 9 and not _forced:
+        return 0
+    return calls._shared_memory(torch.cuda.current_device() if device is None else device)
 
 
 # -- pieces of the keys
@@ -197,6 +232,12 @@ def _tensor_map(x: Tensor, tokens: int) -> ctypes.Array:
     return made
 
 
+def _operands(q: Tensor, k: Tensor, v: Tensor) -> Operands:
+    """Rows of 16-bit values where the portable kernels find them."""
+    strides = [s * 2 for x in (q, k, v) for s in x.stride()[:3]]
+    return Operands((c_void_p * 3)(*(x.data_ptr() for x in (q, k, v))), (c_int64 * 9)(*strides), k.shape[3], v.shape[3])
+
+
 def attend(
     q: Tensor, view: KVView, spec: AttentionSpec, mask: Tensor | None, block_map: BlockMap | None, sinks: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -208,7 +249,7 @@ def attend(
         call = _Call(q, view, spec, mask, sinks, staging, stream)
         alone, longest = len(pieces) == 1, max((p.count for p in pieces if not p.stored), default=0)
         whole = alone and call.step >= spec.q_len
-        if whole and view.v_codec.identity and pieces[0].stored and served_by_cudnn(spec):
+        if whole and view.v_codec.identity and pieces[0].stored and not call.room and served_by_cudnn(spec):
             return call.cudnn(*staging.rows(pieces[0], 0))
         out, lse = call.results(spec.q_len, spec.dtype if alone and view.v_codec.identity else torch.float32)
         for low in range(0, spec.q_len, call.step):
@@ -235,7 +276,7 @@ class _Call:
         self.all, self.view, self.spec, self.mask, self.stream = q, view, spec, mask, stream
         self.sinks = None if sinks is None else sinks.to(torch.float32).contiguous()
         self.slopes = calls.head_slopes(spec.q_heads, spec.alibi, q.device) if spec.alibi else None
-        self.dims = view.k_codec.padded, view.v_codec.padded
+        self.dims, self.room = (view.k_codec.padded, view.v_codec.padded), portable_room(q.device.index)
         self.scale, self.v_scale = spec.scale * 2.0 ** staging.shifts[0], 2.0 ** staging.shifts[1]
         self.low, self.q, self.step = 0, q, spec.q_len
         self.copied = q.dtype != staging.types[0]
@@ -277,7 +318,7 @@ class _Call:
         """Queries ``low`` to ``high`` of those taken over keys of positions ``first`` on, to their ``out`` and ``lse``."""
         spec, mask, q = self.spec, self.mask, self.q[:, :, low:high]
         types = q.dtype, v.dtype, out.dtype
-        made = shape(spec, self.dims, types, 0 if mask is None else calls.MASKS[mask.dtype], k.shape[2])
+        made = shape(spec, self.dims, types, 0 if mask is None else calls.MASKS[mask.dtype], k.shape[2], self.room)
         heads, keys = spec.batch * spec.kv_heads, k.shape[2]
         tiles = -(-q.shape[2] // made.rows)
         call = Prefill(
@@ -294,9 +335,9 @@ class _Call:
             call.mask, call.mask_strides = mask.data_ptr() + at * mask.element_size(), strides
         if block_map is not None:
             call.map, call.map_strides = block_map.states.data_ptr(), calls.strides(block_map.states)[:3]
-        maps = [_tensor_map(x, tokens) for x, tokens in zip((q, k, v), made.boxes)]
+        rows = [_operands(q, k, v)] if self.room else [_tensor_map(x, n) for x, n in zip((q, k, v), made.boxes)]
         kernel = nvrtc.kernel(made.kernel, made.defines, q.device.index, made.shared)
-        kernel.launch((made.cluster * heads * spec.groups * tiles, 1, 1), made.threads, self.stream, call, *maps)
+        kernel.launch((made.cluster * heads * spec.groups * tiles, 1, 1), made.threads, self.stream, call, *rows)
 
     def join(self, first: int, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
         """Add keys of positions ``first`` on to out and lse, a bounded number of queries at a time."""

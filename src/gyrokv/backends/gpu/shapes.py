@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -14,7 +15,7 @@ DTYPES = (torch.float16, torch.bfloat16)
 
 
 def why_not(spec: AttentionSpec) -> str:
-    """Why the decode kernel serves ``spec`` instead; empty if these do (on compute capability 9.0)."""
+    """Why the decode kernel serves ``spec`` instead; empty if these do."""
     if spec.q_len < FEWEST_QUERIES:
         return f"q_len={spec.q_len} (below {FEWEST_QUERIES}, decode reads each key once for all rows)"
     if spec.dtype not in DTYPES:
@@ -110,19 +111,100 @@ _SHARED = 232448  # bytes of a block on compute capability 9.0
 SECTION = 24 * 2**20  # bytes of K and V that blocks read at a time, to stay in L2
 
 
-def shape(spec: AttentionSpec, dims: tuple[int, int], types: tuple[torch.dtype, ...], mask: int, keys: int = 0) -> Shape:
-    """The kernel of a problem whose rows have ``dims`` values. ``types``: of k, v and the output; ``mask``: 0 for none.
+@dataclass(frozen=True)
+class Portable:
+    """The same for the kernels that need nothing of Hopper. ``room``: bytes of shared memory that a block may have."""
 
-    Blocks share what they load once ``keys`` rows of K and V no longer stay in L2; not under a mask, whose map has one
-    tile shape.
+    dims: tuple[int, int]
+    q_type: int
+    v_type: int
+    out_type: int
+    mask: int
+    softcap: bool
+    alibi: bool
+    any_scale: bool
+    room: int
+
+    cluster = 1
+
+    @property
+    def wide(self) -> bool:
+        """True where a warp's rows of the output do not fit its registers: all warps share the rows of a tile."""
+        return self.dims[1] > 256
+
+    @cached_property
+    def _form(self) -> tuple[tuple[str, int], ...]:
+        """The first form of tiles that fits the shared memory: the larger, the fewer bytes are read for a product."""
+        if self.wide:
+            forms = [(("ROWS", r), ("KEYS", n)) for r, n in ((64, 64), (64, 32), (32, 32))]
+        else:
+            tall = 2 if self.dims[1] <= 128 else 1
+            sizes = ((4 * (3 - tall), 64, 2), (4 * (3 - tall), 64, 1), (4, 64, 1), (4, 32, 1), (2, 32, 1))
+            forms = [(("TALL", tall), ("WARPS", w), ("KEYS", n), ("STAGES", stages)) for w, n, stages in sizes]
+        return next((f for f in forms if self._bytes(dict(f)) <= self.room), forms[-1])
+
+    @property
+    def padded(self) -> tuple[int, int]:
+        """Columns of K and V in shared memory."""
+        unit = 64 if self.wide else 32
+        return tuple(-(-d // unit) * unit for d in self.dims)
+
+    def _bytes(self, form: dict[str, int]) -> int:
+        (dk, dv), keys = self.padded, form["KEYS"]
+        if not self.wide:
+            return 32 * form["TALL"] * form["WARPS"] * dk + 2 * form["STAGES"] * keys * (dk + dv)
+        rows = form["ROWS"]
+        warps = 4 if rows == 32 else 8
+        return 2 * rows * dk + 2 * keys * (dk + dv) + 2 * rows * keys + warps * 32 * keys + 12 * rows
+
+    @property
+    def rows(self) -> int:
+        form = dict(self._form)
+        return form["ROWS"] if self.wide else 16 * form["TALL"] * form["WARPS"]
+
+    @property
+    def keys(self) -> int:
+        return dict(self._form)["KEYS"]
+
+    @property
+    def threads(self) -> int:
+        return (128 if self.rows == 32 else 256) if self.wide else 32 * dict(self._form)["WARPS"]
+
+    @property
+    def shared(self) -> int:
+        return self._bytes(dict(self._form))
+
+    @property
+    def defines(self) -> tuple[tuple[str, int], ...]:
+        dk, dv = self.padded
+        types = ("Q_TYPE", self.q_type), ("V_TYPE", self.v_type), ("OUT_TYPE", self.out_type), ("MASK", self.mask)
+        flags = ("SOFTCAP", int(self.softcap)), ("ALIBI", int(self.alibi)), ("ANY_SCALE", int(self.any_scale))
+        return ("DK", dk), ("DV", dv), *self._form, *types, *flags
+
+    @property
+    def kernel(self) -> str:
+        return "prefill_portable_wide" if self.wide else "prefill_portable"
+
+
+def shape(
+    spec: AttentionSpec, dims: tuple[int, int], types: tuple[torch.dtype, ...], mask: int, keys: int = 0, room: int = 0
+) -> Shape | Portable:
+    """The kernel of a problem whose rows have ``dims`` values. ``types``: of k, v and the output; ``mask``: 0 for none;
+    ``room``: 0 for Hopper's kernels, otherwise bytes of shared memory that a block of a portable one may have.
+
+    Hopper's blocks share what they load once ``keys`` rows of K and V no longer stay in L2; not under a mask, whose map
+    has one tile shape.
     """
+    if room:
+        features = spec.softcap > 0, spec.alibi > 0, spec.scale <= 0
+        return Portable(dims, *(Q_TYPES[t] for t in types), mask, *features, room)
     dk, dv = (-(-d // 64) * 64 for d in dims)
     cluster = 2 if not mask and dv > 128 and keys * sum(dims) * 2 > SECTION else 1
     return Shape(dk, dv, *(Q_TYPES[t] for t in types), mask, spec.softcap > 0, spec.alibi > 0, spec.scale <= 0, cluster)
 
 
-def tile(spec: AttentionSpec) -> tuple[int, int]:
+def tile(spec: AttentionSpec, room: int = 0) -> tuple[int, int]:
     """Queries and keys of a tile."""
     dims = spec.k_format.layout(spec.head_dim)[0], spec.v_format.layout(spec.head_dim_v)[0]
-    found = shape(spec, dims, (spec.dtype,) * 3, int(spec.mask is not None))
+    found = shape(spec, dims, (spec.dtype,) * 3, int(spec.mask is not None), 0, room)
     return found.rows, found.keys

@@ -20,7 +20,8 @@
 //   128 DK + 32768 + K_STAGES * 128 KEYS + V_STAGES * 64 up(DV / 2, 64) + 1280 + 8 (9 + 2 K_STAGES + 2 V_STAGES)
 // Tensor maps of q, k, v: 16 bits, dims (dim, token, head, batch), true sizes and strides, swizzle of 128 bytes, zeros out of
 // bounds, boxes q (64, 64, 1, 1), k (64, KEYS, 1, 1), v (64, 32, 1, 1).
-constexpr int ROWS = 64 * CLUSTER, BLOCKS = CLUSTER;
+constexpr int ROWS = 64 * CLUSTER, BLOCKS = CLUSTER, SPAN = KEYS;
+#include "hopper.cuh"
 #include "prefill.cuh"
 
 constexpr int CHUNKS = DK / 64;
