@@ -127,35 +127,35 @@ class Portable:
 
     cluster = 1
 
-    @property
-    def wide(self) -> bool:
-        """True where a warp's rows of the output do not fit its registers: all warps share the rows of a tile."""
-        return self.dims[1] > 256
-
     @cached_property
     def _form(self) -> tuple[tuple[str, int], ...]:
-        """The first form of tiles that fits the shared memory: the larger, the fewer bytes are read for a product."""
-        if self.wide:
-            forms = [(("ROWS", r), ("KEYS", n)) for r, n in ((64, 64), (64, 32), (32, 32))]
-        else:
-            tall = 2 if self.dims[1] <= 128 else 1
-            sizes = ((4 * (3 - tall), 64, 2), (4 * (3 - tall), 64, 1), (4, 64, 1), (4, 32, 1), (2, 32, 1))
-            forms = [(("TALL", tall), ("WARPS", w), ("KEYS", n), ("STAGES", stages)) for w, n, stages in sizes]
-        return next((f for f in forms if self._bytes(dict(f)) <= self.room), forms[-1])
+        """The first form of a tile that fits the shared memory."""
+        return next((f for f in _forms(*self.dims, self.mask) if self._bytes(dict(f)) <= self.room), _LEAST)
+
+    @property
+    def wide(self) -> bool:
+        """True for the kernel whose warps share the rows of a tile."""
+        return "ROWS" in dict(self._form)
 
     @property
     def padded(self) -> tuple[int, int]:
         """Columns of K and V in shared memory."""
-        unit = 64 if self.wide else 32
+        return self._padded(self.wide)
+
+    def _padded(self, wide: bool) -> tuple[int, int]:
+        unit = 64 if wide else 32
         return tuple(-(-d // unit) * unit for d in self.dims)
 
     def _bytes(self, form: dict[str, int]) -> int:
-        (dk, dv), keys = self.padded, form["KEYS"]
-        if not self.wide:
+        keys = form["KEYS"]
+        if "ROWS" not in form:
+            dk, dv = self._padded(False)
             return 32 * form["TALL"] * form["WARPS"] * dk + 2 * form["STAGES"] * keys * (dk + dv)
-        rows = form["ROWS"]
-        warps = 4 if rows == 32 else 8
-        return 2 * rows * dk + 2 * keys * (dk + dv) + 2 * rows * keys + warps * 32 * keys + 12 * rows
+        dk, dv = self._padded(True)
+        rows, warps = form["ROWS"], 4 if form["ROWS"] == 32 else 8
+        sums = 0 if rows == 128 else warps * 32 * keys // form["ROUNDS"]
+        held = max(dk, dv) if form["TURNS"] else dk + dv
+        return 2 * rows * dk + 2 * keys * held + 2 * rows * keys + sums + 12 * rows
 
     @property
     def rows(self) -> int:
@@ -184,6 +184,27 @@ class Portable:
     @property
     def kernel(self) -> str:
         return "prefill_portable_wide" if self.wide else "prefill_portable"
+
+
+def _wide(rows: int, keys: int, rounds: int = 1, turns: int = 0) -> tuple[tuple[str, int], ...]:
+    return ("ROWS", rows), ("KEYS", keys), ("ROUNDS", rounds), ("TURNS", turns)
+
+
+def _tall(tall: int, warps: int, keys: int, stages: int) -> tuple[tuple[str, int], ...]:
+    return ("TALL", tall), ("WARPS", warps), ("KEYS", keys), ("STAGES", stages)
+
+
+_LEAST = _wide(32, 32, 1, 1)
+
+
+def _forms(dk: int, dv: int, mask: int) -> list[tuple[tuple[str, int], ...]]:
+    """Forms of a tile for rows of K and V of so many values, the fastest first."""
+    if dv > 256:
+        return [_wide(64, 64), _wide(64, 64, 2), _wide(64, 32)]
+    if dv > 128:
+        return [_wide(128, 64), _tall(1, 4, 64, 1), _tall(1, 4, 32, 1)]
+    keys = 32 if mask and dv > 64 else 64
+    return [_tall(2, 4, keys, 2), _tall(2, 4, keys, 1), _tall(2, 4, 32, 1)]
 
 
 def shape(

@@ -33,27 +33,23 @@ INLINE int a_piece(int lane) { return lane / 16; }
 INLINE int b_row(int lane) { return lane / 16 * 8 + lane % 8; }
 INLINE int b_piece(int lane) { return lane / 8 % 2; }
 
-// Copies rows [first, first + MANY) of `count`, `step` bytes apart, and `columns` of their values; zeros around.
+// Copies rows [first, first + MANY) of `count`, `step` bytes apart, and `columns` of their values; zeros around. A thread copies
+// the same piece of every line of its rows, so that all but the row is known to the compiler.
 template <int MANY, int COLUMNS, int THREADS>
 INLINE void load_rows(u32 to, const char* from, i64 step, int first, int count, int columns) {
-  constexpr int PIECES = COLUMNS / 8, TOTAL = MANY * PIECES, ROUND = THREADS / PIECES;
-  int thread = threadIdx.x;
-  if constexpr (THREADS % PIECES == 0 && MANY % ROUND == 0 && (ROUND & (ROUND - 1)) == 0 && COLUMNS % 64 == 0) {
-    int row = thread / PIECES, piece = thread % PIECES, left = 8 * piece < columns ? count - first - row : 0;
-    const char* at = from + (first + row) * step + 16 * piece;
-    u32 place = to + row * 2 * COLUMNS + (piece & ~7) * 16;
-    int turned = (row % 8 ^ piece % 8) << 4;
+  constexpr int LINE = Place<COLUMNS>::LINE, LINES = COLUMNS * 2 / LINE, PIECES = LINE / 16, ROUND = THREADS / PIECES;
+  static_assert(ROUND % 8 == 0, "rows of a thread are turned alike");
+  int row = threadIdx.x / PIECES, piece = threadIdx.x % PIECES;
+  u32 place = Place<COLUMNS>(to, row, piece).at(0);
+  bool last = (LINES - 1) * LINE / 2 + 8 * piece < columns;
+  from += (first + row) * step + 16 * piece;
 #pragma unroll
-    for (int n = 0; n < MANY / ROUND; ++n, at += ROUND * step)
-      copy_async<16>(place + n * ROUND * 2 * COLUMNS + (turned ^ n * ROUND % 8 << 4), at, n * ROUND < left);
-  } else {
+  for (int n = 0; n < MANY; n += ROUND, from += ROUND * step) {
+    if (MANY % ROUND && row + n >= MANY) break;
+    bool here = first + row + n < count;
 #pragma unroll
-    for (int n = 0; n < (TOTAL + THREADS - 1) / THREADS; ++n) {
-      int i = n * THREADS + thread, row = i / PIECES, piece = i % PIECES;
-      if (TOTAL % THREADS && i >= TOTAL) break;
-      bool valid = first + row < count && 8 * piece < columns;
-      copy_async<16>(Place<COLUMNS>(to, row).at(16 * piece), from + (valid ? (first + row) * step + 16 * piece : 0), valid);
-    }
+    for (int c = 0; c < LINES; ++c)
+      copy_async<16>(place + n * 2 * COLUMNS + c * LINE, from + c * LINE, here && (c < LINES - 1 || last));
   }
 }
 

@@ -138,6 +138,15 @@ struct Mask {
   }
 };
 
+// maxima over the four threads that share a row
+template <int N>
+INLINE void most_of_quads(float (&x)[N]) {
+#pragma unroll
+  for (int lanes = 1; lanes < 4; lanes *= 2)
+#pragma unroll
+    for (int i = 0; i < N; ++i) x[i] = fmaxf(x[i], __shfl_xor_sync(~0u, x[i], lanes));
+}
+
 // of a thread's two rows, g and g + 8 of its warp's 16
 struct Softmax {
   float top[2] = {-INFINITE, -INFINITE}, total[2] = {0.0f, 0.0f};  // top: reference of the exponents, log2
@@ -167,12 +176,10 @@ struct Softmax {
       for (int i = 0; i < SCORES; ++i) s[i] = range.sees(i / 2 % 2, i / 4 * 8 + i % 2) ? s[i] : -INFINITE;
     }
   }
-  INLINE float most(const float (&s)[SCORES], const Prefill& p, int r) const {  // of a row, log2
+  INLINE static float most(const float (&s)[SCORES], const Prefill& p, int r) {  // of a thread's keys of a row, log2
     float x = s[2 * r];
 #pragma unroll
     for (int j = 0; j < SPAN / 8; ++j) x = fmaxf(x, fmaxf(s[4 * j + 2 * r], s[4 * j + 2 * r + 1]));
-    x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
-    x = fmaxf(x, __shfl_xor_sync(~0u, x, 2));
     return PLAIN ? x * (p.scale * LOG2E) : x;
   }
   INLINE bool raise(int r, float most) {  // the reference of a row, if its maximum passes it by much
@@ -188,9 +195,10 @@ struct Softmax {
   }
   INLINE void begin(float (&s)[SCORES], const Prefill& p, const Range& range, Mask& mask, float slope) {
     adjust(s, p, range, mask, slope);
-    bool mine = false;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) mine |= raise(r, most(s, p, r));
+    float x[2] = {most(s, p, 0), most(s, p, 1)};
+    most_of_quads(x);
+    bool mine = raise(0, x[0]);
+    mine |= raise(1, x[1]);
     grown = __any_sync(~0u, mine);
   }
 

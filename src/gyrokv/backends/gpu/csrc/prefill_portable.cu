@@ -13,11 +13,17 @@ constexpr int ROWS = 16 * TALL * WARPS, BLOCKS = 1, SPAN = KEYS;
 constexpr int THREADS = 32 * WARPS;
 constexpr int K_AT = ROWS * DK * 2, K_BYTES = KEYS * DK * 2, V_BYTES = KEYS * DV * 2, STAGE_BYTES = K_BYTES + V_BYTES;
 constexpr int BYTES = K_AT + STAGES * STAGE_BYTES;
-constexpr bool KEEP_Q = TALL * DK <= 128;  // in registers
+#ifndef KEEP
+#define KEEP (TALL * DK <= 128)
+#endif
+#ifndef MIN_BLOCKS
+#define MIN_BLOCKS 1
+#endif
+constexpr bool KEEP_Q = KEEP;  // in registers
 
 extern __shared__ __align__(1024) char memory[];
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     prefill_portable(const __grid_constant__ Prefill p, const __grid_constant__ Operands from) {
   wait_for_earlier_kernels();
   let_later_kernels_start();
@@ -97,15 +103,23 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         }
       }
     }
+    float most[2 * TALL];
+    bool grows = false;
 #pragma unroll
     for (int m = 0; m < TALL; ++m) {
       Mask mask;
       if constexpr (MASK > 0) mask.load(p, tile, block, row + 16 * m, lane % 4);
-      softmax[m].begin(s[m], p, Range(p, block, row + 16 * m, lane % 4), mask, slope);
-      if (softmax[m].grown) {
+      softmax[m].adjust(s[m], p, Range(p, block, row + 16 * m, lane % 4), mask, slope);
+      most[2 * m] = Softmax::most(s[m], p, 0), most[2 * m + 1] = Softmax::most(s[m], p, 1);
+    }
+    most_of_quads(most);
+#pragma unroll
+    for (int i = 0; i < 2 * TALL; ++i) grows |= softmax[i / 2].raise(i % 2, most[i]);
+    if (__any_sync(~0u, grows)) {
+#pragma unroll
+      for (int m = 0; m < TALL; ++m)
 #pragma unroll
         for (int i = 0; i < DV / 2; ++i) o[m][i] *= softmax[m].factor[i / 2 % 2];
-      }
     }
     if (STAGES == 1) {
       wait_copies<0>();

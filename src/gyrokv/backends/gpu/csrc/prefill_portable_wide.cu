@@ -9,8 +9,10 @@
 // Weights are made with the reference that a row had before this block. Only if a maximum has passed it by 2^8, which the
 // barrier after the weights tells all warps, weights are made again: maxima need no barrier of their own.
 //
-// The host defines DK, DV (multiples of 64), ROWS (32, 64, 128), KEYS (32, 64), and the types and features that prefill.cu asks
-// for. Launch: grid batches * q_heads * ceil(q_len / ROWS), block THREADS (128 for ROWS 32, else 256), shared memory BYTES.
+// The host defines DK, DV (multiples of 64), ROWS (32, 64, 128), KEYS (32, 64), ROUNDS (1, 2: of exchanging sums, each of which
+// needs less memory), TURNS (1: keys and values take turns in one place, where memory is short), and the types and features
+// that prefill.cu asks for. Launch: grid batches * q_heads * ceil(q_len / ROWS), block THREADS (128 for ROWS 32, else 256),
+// shared memory BYTES.
 constexpr int BLOCKS = 1, SPAN = KEYS / 2;
 #include "portable.cuh"
 
@@ -18,8 +20,9 @@ constexpr int WARPS = ROWS == 32 ? 4 : 8, THREADS = 32 * WARPS;
 constexpr int PARTS = ROWS == 128 ? 1 : 2, TALL = 2 / PARTS;  // tiles of 16 rows that a warp weighs
 constexpr int BANDS = ROWS == 128 ? 2 : 1, TILES = ROWS / BANDS / 16, ACROSS = WARPS / BANDS;  // of the output; warps per band
 constexpr int WIDE = DV / (16 * ACROSS), HALF = DV / (8 * ACROSS) % 2;  // 16 columns; 8 more
-constexpr int K_AT = ROWS * DK * 2, V_AT = K_AT + KEYS * DK * 2, P_AT = V_AT + KEYS * DV * 2, SUMS_AT = P_AT + ROWS * KEYS * 2;
-constexpr int SUM_BYTES = PARTS == 2 ? 16 * SPAN * 4 : 0;  // of a warp
+constexpr int K_AT = ROWS * DK * 2, K_BYTES = KEYS * DK * 2, V_BYTES = KEYS * DV * 2, V_AT = K_AT + (TURNS ? 0 : K_BYTES);
+constexpr int P_AT = TURNS ? K_AT + (K_BYTES > V_BYTES ? K_BYTES : V_BYTES) : V_AT + V_BYTES, SUMS_AT = P_AT + ROWS * KEYS * 2;
+constexpr int SUM_BYTES = PARTS == 2 ? 16 * SPAN * 4 / ROUNDS : 0;  // of a warp
 constexpr int TOPS_AT = SUMS_AT + WARPS * SUM_BYTES, FACTORS_AT = TOPS_AT + 2 * ROWS * 4, BYTES = FACTORS_AT + ROWS * 4;
 static_assert(DK % 64 == 0 && DV % (8 * ACROSS) == 0, "columns");
 
@@ -42,6 +45,10 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   const char* v = from.v + tile.batch * from.v_batch + tile.kv_head * from.v_head;
   auto load_k = [&](int block) {
     load_rows<KEYS, DK, THREADS>(shared + K_AT, k, from.k_token, block * KEYS, p.kv_len, from.dk);
+    commit_copies();
+  };
+  auto load_v = [&](int block) {
+    load_rows<KEYS, DV, THREADS>(shared + V_AT, v, from.v_token, block * KEYS, p.kv_len, from.dv);
     commit_copies();
   };
   const Place<DK> a(shared, rows + a_row(lane), a_piece(lane)), b(shared + K_AT, keys + b_row(lane), b_piece(lane));
@@ -74,8 +81,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   while (block >= 0) {
     wait_copies<0>();
     __syncthreads();  // keys are here; weights and values have been used
-    load_rows<KEYS, DV, THREADS>(shared + V_AT, v, from.v_token, block * KEYS, p.kv_len, from.dv);
-    commit_copies();
+    if (!TURNS) load_v(block);
     Mask mask[TALL];
     if constexpr (MASK > 0)
 #pragma unroll
@@ -101,22 +107,33 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         }
       }
     }
+    if (TURNS) {
+      __syncthreads();
+      load_v(block);
+    }
     if constexpr (PARTS == 2) {  // each keeps 16 rows and adds the other's sums
       u32 sums = shared + SUMS_AT + lane * 16;
 #pragma unroll
-      for (int i = 0; i < SCORES / 4; ++i) {
-        float x[4];
+      for (int round = 0; round < ROUNDS; ++round) {
+        constexpr int MANY = SCORES / 4 / ROUNDS;
+        if (round) sync_pair(warp / 2);
 #pragma unroll
-        for (int e = 0; e < 4; ++e) x[e] = part ? s[0][4 * i + e] : s[1][4 * i + e];
-        store_shared(sums + warp * SUM_BYTES + i * 512, x);
-      }
-      sync_pair(warp / 2);
+        for (int i = 0; i < MANY; ++i) {
+          int at = 4 * (round * MANY + i);
+          float x[4];
 #pragma unroll
-      for (int i = 0; i < SCORES / 4; ++i) {
-        float x[4];
-        load_shared_f32(sums + (warp ^ 1) * SUM_BYTES + i * 512, x);
+          for (int e = 0; e < 4; ++e) x[e] = part ? s[0][at + e] : s[1][at + e];
+          store_shared(sums + warp * SUM_BYTES + i * 512, x);
+        }
+        sync_pair(warp / 2);
 #pragma unroll
-        for (int e = 0; e < 4; ++e) s[0][4 * i + e] = (part ? s[1][4 * i + e] : s[0][4 * i + e]) + x[e];
+        for (int i = 0; i < MANY; ++i) {
+          int at = 4 * (round * MANY + i);
+          float x[4];
+          load_shared_f32(sums + (warp ^ 1) * SUM_BYTES + i * 512, x);
+#pragma unroll
+          for (int e = 0; e < 4; ++e) s[0][at + e] = (part ? s[1][at + e] : s[0][at + e]) + x[e];
+        }
       }
     }
     float before[TALL][2];
@@ -133,14 +150,19 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         store_shared(right + 16 * KEYS, x[3]);
       }
     };
+    float most[2 * TALL];
 #pragma unroll
     for (int m = 0; m < TALL; ++m) {
       softmax[m].adjust(s[m], p, Range(p, block, tile.row + own + 16 * m, t + keys / 2), mask[m], slope);
+      most[2 * m] = Softmax::most(s[m], p, 0), most[2 * m + 1] = Softmax::most(s[m], p, 1);
+    }
+    most_of_quads(most);
+#pragma unroll
+    for (int m = 0; m < TALL; ++m) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        float most = softmax[m].most(s[m], p, r);
-        if (t == 0) store_shared(tops(half, own + 16 * m + 8 * r), most);
-        grows |= most > softmax[m].top[r] + SLACK;
+        if (t == 0) store_shared(tops(half, own + 16 * m + 8 * r), most[2 * m + r]);
+        grows |= most[2 * m + r] > softmax[m].top[r] + SLACK;
         before[m][r] = softmax[m].total[r];
       }
       weigh(m);
@@ -148,7 +170,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     wait_copies<0>();
     grows = __syncthreads_or(grows);  // values and weights are here; keys have been used
     int next = tile.seen(block - 1);
-    if (next >= 0) load_k(next);
+    if (!TURNS && next >= 0) load_k(next);
     if (grows) {
 #pragma unroll
       for (int m = 0; m < TALL; ++m) {
@@ -185,6 +207,10 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
         for (int m = 0; m < TILES; ++m) mma<V_BF16>(quad(o[m] + 8 * WIDE), x[m][0], x[m][1], x[m][2], x[m][3], y[0], y[1]);
       }
+    }
+    if (TURNS && next >= 0) {
+      __syncthreads();
+      load_k(next);
     }
     block = next;
   }
