@@ -64,7 +64,7 @@ def test_hopper_has_its_own(monkeypatch, capability, room):
     assert gpu.how(spec).startswith("prefill, portable kernels" if room else "prefill; packed rows")
     with gpu.forced("portable"):
         assert prefill.portable_room() > 0
-        assert gpu.how(spec).startswith("prefill, portable kernels")
+        assert gpu.how(spec).startswith("prefill, portable kernels (" + ("Hopper's need" if room else "forced)"))
 
 
 _SPILLS = 8  # bytes

@@ -86,7 +86,8 @@ def how(spec: AttentionSpec) -> str:
         return f"decode: {why}"
     if prefill.portable_room():
         major, minor = torch.cuda.get_device_capability()
-        return f"prefill, portable kernels (Hopper's need compute capability 9.0, this GPU has {major}.{minor})"
+        why = "forced" if major == 9 else f"Hopper's need compute capability 9.0, this GPU has {major}.{minor}"
+        return f"prefill, portable kernels ({why})"
     if shapes.served_by_cudnn(spec):
         return "cuDNN through PyTorch, faster than the prefill kernels at this head_dim"
     return "prefill; packed rows are unpacked a bounded number of tokens at a time"

@@ -39,7 +39,9 @@ template <int MANY, int COLUMNS, int THREADS>
 INLINE void load_rows(u32 to, const char* from, i64 step, int first, int count, int columns) {
   constexpr int LINE = Place<COLUMNS>::LINE, LINES = COLUMNS * 2 / LINE, PIECES = LINE / 16, ROUND = THREADS / PIECES;
   static_assert(ROUND % 8 == 0, "rows of a thread are turned alike");
-  int row = threadIdx.x / PIECES, piece = threadIdx.x % PIECES;
+  int thread = threadIdx.x;
+  asm volatile("" : "+r"(thread));  // addresses are made anew: there are no registers to keep them
+  int row = thread / PIECES, piece = thread % PIECES;
   u32 place = Place<COLUMNS>(to, row, piece).at(0);
   bool last = (LINES - 1) * LINE / 2 + 8 * piece < columns;
   from += (first + row) * step + 16 * piece;
