@@ -40,7 +40,7 @@ def hosted(processors: int = 132) -> Iterator[list]:
             _unpack(call, self.defines, grid) if self.name == "unpack" else _prefill(call, self.defines, grid, *maps)
 
     cuda = {"current_stream": lambda device: SimpleNamespace(cuda_stream=0), "device": lambda device: nullcontext()}
-    own = {"_tensor_map": lambda x, tokens: x, "_processors": lambda device: processors}
+    own = {"_tensor_map": lambda x, tokens: x, "_processors": lambda device: processors, "portable_room": lambda device: 0}
     with (
         mock.patch.multiple(torch.cuda, **cuda), mock.patch.multiple(prefill, **own),
         mock.patch.object(nvrtc, "kernel", Kernel),

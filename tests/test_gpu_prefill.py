@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import product
 
@@ -73,9 +75,16 @@ def cases() -> list[Case]:
     return list(dict.fromkeys(found + ragged()))
 
 
+@pytest.fixture(params=["best", "portable"])
+def kernels(request) -> Iterator[str]:
+    """Those that the GPU would get, and those that any GPU can run."""
+    with gpu.forced("portable") if request.param == "portable" else nullcontext():
+        yield request.param
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", cases(), ids=str)
-def test_prefill_matches_reference(case, backend_here, problem):
+def test_prefill_matches_reference(case, kernels, backend_here, problem):
     """A failure is a wrong kernel, or rows unpacked or joined wrongly."""
     backend_here("gpu")
     data = problem(case.on("cuda"))
@@ -93,7 +102,7 @@ def test_prefill_matches_reference(case, backend_here, problem):
     ],
     ids=str,
 )  # fmt: skip
-def test_pieces_change_nothing_but_rounding(pair, settings, backend_here, monkeypatch):
+def test_pieces_change_nothing_but_rounding(pair, settings, kernels, backend_here, monkeypatch):
     """Keys copied and joined in small pieces, a head and a few queries at a time: the result of one piece."""
     backend_here("gpu")
     for dim in (128, 512):
@@ -112,7 +121,7 @@ def test_pieces_change_nothing_but_rounding(pair, settings, backend_here, monkey
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("pair", product(("bf16", "q8_0", "turbo3"), ("bf16", "turbo4", "tq8")))
-def test_a_query_alone_is_the_query_among_many(pair, backend_here):
+def test_a_query_alone_is_the_query_among_many(pair, kernels, backend_here):
     """Prefill and decode must agree for every pair of formats: the last query of many, and the same query alone."""
     backend_here("gpu")
     data = inputs(case(*pair, (128, 128), dtype=BF16, causal=True, **SIZES).on("cuda"))
@@ -136,7 +145,7 @@ def test_a_ragged_query_alone_is_the_query_among_many(kind, dim, backend_here):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dims", [(64, 64), (128, 128), (256, 256), (512, 512), (576, 512)])
 @pytest.mark.parametrize("features", [dict(causal=True), dict(causal=True, window=100), dict(softcap=20.0)], ids=str)
-def test_two_runs_are_bitwise_equal(dims, features, backend_here):
+def test_two_runs_are_bitwise_equal(dims, features, kernels, backend_here):
     backend_here("gpu")
     data = inputs(case("bf16", "turbo4" if dims[0] == 128 else "bf16", dims, dtype=BF16, **SIZES, **features).on("cuda"))
     first = data.run("gpu")
@@ -146,7 +155,7 @@ def test_two_runs_are_bitwise_equal(dims, features, backend_here):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dim", (64, 128, 256, 512))
-def test_a_block_map_changes_no_bit(dim, backend_here):
+def test_a_block_map_changes_no_bit(dim, kernels, backend_here):
     """The map is an optimisation: skipped and unread tiles give the same bits as looking at all of the mask."""
     backend_here("gpu")
     for name in ("block_map", "bool_block_map"):

@@ -1,6 +1,7 @@
-"""Many query rows at once, on Hopper: queries, tensor maps, launches.
+"""Many query rows at once: queries, tensor maps for Hopper, launches.
 
-The kernels are csrc/prefill.cu and prefill_narrow.cu; ``shapes`` says which serves what, and with which constants;
+The kernels are csrc/prefill.cu and prefill_narrow.cu on Hopper, prefill_portable.cu and prefill_portable_wide.cu on other
+GPUs and where ``forced``; ``shapes`` says which serves what, and with which constants;
 ``staging`` which sequences, heads and keys are taken at a time, and where their rows lie. Results over different keys of
 the same queries are joined by the kernels themselves.
 """
@@ -8,6 +9,8 @@ the same queries are joined by the kernels themselves.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
 from ctypes import c_char, c_float, c_int, c_int64, c_uint32, c_uint64, c_void_p
 from functools import cache
 
@@ -37,6 +40,41 @@ class Prefill(ctypes.Structure):
     ]  # fmt: skip
 
 
+class Operands(ctypes.Structure):
+    _fields_ = [("rows", c_void_p * 3), ("strides", c_int64 * 9), ("dk", c_int), ("dv", c_int)]
+
+
+# -- which kernels
+
+_forced = False
+
+
+@contextmanager
+def forced(kernels: str) -> Iterator[None]:
+    """Prefill runs ``kernels`` inside: "portable", which other GPUs than Hopper run anyway. For tests and benchmarks.
+
+    Raises ValueError for another name.
+    """
+    global _forced
+    if kernels != "portable":
+        raise ValueError(f"kernels={kernels!r} is not one that can be forced: ['portable']")
+    before, _forced = _forced, True
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def portable_room(device: int | None = None) -> int:
+    """Bytes of shared memory that a block of the portable kernels may have; 0 where Hopper's kernels run."""
+    if torch.cuda.get_device_capability(device)[0] == 9 and not _forced:
+        return 0
+    return calls._shared_memory(torch.cuda.current_device() if device is None else device)
+
+
+# -- launches
+
+
 @cache
 def _encode_map():
     return ctypes.CDLL("libcuda.so.1").cuTensorMapEncodeTiled
@@ -58,16 +96,23 @@ def _tensor_map(x: Tensor, tokens: int) -> ctypes.Array:
     return made
 
 
+def _operands(q: Tensor, k: Tensor, v: Tensor) -> Operands:
+    """Rows of 16-bit values where the portable kernels find them."""
+    strides = [s * 2 for x in (q, k, v) for s in x.stride()[:3]]
+    return Operands((c_void_p * 3)(*(x.data_ptr() for x in (q, k, v))), (c_int64 * 9)(*strides), k.shape[3], v.shape[3])
+
+
 def attend(
     q: Tensor, view: KVView, spec: AttentionSpec, mask: Tensor | None, block_map: BlockMap | None, sinks: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The contract's ``attend``; out in the dtype of ``spec`` where nothing but a cast would follow."""
     with torch.cuda.device(q.device):
-        rows = staging.Rows(q, view, spec)
-        call = _Call(q, rows, spec, mask, block_map, sinks)
+        room = portable_room(q.device.index)
+        rows = staging.Rows(q, view, spec, gaps=not room)
+        call = _Call(q, rows, spec, mask, block_map, sinks, room)
         if not rows.keys:
             return call.nothing()
-        if all(rows.direct) and not call.copied and view.v_codec.identity and served_by_cudnn(spec):
+        if all(rows.direct) and not call.copied and not room and view.v_codec.identity and served_by_cudnn(spec):
             return call.cudnn()
         return call.run()
 
@@ -82,8 +127,9 @@ class _Call:
 
     def __init__(
         self, q: Tensor, rows: staging.Rows, spec: AttentionSpec, mask: Tensor | None, block_map: BlockMap | None,
-        sinks: Tensor | None,
+        sinks: Tensor | None, room: int,
     ) -> None:  # fmt: skip
+        self.room = room
         self.q, self.rows, self.spec, self.mask, self.block_map = q, rows, spec, mask, block_map
         self.stream = torch.cuda.current_stream(q.device).cuda_stream
         self.sinks = None if sinks is None else sinks.to(torch.float32).contiguous()
@@ -113,7 +159,8 @@ class _Call:
 
     def shape(self, out: torch.dtype, keys: int) -> Shape:
         mask = 0 if self.mask is None else calls.MASKS[self.mask.dtype]
-        return shape(self.spec, self.dims, (*self.rows.types, out), mask, keys, self.rows.pages, self.rows.clears)
+        types = *self.rows.types, out
+        return shape(self.spec, self.dims, types, mask, keys, self.room, self.rows.pages, self.rows.clears)
 
     def results(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         sizes, device = (self.spec.batch, self.spec.q_heads, self.spec.q_len), self.q.device
@@ -185,9 +232,9 @@ class _Call:
             states = self.block_map.states
             call.map = _at(states, (*at[:2], at[2] // made.rows, at[3] // made.keys))
             call.map_strides = calls.strides(states)[:3]
-        maps = [_tensor_map(x, tokens) for x, tokens in zip((q, k, v), made.boxes)]
+        where = [_operands(q, k, v)] if self.room else [_tensor_map(x, n) for x, n in zip((q, k, v), made.boxes)]
         kernel = nvrtc.kernel(made.kernel, made.defines, q.device.index, made.shared)
-        kernel.launch((made.cluster * pairs * spec.groups * tiles, 1, 1), made.threads, self.stream, call, *maps)
+        kernel.launch((made.cluster * pairs * spec.groups * tiles, 1, 1), made.threads, self.stream, call, *where)
 
 
 def _at(t: Tensor, index: tuple[int, ...]) -> int:

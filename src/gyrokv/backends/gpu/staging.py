@@ -121,10 +121,11 @@ class Rows:
     """K and V of a problem. ``types``, ``shifts``: of k and v, see :func:`stored_as`; ``direct``: read where they lie.
 
     Of interest are the ``keys`` positions from ``first`` on. ``relative``: in sequences that are shorter than the view's
-    length they lie as much earlier, so that all of them have what a window sees in the same place.
+    length they lie as much earlier, so that all of them have what a window sees in the same place. ``gaps``: the kernel
+    reads pages, and does without values that a sequence does not have.
     """
 
-    def __init__(self, q: Tensor, view: KVView, spec: AttentionSpec) -> None:
+    def __init__(self, q: Tensor, view: KVView, spec: AttentionSpec, gaps: bool = True) -> None:
         self.view, self.codecs = view, (view.k_codec, view.v_codec)
         formats = (
             tuple(s.k_format for s in view.segments) or (view.k_codec.format,),
@@ -132,7 +133,8 @@ class Rows:
         )
         found = [stored_as(f, c.head_dim, t) for f, c, t in zip(formats, self.codecs, (q.dtype, spec.dtype))]
         self.types, self.shifts = zip(*found)
-        plain = tuple(self._as_they_are(side) for side in range(2))
+        even = gaps or not (view.paged or spec.starts or spec.lengths)
+        plain = tuple(even and self._as_they_are(side) for side in range(2))
         unseen = 0 if spec.window is None else max(0, view.length - spec.q_len - spec.window + 1 - view.first)
         if spec.lengths and (spec.mask or all(plain)):
             unseen = 0  # it lies elsewhere in each sequence

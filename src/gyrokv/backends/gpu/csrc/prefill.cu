@@ -23,7 +23,8 @@
 // Tensor maps of q, k, v: 16 bits, dims (dim, token, head, batch), true sizes and strides, swizzle of 128 bytes, zeros out of
 // bounds, boxes q (64, 64, 1, 1), k (64, KEYS, 1, 1), v (64, 32, 1, 1); in pages
 // at most as many tokens as divide these and a page.
-constexpr int ROWS = 64 * CLUSTER, BLOCKS = CLUSTER;
+constexpr int ROWS = 64 * CLUSTER, BLOCKS = CLUSTER, SPAN = KEYS;
+#include "hopper.cuh"
 #include "prefill.cuh"
 
 constexpr int CHUNKS = DK / 64;

@@ -1,7 +1,7 @@
 // What the prefill kernels share: arguments, the order of tiles, which keys a row sees, the running softmax.
-// They define ROWS (query rows of a tile) and BLOCKS (that share one).
+// They define ROWS (query rows of a tile), BLOCKS (that share one) and SPAN (keys of a block that one warp scores).
 #pragma once
-#include "hopper.cuh"
+#include "ptx.cuh"
 
 struct Prefill {
   char* out;
@@ -35,7 +35,7 @@ constexpr float SLACK = 8.0f;  // log2 by which scores may pass the reference be
 constexpr bool BF16 = Q_TYPE == 1, V_BF16 = V_TYPE == 1;
 constexpr bool PLAIN = !SOFTCAP && MASK == 0 && !ANY_SCALE;
 
-constexpr int SCORES = KEYS / 2, UNITS = KEYS / 16;  // scores: of a thread; a unit: 16 keys
+constexpr int SCORES = SPAN / 2, UNITS = SPAN / 16;  // scores: of a thread for 16 rows; a unit: 16 keys
 
 constexpr bool JOINS = OUT_TYPE == 2;
 
@@ -133,7 +133,7 @@ struct Range {
       if (RAGGED) low[r] = max(low[r], tile.begin() - key);
     }
   }
-  INLINE bool whole() const { return min(high[0], high[1]) >= KEYS - 1 && max(low[0], low[1]) <= 0; }
+  INLINE bool whole() const { return min(high[0], high[1]) >= SPAN - 1 && max(low[0], low[1]) <= 0; }
   INLINE bool sees(int r, int k) const { return k <= high[r] && k >= low[r]; }
 };
 
@@ -141,7 +141,7 @@ struct Range {
 struct Mask {
   static constexpr int SIZE = MASK == 1 ? 1 : MASK == 2 ? 4 : 2, WORDS = MASK == 2 ? 2 : 1;
   static constexpr u32 NOTHING = MASK == 1 ? 0x0101 : 0;  // two keys that it leaves alone
-  u32 raw[MASK ? KEYS / 8 : 1][2][WORDS];
+  u32 raw[MASK ? SPAN / 8 : 1][2][WORDS];
 
   INLINE static u32 one(const char* at) { return SIZE == 1 ? *(const u8*)at : SIZE == 2 ? *(const u16*)at : *(const u32*)at; }
   INLINE void load(const Prefill& p, const Tile& tile, int block, int row, int t) {
@@ -156,7 +156,7 @@ struct Mask {
     }
     if (pairs) {
 #pragma unroll
-      for (int j = 0; j < KEYS / 8; ++j)
+      for (int j = 0; j < SPAN / 8; ++j)
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
           u32(&x)[WORDS] = raw[j][r];
@@ -170,7 +170,7 @@ struct Mask {
         }
     } else {
 #pragma unroll
-      for (int j = 0; j < KEYS / 8; ++j) {
+      for (int j = 0; j < SPAN / 8; ++j) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
           u32 a = 8 * j < keys ? one(at[r]) : NOTHING & 1, b = 8 * j + 1 < keys ? one(at[r] + step) : NOTHING & 1;
@@ -196,14 +196,23 @@ struct Mask {
   }
 };
 
+// maxima over the four threads that share a row
+template <int N>
+INLINE void most_of_quads(float (&x)[N]) {
+#pragma unroll
+  for (int lanes = 1; lanes < 4; lanes *= 2)
+#pragma unroll
+    for (int i = 0; i < N; ++i) x[i] = fmaxf(x[i], __shfl_xor_sync(~0u, x[i], lanes));
+}
+
 // of a thread's two rows, g and g + 8 of its warp's 16
 struct Softmax {
   float top[2] = {-INFINITE, -INFINITE}, total[2] = {0.0f, 0.0f};  // top: reference of the exponents, log2
-  float base[2], factor[2];                                        // of the block at hand
+  float base[2] = {0.0f, 0.0f}, factor[2];                         // of the block at hand
   bool grown;                                                      // any row of the warp
 
-  // scores of a block -> what the exponential takes; maxima and factors
-  INLINE void begin(float (&s)[SCORES], const Prefill& p, const Range& range, Mask& mask, float slope) {
+  // scores of a block -> what the exponential takes
+  INLINE void adjust(float (&s)[SCORES], const Prefill& p, const Range& range, Mask& mask, float slope) {
     if constexpr (!PLAIN) {
       constexpr float UNIT = MASK ? 1.0f : LOG2E;  // of scores from here on
       float unit = SOFTCAP ? 2.0f * LOG2E * p.scale / p.softcap : p.scale * UNIT, cap = p.softcap * UNIT;
@@ -224,24 +233,30 @@ struct Softmax {
 #pragma unroll
       for (int i = 0; i < SCORES; ++i) s[i] = range.sees(i / 2 % 2, i / 4 * 8 + i % 2) ? s[i] : -INFINITE;
     }
-    bool mine = false;
+  }
+  INLINE static float most(const float (&s)[SCORES], const Prefill& p, int r) {  // of a thread's keys of a row, log2
+    float x = s[2 * r];
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      float most = s[2 * r];
-#pragma unroll
-      for (int j = 0; j < KEYS / 8; ++j) most = fmaxf(most, fmaxf(s[4 * j + 2 * r], s[4 * j + 2 * r + 1]));
-      most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
-      most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
-      if (PLAIN) most *= p.scale * LOG2E;
-      factor[r] = 1.0f;
-      if (most > top[r] + SLACK) {
-        factor[r] = exp2_fast(top[r] - most);
-        top[r] = most;
-        total[r] *= factor[r];
-        mine = true;
-      }
-      base[r] = top[r] == -INFINITE ? 0.0f : top[r];
+    for (int j = 0; j < SPAN / 8; ++j) x = fmaxf(x, fmaxf(s[4 * j + 2 * r], s[4 * j + 2 * r + 1]));
+    return PLAIN ? x * (p.scale * LOG2E) : x;
+  }
+  INLINE bool raise(int r, float most) {  // the reference of a row, if its maximum passes it by much
+    bool grows = most > top[r] + SLACK;
+    factor[r] = 1.0f;
+    if (grows) {
+      factor[r] = exp2_fast(top[r] - most);
+      top[r] = most;
+      total[r] *= factor[r];
     }
+    base[r] = top[r] == -INFINITE ? 0.0f : top[r];
+    return grows;
+  }
+  INLINE void begin(float (&s)[SCORES], const Prefill& p, const Range& range, Mask& mask, float slope) {
+    adjust(s, p, range, mask, slope);
+    float x[2] = {most(s, p, 0), most(s, p, 1)};
+    most_of_quads(x);
+    bool mine = raise(0, x[0]);
+    mine |= raise(1, x[1]);
     grown = __any_sync(~0u, mine);
   }
 

@@ -7,7 +7,8 @@
 // The host defines what prefill.cu asks for, but for CLUSTER; DV 64 or 128, KEYS 128, K_STAGES, V_STAGES (blocks
 // of keys), and GROUPS (2; 3 for DV 64 without a mask). Launch: grid batches * q_heads * ceil(q_len / (64 * GROUPS)), block
 // 128 * (GROUPS + 1), shared memory BYTES. Tensor maps as there, with boxes q (64, 64, 1, 1), k and v (64, KEYS, 1, 1).
-constexpr int ROWS = 64 * GROUPS, BLOCKS = 1;
+constexpr int ROWS = 64 * GROUPS, BLOCKS = 1, SPAN = KEYS;
+#include "hopper.cuh"
 #include "prefill.cuh"
 
 constexpr int CHUNKS = DK / 64, COLUMNS = DV / 64;
