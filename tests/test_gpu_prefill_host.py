@@ -84,6 +84,20 @@ def test_pieces_mean_the_reference(case, problem, monkeypatch):
         assert joined.count(1) == joined.count(0) > 1
 
 
+KINDS = [dict(), dict(starts=True), dict(lengths=True), dict(paged=True, lengths=True, page=48)]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_pieces_of_one_side_mean_the_reference(kind, monkeypatch):
+    """Keys are read where they lie, values copied 128 at a time, or the other way round."""
+    monkeypatch.setattr(staging, "STAGED", 1)
+    for pair in (("bf16", "q8_0"), ("q8_0", "bf16")):
+        data = inputs(case(*pair, batch=3, causal=True, sinks=True, **SIZES, **kind))
+        out, lse, launches = run(data, processors=2)
+        assert_matches(data, out, lse, gpu.BOUND)
+        assert max(call.kv_len for name, _, call in launches if name != "unpack") == 128
+
+
 @pytest.mark.parametrize("k", ["bf16", "f16", "f32", "fp8_e4m3", "q4_0", "tq5", "turbo3"])
 @pytest.mark.parametrize("page", [16, 256])
 def test_rows_of_each_kind(k, page, problem):
