@@ -1,4 +1,4 @@
-"""Can the tests of prefill fail? Known bugs are planted in its kernels, as in ``test_gpu_faults.py``."""
+"""Can the tests of prefill fail, where it reads, copies and joins? Known bugs are planted, as in ``test_gpu_faults.py``."""
 
 from __future__ import annotations
 
