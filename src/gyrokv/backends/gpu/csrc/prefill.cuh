@@ -182,8 +182,9 @@ struct Softmax {
     for (int j = 0; j < SPAN / 8; ++j) x = fmaxf(x, fmaxf(s[4 * j + 2 * r], s[4 * j + 2 * r + 1]));
     return PLAIN ? x * (p.scale * LOG2E) : x;
   }
+  INLINE bool passed(int r, float most) const { return most > top[r] + SLACK; }
   INLINE bool raise(int r, float most) {  // the reference of a row, if its maximum passes it by much
-    bool grows = most > top[r] + SLACK;
+    bool grows = passed(r, most);
     factor[r] = 1.0f;
     if (grows) {
       factor[r] = exp2_fast(top[r] - most);

@@ -114,10 +114,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
       softmax[m].adjust(s[m], p, Range(p, block, row + 16 * m, lane % 4), mask, slope);
       most[2 * m] = Softmax::most(s[m], p, 0), most[2 * m + 1] = Softmax::most(s[m], p, 1);
     }
-    most_of_quads(most);
 #pragma unroll
-    for (int i = 0; i < 2 * TALL; ++i) grows |= softmax[i / 2].raise(i % 2, most[i]);
+    for (int i = 0; i < 2 * TALL; ++i) grows |= softmax[i / 2].passed(i % 2, most[i]);
     if (__any_sync(~0u, grows)) {
+      most_of_quads(most);
+#pragma unroll
+      for (int i = 0; i < 2 * TALL; ++i) softmax[i / 2].raise(i % 2, most[i]);
 #pragma unroll
       for (int m = 0; m < TALL; ++m)
 #pragma unroll
