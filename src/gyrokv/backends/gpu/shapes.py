@@ -111,6 +111,7 @@ class Shape:
 
 
 _SHARED = 232448  # bytes of a block on compute capability 9.0
+_RESERVED = 1024  # bytes of shared memory that a processor has beyond a block's most, and keeps for itself of each block's
 SECTION = 24 * 2**20  # bytes of K and V that blocks read at a time, to stay in L2
 
 
@@ -133,8 +134,14 @@ class Portable:
 
     @cached_property
     def _form(self) -> tuple[tuple[str, int], ...]:
-        """The first form of a tile that fits the shared memory."""
-        return next((f for f in _forms(*self.dims, self.mask) if self._bytes(dict(f)) <= self.room), _LEAST)
+        """The first form of a tile that fills a processor best: eight warps is what there are registers for."""
+
+        def warps(form: tuple[tuple[str, int], ...]) -> int:
+            need = self._bytes(dict(form))
+            blocks = (self.room + _RESERVED) // (need + _RESERVED)
+            return min(8, blocks * _threads(dict(form)) // 32)
+
+        return max(_forms(*self.dims), key=warps)
 
     @property
     def wide(self) -> bool:
@@ -147,7 +154,7 @@ class Portable:
         return self._padded(self.wide)
 
     def _padded(self, wide: bool) -> tuple[int, int]:
-        unit = 64 if wide else 32
+        unit = 64 if wide else 16
         return tuple(-(-d // unit) * unit for d in self.dims)
 
     def _bytes(self, form: dict[str, int]) -> int:
@@ -156,8 +163,8 @@ class Portable:
             dk, dv = self._padded(False)
             return 32 * form["TALL"] * form["WARPS"] * dk + 2 * form["STAGES"] * keys * (dk + dv)
         dk, dv = self._padded(True)
-        rows, warps = form["ROWS"], 4 if form["ROWS"] == 32 else 8
-        sums = 0 if rows == 128 else warps * 32 * keys // form["ROUNDS"]
+        rows = form["ROWS"]
+        sums = 0 if rows == 128 else _threads(form) * keys // form["ROUNDS"]
         held = max(dk, dv) if form["TURNS"] else dk + dv
         return 2 * rows * dk + 2 * keys * held + 2 * rows * keys + sums + 12 * rows
 
@@ -172,7 +179,7 @@ class Portable:
 
     @property
     def threads(self) -> int:
-        return (128 if self.rows == 32 else 256) if self.wide else 32 * dict(self._form)["WARPS"]
+        return _threads(dict(self._form))
 
     @property
     def shared(self) -> int:
@@ -198,17 +205,21 @@ def _tall(tall: int, warps: int, keys: int, stages: int) -> tuple[tuple[str, int
     return ("TALL", tall), ("WARPS", warps), ("KEYS", keys), ("STAGES", stages)
 
 
-_LEAST = _wide(32, 32, 1, 1)
+def _threads(form: dict[str, int]) -> int:
+    return 32 * form["WARPS"] if "WARPS" in form else 128 if form["ROWS"] == 32 else 256
 
 
-def _forms(dk: int, dv: int, mask: int) -> list[tuple[tuple[str, int], ...]]:
+def _forms(dk: int, dv: int) -> list[tuple[tuple[str, int], ...]]:
     """Forms of a tile for rows of K and V of so many values, the fastest first."""
+    if dv > 320:
+        return [_wide(64, 64), _wide(64, 64, 2), _wide(64, 32), _wide(32, 32, 1, 1)]
     if dv > 256:
-        return [_wide(64, 64), _wide(64, 64, 2), _wide(64, 32)]
+        return [_wide(128, 64), _wide(64, 64), _wide(64, 32)]
     if dv > 128:
-        return [_wide(128, 64), _tall(1, 4, 64, 1), _tall(1, 4, 32, 1)]
-    keys = 32 if mask and dv > 64 else 64
-    return [_tall(2, 4, keys, 2), _tall(2, 4, keys, 1), _tall(2, 4, 32, 1)]
+        return [_wide(128, 64)] * (dv > 192) + [_tall(1, 4, 64, 1), _tall(1, 4, 32, 1)]
+    if dv > 32:
+        return [_tall(2, 4, 64, 2)] * (dv > 96) + [_tall(2, 4, 64, 1), _tall(2, 4, 32, 1)]
+    return [_tall(2, 4, 128, 1)]
 
 
 def shape(

@@ -1,6 +1,6 @@
 // What the prefill kernels for any GPU from compute capability 8.0 on share: rows in shared memory, and their operands.
-// Rows of COLUMNS 16-bit values lie side by side, COLUMNS a multiple of 32; 16-byte pieces trade places within 128 bytes (64 if
-// COLUMNS is no multiple of 64), so that eight rows of one column meet in no bank.
+// Rows of COLUMNS 16-bit values lie side by side, COLUMNS a multiple of 16. 16-byte pieces trade places within a line of 128
+// bytes, or of 64 or 32 where lines of 128 do not fill a row, so that eight rows of one column meet in no bank.
 #pragma once
 #include "prefill.cuh"
 
@@ -12,14 +12,14 @@ struct Operands {
 
 template <int COLUMNS>
 INLINE int turn(int row) {
-  return (COLUMNS % 64 ? row / 2 % 4 : row % 8) << 4;
+  return (COLUMNS % 64 == 0 ? row % 8 : COLUMNS % 32 == 0 ? row / 2 % 4 : row / 4 % 2) << 4;
 }
 
 // A lane's place in rows: `at` is the address of a column, in bytes from the lane's own.
 template <int COLUMNS>
 struct Place {
-  static_assert(COLUMNS % 32 == 0, "columns");
-  static constexpr int LINE = COLUMNS % 64 ? 64 : 128;
+  static_assert(COLUMNS % 16 == 0, "columns");
+  static constexpr int LINE = COLUMNS % 64 == 0 ? 128 : COLUMNS % 32 == 0 ? 64 : 32;
   u32 row, turned;
 
   INLINE Place(u32 base, int row, int piece = 0) : row(base + row * 2 * COLUMNS), turned(turn<COLUMNS>(row) ^ piece << 4) {}
@@ -33,25 +33,40 @@ INLINE int a_piece(int lane) { return lane / 16; }
 INLINE int b_row(int lane) { return lane / 16 * 8 + lane % 8; }
 INLINE int b_piece(int lane) { return lane / 8 % 2; }
 
-// Copies rows [first, first + MANY) of `count`, `step` bytes apart, and `columns` of their values; zeros around. A thread copies
-// the same piece of every line of its rows, so that all but the row is known to the compiler.
+// Copies rows [first, first + MANY) of `count`, `step` bytes apart, and `columns` of their values; zeros around. Threads side by
+// side copy SIDE lines side by side; a thread's place in a row is the same in all of its rows.
 template <int MANY, int COLUMNS, int THREADS>
 INLINE void load_rows(u32 to, const char* from, i64 step, int first, int count, int columns) {
-  constexpr int LINE = Place<COLUMNS>::LINE, LINES = COLUMNS * 2 / LINE, PIECES = LINE / 16, ROUND = THREADS / PIECES;
-  static_assert(ROUND % 8 == 0, "rows of a thread are turned alike");
+  constexpr int LINE = Place<COLUMNS>::LINE, LINES = COLUMNS * 2 / LINE, SIDE = LINE == 128 ? LINES & -LINES : 1;
+  constexpr int PIECES = SIDE * LINE / 16, ROUND = THREADS / PIECES;
+  static_assert(ROUND % 8 == 0 || (LINE == 128 && (ROUND & (ROUND - 1)) == 0), "rows of a thread are turned in a known way");
   int thread = threadIdx.x;
   asm volatile("" : "+r"(thread));  // addresses are made anew: there are no registers to keep them
   int row = thread / PIECES, piece = thread % PIECES;
-  u32 place = Place<COLUMNS>(to, row, piece).at(0);
-  bool last = (LINES - 1) * LINE / 2 + 8 * piece < columns;
+  u32 line = to + row * 2 * COLUMNS + (piece / (LINE / 16)) * LINE, turned = turn<COLUMNS>(row) ^ piece % (LINE / 16) << 4;
+  bool last = (LINES - SIDE) * LINE / 2 + 8 * piece < columns;
   from += (first + row) * step + 16 * piece;
 #pragma unroll
   for (int n = 0; n < MANY; n += ROUND, from += ROUND * step) {
     if (MANY % ROUND && row + n >= MANY) break;
     bool here = first + row + n < count;
+    u32 place = line + n * 2 * COLUMNS + (ROUND % 8 ? turned ^ n % 8 << 4 : turned);
 #pragma unroll
-    for (int c = 0; c < LINES; ++c)
-      copy_async<16>(place + n * 2 * COLUMNS + c * LINE, from + c * LINE, here && (c < LINES - 1 || last));
+    for (int c = 0; c < LINES; c += SIDE)
+      copy_async<16>(place + c * LINE, from + c * LINE, here && (c < LINES - SIDE || last));
+  }
+}
+
+// Asks for the mask of a block, so that it is near when the scores are there.
+template <int THREADS>
+INLINE void prefetch_mask(const Prefill& p, const Tile& tile, int block) {
+  int thread = threadIdx.x, row = min(tile.row + thread % ROWS, p.q_len - 1), key = block * KEYS;
+  if (block < 0 || p.mask_key != 1 || (tile.map && tile.map[block] == 1)) return;
+  const char* at = p.mask + (tile.batch * p.mask_batch + tile.head * p.mask_head + row * p.mask_token + key) * Mask::SIZE;
+#pragma unroll
+  for (int i = 0; i < KEYS * Mask::SIZE; i += 128 * (THREADS / ROWS)) {
+    int byte = i + thread / ROWS * 128;
+    if (byte < min(KEYS, p.kv_len - key) * Mask::SIZE) prefetch(at + byte);
   }
 }
 

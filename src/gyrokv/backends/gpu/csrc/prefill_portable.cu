@@ -4,7 +4,7 @@
 // A warp owns TALL tiles of 16 rows: scores, weights and output stay in its registers; weights are made of scores just before
 // their values are multiplied. Two tiles halve what is read from shared memory for a product.
 //
-// The host defines DK, DV (multiples of 32), KEYS (32, 64, 128), TALL (1, 2), WARPS, STAGES (1: keys and values take turns to be
+// The host defines DK, DV (multiples of 16), KEYS (32, 64, 128), TALL (1, 2), WARPS, STAGES (1: keys and values take turns to be
 // loaded; 2: the next block is loaded while this one is used), and the types and features that prefill.cu asks for.
 // Launch: grid batches * q_heads * ceil(q_len / ROWS), block 32 * WARPS, shared memory BYTES.
 constexpr int ROWS = 16 * TALL * WARPS, BLOCKS = 1, SPAN = KEYS;
@@ -54,6 +54,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     load_k(block, 0);
     if (STAGES == 2) load_v(block, 0);
     commit_copies();
+    if constexpr (MASK > 0) prefetch_mask<THREADS>(p, tile, block);
   }
   const Place<DK> a(shared, first + a_row(lane), a_piece(lane));
   u32 kept[KEEP_Q ? DK / 16 : 1][TALL][4];
@@ -69,6 +70,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     int next = tile.seen(block - 1);
     wait_copies<0>();
     __syncthreads();
+    if constexpr (MASK > 0) prefetch_mask<THREADS>(p, tile, next);
     if (STAGES == 1) {
       load_v(block, 0);
     } else if (next >= 0) {
@@ -113,10 +115,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
       softmax[m].adjust(s[m], p, Range(p, tile, block, row + 16 * m, lane % 4), mask, slope);
       most[2 * m] = Softmax::most(s[m], p, 0), most[2 * m + 1] = Softmax::most(s[m], p, 1);
     }
-    most_of_quads(most);
 #pragma unroll
-    for (int i = 0; i < 2 * TALL; ++i) grows |= softmax[i / 2].raise(i % 2, most[i]);
+    for (int i = 0; i < 2 * TALL; ++i) grows |= softmax[i / 2].passed(i % 2, most[i]);
     if (__any_sync(~0u, grows)) {
+      most_of_quads(most);
+#pragma unroll
+      for (int i = 0; i < 2 * TALL; ++i) softmax[i / 2].raise(i % 2, most[i]);
 #pragma unroll
       for (int m = 0; m < TALL; ++m)
 #pragma unroll

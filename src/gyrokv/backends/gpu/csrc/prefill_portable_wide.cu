@@ -78,6 +78,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const char* q = from.q + tile.batch * from.q_batch + tile.head * from.q_head;
     load_rows<ROWS, DK, THREADS>(shared, q, from.q_token, tile.row, p.q_len, from.dk);
     load_k(block);
+    if constexpr (MASK > 0) prefetch_mask<THREADS>(p, tile, block);
   }
   while (block >= 0) {
     wait_copies<0>();
@@ -151,19 +152,12 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         store_shared(right + 16 * KEYS, x[3]);
       }
     };
-    float most[2 * TALL];
 #pragma unroll
     for (int m = 0; m < TALL; ++m) {
       softmax[m].adjust(s[m], p, Range(p, tile, block, tile.row + own + 16 * m, t + keys / 2), mask[m], slope);
-      most[2 * m] = Softmax::most(s[m], p, 0), most[2 * m + 1] = Softmax::most(s[m], p, 1);
-    }
-    most_of_quads(most);
-#pragma unroll
-    for (int m = 0; m < TALL; ++m) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        if (t == 0) store_shared(tops(half, own + 16 * m + 8 * r), most[2 * m + r]);
-        grows |= most[2 * m + r] > softmax[m].top[r] + SLACK;
+        grows |= softmax[m].passed(r, Softmax::most(s[m], p, r));
         before[m][r] = softmax[m].total[r];
       }
       weigh(m);
@@ -171,8 +165,17 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     wait_copies<0>();
     grows = __syncthreads_or(grows);  // values and weights are here; keys have been used
     int next = tile.seen(block - 1);
+    if constexpr (MASK > 0) prefetch_mask<THREADS>(p, tile, next);
     if (!TURNS && next >= 0) load_k(next);
     if (grows) {
+      float most[2 * TALL];
+#pragma unroll
+      for (int i = 0; i < 2 * TALL; ++i) most[i] = Softmax::most(s[i / 2], p, i % 2);
+      most_of_quads(most);
+#pragma unroll
+      for (int i = 0; i < 2 * TALL; ++i)
+        if (t == 0) store_shared(tops(half, own + 8 * i), most[i]);
+      __syncthreads();
 #pragma unroll
       for (int m = 0; m < TALL; ++m) {
 #pragma unroll
