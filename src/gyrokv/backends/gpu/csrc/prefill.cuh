@@ -264,17 +264,16 @@ struct Softmax {
   // a sink that has a value.
   INLINE void finish(float (&last)[2], float (&before)[2], const Prefill& p, const Tile& tile, int row, int t) {
     float* lse = p.lse + tile.batch * p.lse_batch + tile.head * p.lse_head + row;
-    float sinks[2];
+    float old[2];
     bool joins = JOINS && p.joined;
+    if (joins) {
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      sinks[r] = p.sinks ? p.sinks[tile.head] * LOG2E : -INFINITE;
-      if (joins) sinks[r] = row + 8 * r < p.q_len ? lse[8 * r] * LOG2E : -INFINITE;
+      for (int r = 0; r < 2; ++r) old[r] = row + 8 * r < p.q_len ? lse[8 * r] * LOG2E : -INFINITE;
+      __syncwarp();  // lanes that read a row's lse before one of them writes it
     }
-    __syncwarp();  // lanes that read a row's lse before one of them writes it
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float sum = total[r], sink = sinks[r];
+      float sum = total[r], sink = joins ? old[r] : p.sinks ? p.sinks[tile.head] * LOG2E : -INFINITE;
       sum += __shfl_xor_sync(~0u, sum, 1);
       sum += __shfl_xor_sync(~0u, sum, 2);
       float most = fmaxf(top[r], sink);
