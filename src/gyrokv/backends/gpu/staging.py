@@ -63,7 +63,6 @@ class Cut:
 _SIZES = 32  # numbers of sequences that are considered
 
 
-@cache
 def cut(batch: int, heads: int, keys: int, rows: int, blocks: int, processors: int, most: int) -> Cut:
     """How a problem is cut, so that there is room for ``rows`` rows of a head.
 
@@ -72,9 +71,17 @@ def cut(batch: int, heads: int, keys: int, rows: int, blocks: int, processors: i
     """
     pairs, enough = min(batch * heads, most), -(-processors // blocks)
     fit = min(pairs, rows // max(1, keys))
-    if fit < min(pairs, enough):
-        few = _rectangle(min(pairs, enough), heads)
-        return Cut(*few, max(128, min(-(-keys // 128), rows // math.prod(few) // 128) * 128))
+    if fit == batch * heads:
+        return Cut(batch, heads, max(1, keys))
+    if fit >= min(pairs, enough):
+        return Cut(*_fewest_waves(batch, heads, fit, blocks, processors), max(1, keys))
+    few = _rectangle(min(pairs, enough), heads)
+    return Cut(*few, max(128, min(-(-keys // 128), rows // math.prod(few) // 128) * 128))
+
+
+@cache
+def _fewest_waves(batch: int, heads: int, fit: int, blocks: int, processors: int) -> tuple[int, int]:
+    """Sequences and heads, at most ``fit``, whose parts leave the fewest processors without a block."""
     top = min(batch, fit // heads)
     sizes = [(1, h) for h in range(1, min(fit, heads - 1) + 1)]
     sizes += [(b, heads) for b in range(max(1, top - _SIZES + 1), top + 1)]
@@ -86,7 +93,7 @@ def cut(batch: int, heads: int, keys: int, rows: int, blocks: int, processors: i
                 total += many * times * -(-m * n * blocks // processors)
         return total, -b * h
 
-    return Cut(*min(sizes, key=waves), max(1, keys))
+    return min(sizes, key=waves)
 
 
 def _rectangle(pairs: int, heads: int) -> tuple[int, int]:
