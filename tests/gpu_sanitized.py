@@ -21,6 +21,9 @@ CASES = (
 if __name__ == "__main__":
     for one in CASES:
         print(one, float(inputs(one.on("cuda")).run("gpu")[0].float().abs().sum()))
+    with gpu.forced("portable"):
+        for one in CASES[3:]:
+            print("portable", one, float(inputs(one.on("cuda")).run("gpu")[0].float().abs().sum()))
     layer = LayerCache(Codec("turbo4", 128), Codec("q8_0", 128), batch=2, kv_heads=2, dtype=BF16, device="cuda", capacity=64)
     x = torch.randn(2, 2, 5, 128, device="cuda", dtype=BF16)
     gpu.append(layer, x, x)
