@@ -26,6 +26,9 @@ CASES = (
 if __name__ == "__main__":
     for one in CASES:
         print(one, float(inputs(one.on("cuda")).run("gpu")[0].float().abs().sum()))
+    with gpu.forced("portable"):
+        for one in CASES[3:]:
+            print("portable", one, float(inputs(one.on("cuda")).run("gpu")[0].float().abs().sum()))
     staging.STAGED = 1  # in pieces of 128 keys, whose results are joined
     for one in CASES[-4:]:
         print("joined", one, float(inputs(one.on("cuda")).run("gpu")[0].float().abs().sum()))

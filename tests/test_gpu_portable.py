@@ -33,8 +33,8 @@ def test_every_shape_fits_the_shared_memory(room):
         made = shape(dims, room, mask=mask)
         defines = dict(made.defines)
         assert made.shared <= room, f"{dims}: {made}"
-        assert defines["DK"] >= dims[0] and defines["DV"] >= dims[1] and defines["DK"] % 32 == defines["DV"] % 32 == 0
-        assert made.rows in (32, 64, 128) and made.keys in (32, 64) and made.threads in (64, 128, 256)
+        assert defines["DK"] >= dims[0] and defines["DV"] >= dims[1] and defines["DK"] % 16 == defines["DV"] % 16 == 0
+        assert made.rows in (32, 64, 128) and made.keys in (32, 64, 128) and made.threads in (128, 256)
 
 
 def test_tiles_are_those_of_the_kernel():
@@ -67,7 +67,7 @@ def test_hopper_has_its_own(monkeypatch, capability, room):
         assert gpu.how(spec).startswith("prefill, portable kernels (" + ("Hopper's need" if room else "forced)"))
 
 
-_SPILLS = 40  # bytes
+_SPILLS = 80  # bytes, where all registers are taken: two tiles of rows and 128 columns, masks
 needs_compiler = pytest.mark.skipif(nvrtc.compiler_version() is None, reason="libnvrtc was not found")
 
 
@@ -92,7 +92,31 @@ def test_kernels_compile_without_spills(arch, dims):
         notes = nvrtc.compile_source(f"{made.kernel}.cu", dict(made.defines), arch)[1]
         registers, spills = (int(re.search(p, notes)[1]) for p in (r"Used (\d+) registers", r"(\d+) bytes spill stores"))
         assert registers * made.threads <= 65536
-        assert spills <= _SPILLS, f"{made}: {spills} bytes of {registers} registers are spilled"
+        most = _SPILLS if settings.get("mask") or dims[1] == 128 else 0
+        assert spills <= most, f"{made}: {spills} bytes of {registers} registers are spilled"
+
+
+# -- results
+
+
+@pytest.fixture
+def room(request, monkeypatch) -> int:
+    """``request.param`` bytes of shared memory are all that a block may have."""
+    monkeypatch.setattr(prefill, "portable_room", lambda device=None: request.param)
+    return request.param
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("room", sorted(set(ROOMS.values())), indirect=True)
+@pytest.mark.parametrize(
+    "settings", [dict(scale=1.0), dict(causal=False, mask="additive", block_map=True)], ids=["steep", "mask"]
+)
+@pytest.mark.parametrize("dims", HEADS, ids=str)
+def test_forms_for_every_gpu(dims, settings, room, problem, backend_here):
+    """What GPUs with less memory get, as far as this GPU can tell; maxima that grow from tile to tile."""
+    backend_here("gpu")
+    data = problem(case("bf16", "bf16", dims, **(SIZES | dict(causal=True) | settings)).on("cuda"))
+    assert_matches(data, *data.run("gpu"), gpu.BOUND)
 
 
 # -- planted faults
@@ -139,7 +163,7 @@ FAULTS = (
     Fault("a_query_head_reads_another_KV_head", of(128),
           narrow("from.k + tile.batch * from.k_batch + tile.kv_head",
                  "from.k + tile.batch * from.k_batch + (tile.head & 1)")),
-    Fault("the_next_values_are_used", of(64),
+    Fault("the_next_values_are_used", of(128),
           narrow("c(k_at + K_BYTES", "c(shared + K_AT + (STAGES - 1 - stage) * STAGE_BYTES + K_BYTES")),
     Fault("the_maxima_of_two_rows_are_exchanged", of(128, **STEEP),
           narrow("softmax[i / 2].raise(i % 2, most[i])", "softmax[i / 2].raise(i % 2, most[i ^ 1])")),
@@ -152,7 +176,7 @@ FAULTS = (
     Fault("sums_of_other_rows_are_added", of(512),
           wide("x[e] = part ? s[0][at + e] : s[1][at + e]", "x[e] = part ? s[1][at + e] : s[0][at + e]")),
     Fault("sums_of_other_warps_are_added", of(512), wide("(warp ^ 1) * SUM_BYTES", "(warp ^ 3) * SUM_BYTES")),
-    Fault("both_parts_take_the_same_dims", of(320), wide("at = PARTS == 2 ? part * 64", "at = PARTS == 2 ? 0 * 64")),
+    Fault("both_parts_take_the_same_dims", of(512), wide("at = PARTS == 2 ? part * 64", "at = PARTS == 2 ? 0 * 64")),
     Fault("halves_of_the_keys_have_their_own_reference", of(512, **STEEP),
           wide("fmaxf(load_shared_f32(tops(0, row)), load_shared_f32(tops(1, row)))", "load_shared_f32(tops(half, row))")),
     Fault("weights_keep_the_old_reference", of(512, **STEEP),
@@ -169,7 +193,7 @@ FAULTS = (
     Fault("a_mask_is_that_of_the_first_keys", of(512, causal=False, mask="additive"),
           wide("mask[m].load(p, tile, block, tile.row + own + 16 * m, t + keys / 2)",
                "mask[m].load(p, tile, block, tile.row + own + 16 * m, t)")),
-    Fault("eight_columns_that_are_left_are_others", of(320), wide("narrow.at(32 * ACROSS * WIDE)", "narrow.at(0)")),
+    Fault("eight_columns_that_are_left_are_others", of(576), wide("narrow.at(32 * ACROSS * WIDE)", "narrow.at(0)")),
     Fault("the_second_band_takes_the_weights_of_the_first", of(256),
           wide("w(shared + P_AT, band + a_row(lane)", "w(shared + P_AT, a_row(lane)")),
     Fault("the_sums_of_the_second_round_are_those_of_the_first", of(576, 512),
@@ -178,8 +202,8 @@ FAULTS = (
     # rows in shared memory
     Fault("pieces_trade_places_in_writing_only", of(96),
           both("((bytes & (LINE - 1)) ^ turned)", "((bytes & (LINE - 1)) ^ (turned & 16))")),
-    Fault("the_last_line_is_not_copied", of(320), both("c < LINES; ++c)", "c < LINES - 1; ++c)")),
-    Fault("columns_after_the_last_are_read", of(72), both("here && (c < LINES - 1 || last)", "here")),
+    Fault("the_last_line_is_not_copied", of(320), both("c < LINES; c += SIDE)", "c < LINES - SIDE; c += SIDE)")),
+    Fault("columns_after_the_last_are_read", of(72), both("here && (c < LINES - SIDE || last)", "here")),
 )  # fmt: skip
 
 

@@ -13,17 +13,12 @@ constexpr int ROWS = 16 * TALL * WARPS, BLOCKS = 1, SPAN = KEYS;
 constexpr int THREADS = 32 * WARPS;
 constexpr int K_AT = ROWS * DK * 2, K_BYTES = KEYS * DK * 2, V_BYTES = KEYS * DV * 2, STAGE_BYTES = K_BYTES + V_BYTES;
 constexpr int BYTES = K_AT + STAGES * STAGE_BYTES;
-#ifndef KEEP
-#define KEEP (TALL * DK <= 128)
-#endif
-#ifndef MIN_BLOCKS
-#define MIN_BLOCKS 1
-#endif
-constexpr bool KEEP_Q = KEEP;  // in registers
+constexpr bool KEEP_Q = TALL * DK <= 128;  // in registers
+static_assert(BYTES <= 232448, "shared memory of a block");
 
 extern __shared__ __align__(1024) char memory[];
 
-extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
+extern "C" __global__ void __launch_bounds__(THREADS)
     prefill_portable(const __grid_constant__ Prefill p, const __grid_constant__ Operands from) {
   wait_for_earlier_kernels();
   let_later_kernels_start();

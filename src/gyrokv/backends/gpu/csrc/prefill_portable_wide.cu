@@ -24,6 +24,7 @@ constexpr int K_AT = ROWS * DK * 2, K_BYTES = KEYS * DK * 2, V_BYTES = KEYS * DV
 constexpr int P_AT = TURNS ? K_AT + (K_BYTES > V_BYTES ? K_BYTES : V_BYTES) : V_AT + V_BYTES, SUMS_AT = P_AT + ROWS * KEYS * 2;
 constexpr int SUM_BYTES = PARTS == 2 ? 16 * SPAN * 4 / ROUNDS : 0;  // of a warp
 constexpr int TOPS_AT = SUMS_AT + WARPS * SUM_BYTES, FACTORS_AT = TOPS_AT + 2 * ROWS * 4, BYTES = FACTORS_AT + ROWS * 4;
+static_assert(BYTES <= 232448, "shared memory of a block");
 static_assert(DK % 64 == 0 && DV % (8 * ACROSS) == 0, "columns");
 
 extern __shared__ __align__(1024) char memory[];
