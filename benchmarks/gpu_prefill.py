@@ -1,4 +1,5 @@
-"""Speed of prefill on a Hopper GPU beside cuDNN, and of prefill onto long packed caches, measured in one run.
+"""Speed of prefill on a Hopper GPU beside cuDNN and our kernels for other GPUs, and of prefill onto long packed caches,
+measured in one run.
 
 ``python benchmarks/gpu_prefill.py`` writes ``results/gpu_prefill.json``. Times are medians of replayed CUDA graphs.
 FLOP are those of the visible keys. The workspace is what a call allocates beyond its output.
@@ -53,6 +54,8 @@ def causal(dim: int) -> dict:
     flop, view = 2.0 * TOKENS * TOKENS * HEADS * dim, KVView.of(k, v)
     us = timed(lambda _: attend(q, view, backend="gpu"), 1)["us"]
     row = {"part": "causal", "head_dim": dim, "tflops": flop / us / 1e6}
+    with gpu.forced("portable"):
+        row["portable_tflops"] = flop / timed(lambda _: attend(q, view, backend="gpu"), 1)["us"] / 1e6
     if dim <= 256:
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
             us = timed(lambda _: scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True), 1)["us"]

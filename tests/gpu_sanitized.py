@@ -6,6 +6,7 @@ import torch
 
 from gyrokv import Codec, LayerCache
 from gyrokv.backends import gpu
+from gyrokv.backends.gpu import staging
 from gyrokv.cases import case
 from gyrokv.testing import inputs
 
@@ -16,11 +17,21 @@ CASES = (
     case("tq5", "bf16", (128, 128), kv_len=97, mask="additive"),
     case("bf16", "bf16", (128, 128), kv_len=200, q_len=70, dtype=BF16, causal=True),
     case("q8_0", "turbo4", (512, 512), kv_len=200, q_len=40, dtype=BF16, causal=True),
+    case("bf16", "bf16", (128, 128), kv_len=300, q_len=70, dtype=BF16, causal=True, lengths=True, paged=True),
+    case("bf16", "bf16", (512, 512), kv_len=300, q_len=70, dtype=BF16, lengths=True, paged=True, page=64),
+    case("q8_0", "turbo4", (128, 128), kv_len=300, q_len=70, dtype=BF16, causal=True, lengths=True, paged=True),
+    case("bf16", "turbo4", (512, 512), kv_len=300, q_len=70, dtype=BF16, causal=True, lengths=True, window=100),
 )
 
 if __name__ == "__main__":
     for one in CASES:
         print(one, float(inputs(one.on("cuda")).run("gpu")[0].float().abs().sum()))
+    with gpu.forced("portable"):
+        for one in CASES[3:]:
+            print("portable", one, float(inputs(one.on("cuda")).run("gpu")[0].float().abs().sum()))
+    staging.STAGED = 1  # in pieces of 128 keys, whose results are joined
+    for one in CASES[-4:]:
+        print("joined", one, float(inputs(one.on("cuda")).run("gpu")[0].float().abs().sum()))
     layer = LayerCache(Codec("turbo4", 128), Codec("q8_0", 128), batch=2, kv_heads=2, dtype=BF16, device="cuda", capacity=64)
     x = torch.randn(2, 2, 5, 128, device="cuda", dtype=BF16)
     gpu.append(layer, x, x)

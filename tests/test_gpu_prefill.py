@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import replace
 from itertools import product
 
 import pytest
 import torch
 
-from gyrokv import attend, explain
+from gyrokv import Codec, LayerCache, attend, explain
 from gyrokv.backends import gpu
-from gyrokv.backends.gpu import prefill, shapes
+from gyrokv.backends.gpu import shapes, staging
 from gyrokv.cases import FEATURES, HEADS, Case, case, fits
 from gyrokv.formats import FORMATS
 from gyrokv.testing import assert_matches, inputs
@@ -22,6 +25,30 @@ SIZES = dict(batch=2, q_heads=6, kv_heads=2, q_len=200, kv_len=333)
 
 def _featured(k: str, v: str, name: str, dtype: torch.dtype) -> Case:
     return case(k, v, (128, 128), **(SIZES | dict(FEATURES[name]) | dict(q_len=70, dtype=dtype)))
+
+
+def ragged() -> list[Case]:
+    """Sequences that begin or end where only the device knows, in rings and pages, for each kernel."""
+    sizes = SIZES | dict(batch=4, q_len=150, kv_len=700, dtype=BF16, causal=True)
+    kinds = (dict(starts=True), dict(lengths=True), dict(paged=True, lengths=True), dict(starts=True, lengths=True))
+    found = [
+        case(k, v, dims, **(sizes | kind))
+        for (k, v), dims, kind in product(PAIRS, ((64, 64), (128, 128), (512, 512)), kinds)
+    ]
+    found += [case("q8_0", "tq6", dims, **(sizes | dict(paged=True, lengths=True))) for dims in HEADS]
+    for page, (k, v) in product((16, 32, 64, 128, 256), PAIRS):
+        found.append(case(k, v, (128, 128), paged=True, lengths=True, page=page, **sizes))
+        found.append(case(k, v, (256, 256), paged=True, page=page, **(sizes | dict(causal=False))))
+    for settings, kind, dim in product(FEATURES.values(), kinds, (64, 512)):
+        if not settings.get("sliding"):
+            settings = sizes | dict(causal=False) | settings | kind | dict(q_len=70)
+            found.append(case("q8_0", "f16", (dim, dim), **settings))
+        elif not kind.get("starts"):
+            settings = sizes | settings | kind | dict(sliding=90, window=90, kv_len=290, offset=39, q_len=60)
+            found.append(case("q8_0", "f16", (dim, dim), **settings))
+    for window, kind in product((1, 100, 600), kinds):
+        found.append(case("bf16", "turbo4", (128, 128), window=window, **(sizes | kind)))
+    return found
 
 
 def cases() -> list[Case]:
@@ -45,12 +72,19 @@ def cases() -> list[Case]:
         found.append(case("bf16", "q8_0", (dim, dim), dtype=BF16, causal=True, window=window, **(SIZES | dict(kv_len=1300))))
     for groups in (1, 2, 5, 8):
         found.append(case("bf16", "bf16", (512, 512), dtype=BF16, causal=True, **(SIZES | dict(q_heads=2 * groups))))
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(found + ragged()))
+
+
+@pytest.fixture(params=["best", "portable"])
+def kernels(request) -> Iterator[str]:
+    """Those that the GPU would get, and those that any GPU can run."""
+    with gpu.forced("portable") if request.param == "portable" else nullcontext():
+        yield request.param
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", cases(), ids=str)
-def test_prefill_matches_reference(case, backend_here, problem):
+def test_prefill_matches_reference(case, kernels, backend_here, problem):
     """A failure is a wrong kernel, or rows unpacked or joined wrongly."""
     backend_here("gpu")
     data = problem(case.on("cuda"))
@@ -60,26 +94,34 @@ def test_prefill_matches_reference(case, backend_here, problem):
 @pytest.mark.gpu
 @pytest.mark.parametrize("pair", [("bf16", "bf16"), ("q8_0", "turbo4"), ("turbo2", "tq6")])
 @pytest.mark.parametrize(
-    "settings", [dict(causal=True), dict(causal=True, window=300), dict(mask="additive"), dict(sinks=True)], ids=str
-)
-def test_pieces_change_nothing_but_rounding(pair, settings, backend_here, monkeypatch):
-    """Keys unpacked and joined in small pieces, queries a few at a time: the result of one piece."""
+    "settings",
+    [
+        dict(causal=True), dict(causal=True, window=300), dict(mask="additive"), dict(sinks=True),
+        dict(causal=True, lengths=True, sinks=True), dict(starts=True, window=300), dict(paged=True, lengths=True),
+        dict(mask="bool", block_map=True, lengths=True), dict(mask="additive", block_map=True, causal=True, window=300),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_pieces_change_nothing_but_rounding(pair, settings, kernels, backend_here, monkeypatch):
+    """Keys copied and joined in small pieces, a head and a few queries at a time: the result of one piece."""
     backend_here("gpu")
-    made = case(*pair, (128, 128), dtype=BF16, **(SIZES | dict(q_len=500, kv_len=2000)), **settings).on("cuda")
-    data = inputs(made)
-    whole = data.run("gpu")
-    monkeypatch.setattr(prefill, "_STAGED", 1)
-    monkeypatch.setattr(prefill, "_PART", 1)
-    monkeypatch.setattr(prefill, "_QUERIES", 1)
-    assert_matches(data, *data.run("gpu"), gpu.BOUND)
-    for a, b in zip(whole, data.run("gpu")):
-        a, b = (x.float().nan_to_num(neginf=0.0) for x in (a, b))
-        assert float((a - b).norm() / b.norm()) < 4e-3
+    for dim in (128, 512):
+        made = case(*pair, (dim, dim), dtype=BF16, **(SIZES | dict(q_len=500, kv_len=2000)), **settings).on("cuda")
+        data = inputs(made)
+        whole = data.run("gpu")
+        with monkeypatch.context() as patch:
+            patch.setattr(staging, "STAGED", 1)
+            patch.setattr(staging, "QUERIES", 1)
+            pieces = data.run("gpu")
+        assert_matches(data, *pieces, gpu.BOUND)
+        for a, b in zip(whole, pieces):
+            a, b = (x.float().nan_to_num(neginf=0.0) for x in (a, b))
+            assert float((a - b).norm() / b.norm()) < 4e-3
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("pair", product(("bf16", "q8_0", "turbo3"), ("bf16", "turbo4", "tq8")))
-def test_a_query_alone_is_the_query_among_many(pair, backend_here):
+def test_a_query_alone_is_the_query_among_many(pair, kernels, backend_here):
     """Prefill and decode must agree for every pair of formats: the last query of many, and the same query alone."""
     backend_here("gpu")
     data = inputs(case(*pair, (128, 128), dtype=BF16, causal=True, **SIZES).on("cuda"))
@@ -89,9 +131,21 @@ def test_a_query_alone_is_the_query_among_many(pair, backend_here):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dim", (64, 512))
+@pytest.mark.parametrize("kind", [dict(starts=True), dict(lengths=True), dict(paged=True, lengths=True)], ids=str)
+def test_a_ragged_query_alone_is_the_query_among_many(kind, dim, backend_here):
+    backend_here("gpu")
+    settings = SIZES | dict(batch=5, dtype=BF16, causal=True) | kind
+    data = inputs(case("q8_0", "turbo4", (dim, dim), **settings).on("cuda"))
+    many = attend(data.q, data.view, backend="gpu")
+    one = attend(data.q[:, :, -1:].contiguous(), data.view, backend="gpu")
+    assert float((many[:, :, -1:].float() - one.float()).norm() / one.float().norm()) < 6e-3
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("dims", [(64, 64), (128, 128), (256, 256), (512, 512), (576, 512)])
 @pytest.mark.parametrize("features", [dict(causal=True), dict(causal=True, window=100), dict(softcap=20.0)], ids=str)
-def test_two_runs_are_bitwise_equal(dims, features, backend_here):
+def test_two_runs_are_bitwise_equal(dims, features, kernels, backend_here):
     backend_here("gpu")
     data = inputs(case("bf16", "turbo4" if dims[0] == 128 else "bf16", dims, dtype=BF16, **SIZES, **features).on("cuda"))
     first = data.run("gpu")
@@ -101,7 +155,7 @@ def test_two_runs_are_bitwise_equal(dims, features, backend_here):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dim", (64, 128, 256, 512))
-def test_a_block_map_changes_no_bit(dim, backend_here):
+def test_a_block_map_changes_no_bit(dim, kernels, backend_here):
     """The map is an optimisation: skipped and unread tiles give the same bits as looking at all of the mask."""
     backend_here("gpu")
     for name in ("block_map", "bool_block_map"):
@@ -111,6 +165,119 @@ def test_a_block_map_changes_no_bit(dim, backend_here):
         options = {k: v for k, v in data.options.items() if k != "block_map"}
         without = attend(data.q, data.view, **options, backend="gpu", return_lse=True)
         assert all(torch.equal(a, b) for a, b in zip(with_map, without))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", (64, 128, 512))
+@pytest.mark.parametrize("paged", (False, True))
+@pytest.mark.parametrize("k", ("q8_0", "bf16"))
+@pytest.mark.parametrize("settings", [dict(causal=True), dict(), dict(causal=True, window=90, sinks=True)], ids=str)
+def test_lengths_of_every_kind(k, dim, paged, settings, backend_here):
+    """Nothing held, fewer tokens than queries, the last key at and beside the end of a tile."""
+    backend_here("gpu")
+    settings = SIZES | dict(batch=8, q_len=70, kv_len=800, dtype=BF16, lengths=True, paged=paged) | settings
+    data = inputs(case(k, "bf16", (dim, dim), **settings).on("cuda"))
+    lengths = torch.tensor([0, 1, 69, 71, 127, 128, 129, 256], device="cuda")
+    data.view = replace(data.view, lengths=lengths)
+    assert_matches(data, *data.run("gpu"), gpu.BOUND)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("settings", [dict(), dict(window=150), dict(sinks=True)], ids=str)
+def test_two_blocks_share_ragged_keys(settings, backend_here, monkeypatch):
+    """Blocks that load for each other must agree on what a sequence has."""
+    backend_here("gpu")
+    monkeypatch.setattr(shapes, "SECTION", 1)
+    for kind in (dict(starts=True), dict(lengths=True), dict(paged=True, lengths=True)):
+        settings = SIZES | dict(batch=4, kv_len=700, dtype=BF16, causal=True) | kind | settings
+        for v in ("bf16", "q8_0"):
+            data = inputs(case("bf16", v, (512, 512), **settings).on("cuda"))
+            assert_matches(data, *data.run("gpu"), gpu.BOUND)
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_follows_the_lengths(backend_here):
+    """Nothing of a launch may depend on what the device alone knows."""
+    backend_here("gpu")
+    settings = SIZES | dict(batch=4, kv_len=700, dtype=BF16, causal=True, paged=True, lengths=True)
+    data = inputs(case("q8_0", "turbo4", (128, 128), **settings).on("cuda"))
+    data.run("gpu")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = data.run("gpu")
+    for cut in (0, 33, 200):
+        data.view.lengths.sub_(cut)
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(found, data.run("gpu")))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("dim", "sizes"),
+    [
+        (128, dict(batch=1, q_heads=8, kv_heads=8, q_len=64, kv_len=100_000)),
+        (512, dict(batch=2, q_heads=8, kv_heads=2, q_len=2048, kv_len=40_000)),
+        (64, dict(batch=700, q_heads=16, kv_heads=16, q_len=64, kv_len=128)),
+        (128, dict(batch=1, q_heads=256, kv_heads=4, q_len=1024, kv_len=2000)),
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("dtype", (BF16, F16), ids=str)
+def test_the_workspace_is_bounded(dim, sizes, dtype, backend_here):
+    """At most 256 MB beside the results, whatever the sizes."""
+    backend_here("gpu")
+    spec = case("q8_0", "q8_0", (dim, dim), dtype=dtype, **sizes).spec
+    layer = LayerCache(
+        Codec("q8_0", dim), Codec("q8_0", dim), batch=spec.batch, kv_heads=spec.kv_heads, dtype=dtype, device="cuda",
+        capacity=spec.kv_len, check=False,
+    )  # fmt: skip
+    x = torch.zeros(spec.batch, spec.kv_heads, min(spec.kv_len, 2000), dim, dtype=dtype, device="cuda")
+    for _ in range(spec.kv_len // x.shape[2]):
+        view = gpu.append(layer, x, x)
+    q = torch.zeros(spec.batch, spec.q_heads, spec.q_len, dim, dtype=dtype, device="cuda")
+    del x
+    attend(q, view, backend="gpu")
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out = attend(q, view, backend="gpu")
+    results = out.numel() * 6 + out.numel() // dim * 4  # float32 before it becomes 16 bits; log-sum-exp
+    assert torch.cuda.max_memory_allocated() - before <= 256e6 + results
+
+
+SIZES_OF_PROBLEMS = (
+    dict(batch=1, heads=8, keys=65536, blocks=128), dict(batch=1, heads=8, keys=65536, blocks=256),
+    dict(batch=64, heads=8, keys=4096, blocks=1), dict(batch=700, heads=16, keys=128, blocks=1),
+    dict(batch=3, heads=7, keys=1_000_000, blocks=5), dict(batch=1, heads=1, keys=10**6, blocks=1),
+    dict(batch=65535, heads=3, keys=17, blocks=2), dict(batch=2, heads=40, keys=3000, blocks=40),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("sizes", SIZES_OF_PROBLEMS, ids=str)
+def test_a_cut_fits_and_covers(sizes):
+    """Every head and key once; no more rows at a time than there is room for; whole heads where they fill the machine."""
+    batch, heads, keys, blocks = sizes.values()
+    for bytes_of_row, most in product((128, 512, 2048, 2304), (1, 7, 10**9)):
+        rows = staging.STAGED // bytes_of_row
+        made = staging.cut(batch, heads, keys, rows, blocks, 132, most)
+        pairs = made.batches * made.heads
+        assert pairs * made.keys <= rows and 1 <= pairs <= most
+        assert made.heads == heads or made.batches == 1
+        assert made.keys >= keys or made.keys % 128 == 0
+        fit = min(rows // keys, most, batch * heads)
+        assert made.keys >= keys or fit < min(-(-132 // blocks), batch * heads)
+        if batch < 100:
+            seen = torch.zeros(batch, heads, dtype=torch.int32)
+            for part in made.parts(batch, heads):
+                seen[part] += 1
+            assert bool((seen == 1).all())
+
+
+def test_cuts_have_few_waves():
+    """Without a limit all at once; else parts whose last blocks leave few processors idle."""
+    assert staging.cut(2, 8, 1000, 2**62, 5, 132, 10**9) == staging.Cut(2, 8, 1000)
+    assert staging.cut(1, 8, 65536, 5 * 65536, 66, 132, 10**9) == staging.Cut(1, 4, 65536)
+    assert staging.cut(6, 2, 1000, 10_000, 132, 132, 10**9) == staging.Cut(5, 2, 1000)
 
 
 def test_plans_fit():
@@ -125,6 +292,7 @@ def test_plans_fit():
 def test_explain_says_why_decode_serves():
     assert "q_len=32 (below 33" in shapes.why_not(case("bf16", "bf16", q_len=32, dtype=BF16).spec)
     assert shapes.why_not(case("bf16", "bf16", q_len=33, kv_len=40).spec) == "dtype=torch.float32"
-    assert shapes.why_not(case("bf16", "bf16", q_len=33, kv_len=40, dtype=BF16, starts=True).spec) == "the feature starts"
+    for kind in (dict(starts=True), dict(lengths=True), dict(paged=True)):
+        assert shapes.why_not(case("bf16", "bf16", q_len=33, kv_len=40, dtype=BF16, **kind).spec) == ""
     assert shapes.why_not(case("q8_0", "tq5", q_len=33, kv_len=40, dtype=F16).spec) == ""
     assert "gpu" in explain(case("bf16", "bf16", dtype=BF16, device="cuda").spec)

@@ -263,9 +263,26 @@ def _pages() -> Iterator[Case]:
     )
 
 
+def _many_queries() -> Iterator[Case]:
+    """Enough queries, in 16 bits, for kernels of prefill: each feature alone, and with sequences of their own lengths."""
+    extras = (None, "starts", "lengths", "paged")
+    for i, (name, extra) in enumerate(product(FEATURES, extras)):
+        settings = compatible(name, extra or name)
+        sliding = settings.get("sliding")
+        if extra == name or (sliding and extra == "starts"):
+            continue
+        settings = dict(kv_len=150) | settings | dict(lengths=extra in ("lengths", "paged") or name == "lengths")
+        if sliding:  # a long chunk: the view holds all that it looks back on
+            settings |= dict(kv_len=90, offset=30) if settings["lengths"] else dict(kv_len=71, offset=49, ring=False)
+        dtype, dense = ((torch.bfloat16, "bf16"), (torch.float16, "f16"))[i % 2]
+        yield case("q8_0", "turbo4", **settings, q_len=40, dtype=dtype)
+        if extra and not settings.get("unquantised"):
+            yield case(dense, dense, **settings, q_len=40, dtype=dtype)
+
+
 GROUPS: tuple[Callable[[], Iterable[Case]], ...] = (
     _head_sizes, _pairs, _features, _feature_pairs, _lengths, _many_tiles, _head_groups, _dtypes, _masks, _storage,
-    _pages,
+    _pages, _many_queries,
 )  # fmt: skip
 
 

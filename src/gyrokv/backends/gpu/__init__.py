@@ -21,6 +21,7 @@ from ...quant import Codec, Packed
 from ...spec import AttentionSpec, features
 from ...view import KVView
 from . import calls, encode, nvrtc, plan, prefill, shapes, turn
+from .prefill import forced
 
 __all__ = [
     "BOUND",
@@ -30,6 +31,7 @@ __all__ = [
     "append_at",
     "attend",
     "attend_heads",
+    "forced",
     "missing",
     "name",
     "tile",
@@ -75,31 +77,27 @@ def why_not(spec: AttentionSpec) -> list[str]:
 
 
 def tile(spec: AttentionSpec) -> tuple[int, int]:
-    return shapes.tile(spec) if not _why_decode(spec) else (min(spec.q_len, _TILE), _TILE)
+    return (min(spec.q_len, _TILE), _TILE) if shapes.why_not(spec) else shapes.tile(spec, prefill.portable_room())
 
 
 def how(spec: AttentionSpec) -> str:
     """Which kernels run ``spec``, and why."""
-    why = _why_decode(spec)
+    why = shapes.why_not(spec)
     if why:
         return f"decode: {why}"
+    if prefill.portable_room():
+        major, minor = torch.cuda.get_device_capability()
+        why = "forced" if major == 9 else f"Hopper's need compute capability 9.0, this GPU has {major}.{minor}"
+        return f"prefill, portable kernels ({why})"
     if shapes.served_by_cudnn(spec):
         return "cuDNN through PyTorch, faster than the prefill kernels at this head_dim"
-    return "prefill; packed rows are unpacked a bounded number of tokens at a time"
-
-
-def _why_decode(spec: AttentionSpec) -> str:
-    """Why the prefill kernels do not serve ``spec`` here; empty if they do."""
-    capability = torch.cuda.get_device_capability()
-    if capability[0] != 9:
-        return f"prefill needs compute capability 9.0 (this GPU has {capability[0]}.{capability[1]})"
-    return shapes.why_not(spec)
+    return "prefill; rows that do not lie side by side in 16 bits are copied, a bounded number of them at a time"
 
 
 def attend(
     q: Tensor, view: KVView, spec: AttentionSpec, mask: Tensor | None, block_map: BlockMap | None, sinks: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    if _why_decode(spec):
+    if shapes.why_not(spec):
         return calls.attend(q, view, spec, mask, sinks)
     return prefill.attend(q, view, spec, mask, block_map, sinks)
 

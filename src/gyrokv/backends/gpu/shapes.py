@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -14,13 +16,10 @@ DTYPES = (torch.float16, torch.bfloat16)
 
 
 def why_not(spec: AttentionSpec) -> str:
-    """Why the decode kernel serves ``spec`` instead; empty if these do (on compute capability 9.0)."""
+    """Why the decode kernel serves ``spec`` instead; empty if these do."""
     if spec.q_len < FEWEST_QUERIES:
         return f"q_len={spec.q_len} (below {FEWEST_QUERIES}, decode reads each key once for all rows)"
-    if spec.dtype not in DTYPES:
-        return f"dtype={spec.dtype}"
-    used = sorted(spec.uses() & {"starts", "lengths", "paged"})
-    return f"the feature {used[0]}" if used else ""
+    return "" if spec.dtype in DTYPES else f"dtype={spec.dtype}"
 
 
 def served_by_cudnn(spec: AttentionSpec) -> bool:
@@ -43,6 +42,9 @@ class Shape:
     softcap: bool
     alibi: bool
     any_scale: bool
+    ragged: bool  # sequences have starts or lengths of their own
+    pages: tuple[int, int]  # slots of a page of k and v where rows are read from pages, else 0
+    clears: bool  # values that a sequence does not have are read
     cluster: int = 1  # blocks that load k and v for each other; of the wide kernel
 
     @property
@@ -65,7 +67,8 @@ class Shape:
     @property
     def boxes(self) -> tuple[int, int, int]:
         """Tokens of a box of q, k and v."""
-        return (64, self.keys, self.keys) if self.groups else (64, self.keys, 32)
+        sizes = (self.keys, self.keys if self.groups else 32)
+        return 64, *(math.gcd(size, page) for size, page in zip(sizes, self.pages))
 
     @property
     def _parts(self) -> tuple[int, int, int, int]:
@@ -97,7 +100,8 @@ class Shape:
             "DK": self.dk, "DV": self.dv, "KEYS": self.keys, "K_STAGES": k, "V_STAGES": v, "Q_TYPE": self.q_type,
             "V_TYPE": self.v_type, "OUT_TYPE": self.out_type, "MASK": self.mask,
             "SOFTCAP": int(self.softcap), "ALIBI": int(self.alibi),
-            "ANY_SCALE": int(self.any_scale),
+            "ANY_SCALE": int(self.any_scale), "RAGGED": int(self.ragged),
+            "CLEARS": int(self.clears), "K_PAGED": self.pages[0], "V_PAGED": self.pages[1],
         }  # fmt: skip
         return tuple((names | own).items())
 
@@ -107,22 +111,142 @@ class Shape:
 
 
 _SHARED = 232448  # bytes of a block on compute capability 9.0
+_RESERVED = 1024  # bytes of shared memory that a processor has beyond a block's most, and keeps for itself of each block's
 SECTION = 24 * 2**20  # bytes of K and V that blocks read at a time, to stay in L2
 
 
-def shape(spec: AttentionSpec, dims: tuple[int, int], types: tuple[torch.dtype, ...], mask: int, keys: int = 0) -> Shape:
-    """The kernel of a problem whose rows have ``dims`` values. ``types``: of k, v and the output; ``mask``: 0 for none.
+@dataclass(frozen=True)
+class Portable:
+    """The same for the kernels that need nothing of Hopper. ``room``: bytes of shared memory that a block may have."""
 
-    Blocks share what they load once ``keys`` rows of K and V no longer stay in L2; not under a mask, whose map has one
-    tile shape.
+    dims: tuple[int, int]
+    q_type: int
+    v_type: int
+    out_type: int
+    mask: int
+    softcap: bool
+    alibi: bool
+    any_scale: bool
+    ragged: bool
+    room: int
+
+    cluster = 1
+
+    @cached_property
+    def _form(self) -> tuple[tuple[str, int], ...]:
+        """The first form of a tile that fills a processor best: eight warps is what there are registers for."""
+
+        def warps(form: tuple[tuple[str, int], ...]) -> int:
+            need = self._bytes(dict(form))
+            blocks = (self.room + _RESERVED) // (need + _RESERVED)
+            return min(8, blocks * _threads(dict(form)) // 32)
+
+        return max(_forms(*self.dims), key=warps)
+
+    @property
+    def wide(self) -> bool:
+        """True for the kernel whose warps share the rows of a tile."""
+        return "ROWS" in dict(self._form)
+
+    @property
+    def padded(self) -> tuple[int, int]:
+        """Columns of K and V in shared memory."""
+        return self._padded(self.wide)
+
+    def _padded(self, wide: bool) -> tuple[int, int]:
+        unit = 64 if wide else 16
+        return tuple(-(-d // unit) * unit for d in self.dims)
+
+    def _bytes(self, form: dict[str, int]) -> int:
+        keys = form["KEYS"]
+        if "ROWS" not in form:
+            dk, dv = self._padded(False)
+            return 32 * form["TALL"] * form["WARPS"] * dk + 2 * form["STAGES"] * keys * (dk + dv)
+        dk, dv = self._padded(True)
+        rows = form["ROWS"]
+        sums = 0 if rows == 128 else _threads(form) * keys // form["ROUNDS"]
+        held = max(dk, dv) if form["TURNS"] else dk + dv
+        return 2 * rows * dk + 2 * keys * held + 2 * rows * keys + sums + 12 * rows
+
+    @property
+    def rows(self) -> int:
+        form = dict(self._form)
+        return form["ROWS"] if self.wide else 16 * form["TALL"] * form["WARPS"]
+
+    @property
+    def keys(self) -> int:
+        return dict(self._form)["KEYS"]
+
+    @property
+    def threads(self) -> int:
+        return _threads(dict(self._form))
+
+    @property
+    def shared(self) -> int:
+        return self._bytes(dict(self._form))
+
+    @property
+    def defines(self) -> tuple[tuple[str, int], ...]:
+        dk, dv = self.padded
+        types = ("Q_TYPE", self.q_type), ("V_TYPE", self.v_type), ("OUT_TYPE", self.out_type), ("MASK", self.mask)
+        flags = ("SOFTCAP", int(self.softcap)), ("ALIBI", int(self.alibi)), ("ANY_SCALE", int(self.any_scale))
+        return ("DK", dk), ("DV", dv), *self._form, *types, *flags, ("RAGGED", int(self.ragged))
+
+    @property
+    def kernel(self) -> str:
+        return "prefill_portable_wide" if self.wide else "prefill_portable"
+
+
+def _wide(rows: int, keys: int, rounds: int = 1, turns: int = 0) -> tuple[tuple[str, int], ...]:
+    return ("ROWS", rows), ("KEYS", keys), ("ROUNDS", rounds), ("TURNS", turns)
+
+
+def _tall(tall: int, warps: int, keys: int, stages: int) -> tuple[tuple[str, int], ...]:
+    return ("TALL", tall), ("WARPS", warps), ("KEYS", keys), ("STAGES", stages)
+
+
+def _threads(form: dict[str, int]) -> int:
+    return 32 * form["WARPS"] if "WARPS" in form else 128 if form["ROWS"] == 32 else 256
+
+
+def _forms(dk: int, dv: int) -> list[tuple[tuple[str, int], ...]]:
+    """Forms of a tile for rows of K and V of so many values, the fastest first."""
+    if dv > 320:
+        return [_wide(64, 64), _wide(64, 64, 2), _wide(64, 32), _wide(32, 32, 1, 1)]
+    if dv > 256:
+        return [_wide(128, 64), _wide(64, 64), _wide(64, 32)]
+    if dv > 128:
+        return [_wide(128, 64)] * (dv > 192) + [_tall(1, 4, 64, 1), _tall(1, 4, 32, 1)]
+    if dv > 32:
+        return [_tall(2, 4, 64, 2)] * (dv > 96) + [_tall(2, 4, 64, 1), _tall(2, 4, 32, 1)]
+    return [_tall(2, 4, 128, 1)]
+
+
+def shape(
+    spec: AttentionSpec, dims: tuple[int, int], types: tuple[torch.dtype, ...], mask: int, keys: int = 0, room: int = 0,
+    pages: tuple[int, int] = (0, 0), clears: bool = False,
+) -> Shape | Portable:  # fmt: skip
+    """The kernel of a problem whose rows have ``dims`` values. ``types``: of k, v and the output; ``mask``: 0 for none;
+    ``room``: 0 for Hopper's kernels, otherwise bytes of shared memory that a block of a portable one may have; ``pages``,
+    ``clears``: see :class:`Shape`.
+
+    Hopper's blocks share what they load once ``keys`` rows of K and V no longer stay in L2; not under a mask, whose map
+    has one tile shape.
     """
+    ragged = spec.starts or spec.lengths or clears
+    if room:
+        features = spec.softcap > 0, spec.alibi > 0, spec.scale <= 0, ragged
+        return Portable(dims, *(Q_TYPES[t] for t in types), mask, *features, room)
     dk, dv = (-(-d // 64) * 64 for d in dims)
     cluster = 2 if not mask and dv > 128 and keys * sum(dims) * 2 > SECTION else 1
-    return Shape(dk, dv, *(Q_TYPES[t] for t in types), mask, spec.softcap > 0, spec.alibi > 0, spec.scale <= 0, cluster)
+    return Shape(
+        dk, dv, *(Q_TYPES[t] for t in types), mask, spec.softcap > 0, spec.alibi > 0, spec.scale <= 0,
+        ragged, pages, clears, cluster,
+    )  # fmt: skip
 
 
-def tile(spec: AttentionSpec) -> tuple[int, int]:
+def tile(spec: AttentionSpec, room: int = 0) -> tuple[int, int]:
     """Queries and keys of a tile."""
     dims = spec.k_format.layout(spec.head_dim)[0], spec.v_format.layout(spec.head_dim_v)[0]
-    found = shape(spec, dims, (spec.dtype,) * 3, int(spec.mask is not None))
+    found = shape(spec, dims, (spec.dtype,) * 3, int(spec.mask is not None), 0, room)
     return found.rows, found.keys

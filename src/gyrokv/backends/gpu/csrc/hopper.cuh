@@ -102,27 +102,10 @@ INLINE void load_box(u32 to, const TensorMap* map, int dim, int token, int head,
       : "memory");
 }
 
-// stores to shared memory become visible to bulk copies and products
-INLINE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
 // four 8 x 8 matrices of 16-bit values; lane l gives the address of row l % 8 of matrix l / 8
 INLINE void store_matrices(u32 address, u32 a, u32 b, u32 c, u32 d) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c), "r"(d)
                : "memory");
-}
-
-INLINE void store_shared(u32 address, float x) { asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(x) : "memory"); }
-
-INLINE float load_shared_f32(u32 address) {
-  float x;
-  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(address) : "memory");
-  return x;
-}
-
-INLINE float inverse_fast(float x) {
-  float d;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(d) : "f"(x));
-  return d;
 }
 
 INLINE void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }

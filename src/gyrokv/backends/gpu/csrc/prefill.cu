@@ -14,13 +14,17 @@
 //
 // The host defines DK, DV (multiples of 64, at most 576), KEYS (128; 64 for DV > 512), CLUSTER (1, 2), K_STAGES, V_STAGES
 // (even), Q_TYPE (0 f16, 1 bf16: of q and k), V_TYPE, OUT_TYPE (0 f16, 1 bf16, 2 f32), MASK (0 none, 1 boolean, 2 f32, 3 f16,
-// 4 bf16), SOFTCAP, ALIBI, ANY_SCALE (0: scale > 0). Head sizes between multiples of 64 are padded by the tensor maps.
+// 4 bf16), SOFTCAP, ALIBI, ANY_SCALE (0: scale > 0), RAGGED (1: sequences have starts or lengths of their own),
+// CLEARS (1: values that a sequence does not have are read too), K_PAGED, V_PAGED (slots of a page, a multiple of 16, where the
+// rows of tensor maps are [page, head, slot, dim]; or 0). Head sizes between multiples of 64 are padded by the tensor maps.
 //
 // Launch: grid CLUSTER * batches * q_heads * ceil(q_len / (64 * CLUSTER)), block 512, shared memory BYTES:
 //   128 DK + 32768 + K_STAGES * 128 KEYS + V_STAGES * 64 up(DV / 2, 64) + 1280 + 8 (9 + 2 K_STAGES + 2 V_STAGES)
 // Tensor maps of q, k, v: 16 bits, dims (dim, token, head, batch), true sizes and strides, swizzle of 128 bytes, zeros out of
-// bounds, boxes q (64, 64, 1, 1), k (64, KEYS, 1, 1), v (64, 32, 1, 1).
-constexpr int ROWS = 64 * CLUSTER, BLOCKS = CLUSTER;
+// bounds, boxes q (64, 64, 1, 1), k (64, KEYS, 1, 1), v (64, 32, 1, 1); in pages
+// at most as many tokens as divide these and a page.
+constexpr int ROWS = 64 * CLUSTER, BLOCKS = CLUSTER, SPAN = KEYS;
+#include "hopper.cuh"
 #include "prefill.cuh"
 
 constexpr int CHUNKS = DK / 64;
@@ -58,7 +62,7 @@ INLINE void load_part(u32 to, const TensorMap* map, int dim, int token, int head
   else if (mine) load_box(to, map, dim, token, head, batch, full, (u16)3);
 }
 
-INLINE void load_keys(const TensorMap* q_map, const TensorMap* k_map, const Tile& tile, u32 shared, u32 rank) {
+INLINE void load_keys(const Prefill& p, const TensorMap* q_map, const TensorMap* k_map, const Tile& tile, u32 shared, u32 rank) {
   Ring<K_STAGES> ring;
   if (tile.block < 0) return;
   if (elected()) {
@@ -73,12 +77,14 @@ INLINE void load_keys(const TensorMap* q_map, const TensorMap* k_map, const Tile
       wait(barrier(shared, K_EMPTY + ring.stage), ring.parity ^ 1);
       if (elected()) {
         arrive_expect(full, K_BYTES);
-        load_part(to, k_map, c * 64, block * KEYS, tile.kv_head, tile.batch, full, turn % 2);
+        each_box<KEYS, K_PAGED>(p, tile, block * KEYS, [&](int before, int token, int batch) {
+          load_part(to + before * 128, k_map, c * 64, token, tile.kv_head, batch, full, turn % 2);
+        });
       }
     }
 }
 
-INLINE void load_values(const TensorMap* v_map, const Tile& tile, u32 shared, u32 rank) {
+INLINE void load_values(const Prefill& p, const TensorMap* v_map, const Tile& tile, u32 shared, u32 rank) {
   Ring<V_STAGES> ring;
   for (int block = tile.block; block >= 0; block = tile.seen(block - 1))
     for (int part = 0; part < KEYS / 32; ++part)
@@ -89,7 +95,9 @@ INLINE void load_values(const TensorMap* v_map, const Tile& tile, u32 shared, u3
         if (elected()) {
           arrive_expect(full, columns * 64);
           for (int c = 0; c < columns; c += 64)
-            load_part(to + c * 64, v_map, from + c, key, tile.kv_head, tile.batch, full, c / 64 % 2 == rank);
+            each_box<32, V_PAGED>(p, tile, key, [&](int before, int token, int batch) {
+              load_part(to + c * 64 + before * 128, v_map, from + c, token, tile.kv_head, batch, full, c / 64 % 2 == rank);
+            });
         }
       }
 }
@@ -174,14 +182,18 @@ INLINE void score_role(const Prefill& p, const Tile& tile, u32 shared, u32 rank)
     products_wait<0>();
     settle(s);
     release((ring.stage + K_STAGES - 1) % K_STAGES);
-    softmax.begin(s, p, Range(p, block, row, lane % 4), mask, slope);
+    softmax.begin(s, p, Range(p, tile, block, row, lane % 4), mask, slope);
 #pragma unroll
     for (int unit = 0; unit < UNITS; ++unit) softmax.weights(s, unit, scale, w[unit]);
   }
   if (tile.block >= 0) send(to, softmax, w);
-  float last[2];
-  softmax.finish(last, p, tile, row, lane % 4);
+  float last[2], before[2];
+  softmax.finish(last, before, p, tile, row, lane % 4);
   to.open(last[0], last[1], true);
+  if (JOINS && p.joined && lane % 4 == 0) {  // in place of weights
+    store_shared(to.weights() + lane, before[0]);
+    store_shared(to.weights() + 32 + lane, before[1]);
+  }
   to.close();
 }
 
@@ -245,6 +257,8 @@ INLINE void value_role(const Prefill& p, const Tile& tile, u32 shared, u32 rank,
 #pragma unroll
       for (int part = 0; part < 2; ++part) {
         wait(barrier(shared, V_FULL + ring.stage), ring.parity);
+        if (CLEARS)
+          clear_values<32, COLUMNS>(p, tile, shared + V_AT + ring.stage * V_BYTES, block * KEYS + slot * 64 + part * 32, 1 + which);
         Operand v(shared + V_AT + ring.stage * V_BYTES, 4096);
         products_begin();
 #pragma unroll
@@ -271,11 +285,14 @@ INLINE void value_role(const Prefill& p, const Tile& tile, u32 shared, u32 rank,
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     if (row + 8 * r >= p.q_len) break;
+    float before = 0.0f;
+    if (JOINS && p.joined)
+      before = load_shared_f32(shared + P_AT + slots.stage * SLOT_BYTES + warp * 2048 + 32 * r + lane / 4 * 4);
     i64 at = tile.batch * p.out_batch + tile.head * p.out_head + (row + 8 * r) * p.out_token + column;
 #pragma unroll
     for (int j = 0; j < COLUMNS / 8; ++j) {
       if (column + 8 * j >= p.dv) break;
-      store(p, at + 8 * j, o.at(4 * j + 2 * r), o.at(4 * j + 2 * r + 1));
+      store(p, at + 8 * j, o.at(4 * j + 2 * r), o.at(4 * j + 2 * r + 1), before);
     }
   }
 }
@@ -290,6 +307,8 @@ extern "C" __global__ void SHAPE
             const __grid_constant__ TensorMap v_map) {
   wait_for_earlier_kernels();
   let_later_kernels_start();
+  const Tile tile(p);
+  if (tile.leaves_results(p)) return;  // all blocks of a cluster do
   u32 shared = shared_address(memory), rank = CLUSTER == 2 ? cluster_rank() : 0;
   int warp = __shfl_sync(~0u, (int)threadIdx.x / 32, 0);
   if (threadIdx.x == 0) {
@@ -310,11 +329,10 @@ extern "C" __global__ void SHAPE
   }
   if (CLUSTER == 2) cluster_sync();
   else __syncthreads();
-  const Tile tile(p);
   if (warp < 4) {
     registers<LOAD_REGISTERS, 128>();
-    if (warp == 0) load_keys(&q_map, &k_map, tile, shared, rank);
-    if (warp == 1) load_values(&v_map, tile, shared, rank);
+    if (warp == 0) load_keys(p, &q_map, &k_map, tile, shared, rank);
+    if (warp == 1) load_values(p, &v_map, tile, shared, rank);
   } else if (warp < 8) {
     registers<SCORE_REGISTERS, 128>();
     score_role(p, tile, shared, rank);

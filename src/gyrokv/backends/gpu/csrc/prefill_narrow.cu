@@ -7,7 +7,8 @@
 // The host defines what prefill.cu asks for, but for CLUSTER; DV 64 or 128, KEYS 128, K_STAGES, V_STAGES (blocks
 // of keys), and GROUPS (2; 3 for DV 64 without a mask). Launch: grid batches * q_heads * ceil(q_len / (64 * GROUPS)), block
 // 128 * (GROUPS + 1), shared memory BYTES. Tensor maps as there, with boxes q (64, 64, 1, 1), k and v (64, KEYS, 1, 1).
-constexpr int ROWS = 64 * GROUPS, BLOCKS = 1;
+constexpr int ROWS = 64 * GROUPS, BLOCKS = 1, SPAN = KEYS;
+#include "hopper.cuh"
 #include "prefill.cuh"
 
 constexpr int CHUNKS = DK / 64, COLUMNS = DV / 64;
@@ -26,7 +27,7 @@ extern __shared__ __align__(1024) char memory[];
 INLINE u32 barrier(u32 shared, int index) { return shared + BARRIERS_AT + 8 * index; }
 
 // one warp each; one of its lanes asks for copies
-INLINE void load_keys(const TensorMap* q_map, const TensorMap* k_map, const Tile& tile, u32 shared) {
+INLINE void load_keys(const Prefill& p, const TensorMap* q_map, const TensorMap* k_map, const Tile& tile, u32 shared) {
   Ring<K_STAGES> ring;
   if (tile.block < 0) return;
   if (elected()) {
@@ -41,12 +42,14 @@ INLINE void load_keys(const TensorMap* q_map, const TensorMap* k_map, const Tile
     if (elected()) {
       arrive_expect(full, K_BYTES);
       for (int c = 0; c < CHUNKS; ++c)
-        load_box(to + c * CHUNK_BYTES, k_map, c * 64, block * KEYS, tile.kv_head, tile.batch, full);
+        each_box<KEYS, K_PAGED>(p, tile, block * KEYS, [&](int before, int token, int batch) {
+          load_box(to + c * CHUNK_BYTES + before * 128, k_map, c * 64, token, tile.kv_head, batch, full);
+        });
     }
   }
 }
 
-INLINE void load_values(const TensorMap* v_map, const Tile& tile, u32 shared) {
+INLINE void load_values(const Prefill& p, const TensorMap* v_map, const Tile& tile, u32 shared) {
   Ring<V_STAGES> ring;
   for (int block = tile.block; block >= 0; block = tile.seen(block - 1), ring.advance()) {
     u32 full = barrier(shared, V_FULL + ring.stage), to = shared + V_AT + ring.stage * V_BYTES;
@@ -54,7 +57,9 @@ INLINE void load_values(const TensorMap* v_map, const Tile& tile, u32 shared) {
     if (elected()) {
       arrive_expect(full, V_BYTES);
       for (int c = 0; c < COLUMNS; ++c)
-        load_box(to + c * CHUNK_BYTES, v_map, c * 64, block * KEYS, tile.kv_head, tile.batch, full);
+        each_box<KEYS, V_PAGED>(p, tile, block * KEYS, [&](int before, int token, int batch) {
+          load_box(to + c * CHUNK_BYTES + before * 128, v_map, c * 64, token, tile.kv_head, batch, full);
+        });
     }
   }
 }
@@ -79,8 +84,9 @@ INLINE void attend_role(const Prefill& p, const Tile& tile, u32 shared, int grou
       product<KEYS, BF16, 0>(s, a.at(i / 4 * 8192 + i % 4 * 32), b.at(i / 4 * CHUNK_BYTES + i % 4 * 32), i > 0);
     products_commit();
   };
-  auto values = [&] {
+  auto values = [&](int block) {
     wait(barrier(shared, V_FULL + v_ring.stage), v_ring.parity);
+    if (CLEARS) clear_values<KEYS, DV>(p, tile, shared + V_AT + v_ring.stage * V_BYTES, block * KEYS, 1 + group);
     Operand v(shared + V_AT + v_ring.stage * V_BYTES, CHUNK_BYTES);
     products_begin();
 #pragma unroll
@@ -108,13 +114,15 @@ INLINE void attend_role(const Prefill& p, const Tile& tile, u32 shared, int grou
     products_wait<0>();
     settle(s);
     release_k();
-    softmax.begin(s, p, Range(p, block, row, lane % 4), mask, slope);
+    softmax.begin(s, p, Range(p, tile, block, row, lane % 4), mask, slope);
     weigh();
+    int before = block;
     while ((block = tile.seen(block - 1)) >= 0) {
       Mask mask;
       scores();
       if constexpr (MASK > 0 && MASK != 2) mask.load(p, tile, block, row, lane % 4);
-      values();
+      values(before);
+      before = block;
       if constexpr (MASK == 2) {  // no registers for more masks until the weights are used
         products_wait<0>();
         mask.load(p, tile, block, row, lane % 4);
@@ -123,7 +131,7 @@ INLINE void attend_role(const Prefill& p, const Tile& tile, u32 shared, int grou
       }
       settle(s);
       release_k();
-      softmax.begin(s, p, Range(p, block, row, lane % 4), mask, slope);
+      softmax.begin(s, p, Range(p, tile, block, row, lane % 4), mask, slope);
       products_wait<0>();
       settle(o);
       release_v();
@@ -133,13 +141,13 @@ INLINE void attend_role(const Prefill& p, const Tile& tile, u32 shared, int grou
       }
       weigh();
     }
-    values();
+    values(before);
     products_wait<0>();
     settle(o);
     release_v();
   }
-  float last[2];
-  softmax.finish(last, p, tile, row, lane % 4);
+  float last[2], before[2];
+  softmax.finish(last, before, p, tile, row, lane % 4);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     if (row + 8 * r >= p.q_len) break;
@@ -147,7 +155,7 @@ INLINE void attend_role(const Prefill& p, const Tile& tile, u32 shared, int grou
 #pragma unroll
     for (int j = 0; j < DV / 8; ++j) {
       if (8 * j + 2 * (lane % 4) >= p.dv) break;
-      store(p, at + 8 * j, o[4 * j + 2 * r] * last[r], o[4 * j + 2 * r + 1] * last[r]);
+      store(p, at + 8 * j, o[4 * j + 2 * r] * last[r], o[4 * j + 2 * r + 1] * last[r], before[r]);
     }
   }
 }
@@ -157,6 +165,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             const __grid_constant__ TensorMap v_map) {
   wait_for_earlier_kernels();
   let_later_kernels_start();
+  const Tile tile(p);
+  if (tile.leaves_results(p)) return;
   u32 shared = shared_address(memory);
   int warp = __shfl_sync(~0u, (int)threadIdx.x / 32, 0);
   if (threadIdx.x == 0) {
@@ -172,11 +182,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     fence_barrier_init();
   }
   __syncthreads();
-  const Tile tile(p);
   if (warp < 4) {
     registers<LOAD_REGISTERS, ENTRY>();
-    if (warp == 0) load_keys(&q_map, &k_map, tile, shared);
-    if (warp == 1) load_values(&v_map, tile, shared);
+    if (warp == 0) load_keys(p, &q_map, &k_map, tile, shared);
+    if (warp == 1) load_values(p, &v_map, tile, shared);
   } else {
     registers<REGISTERS, ENTRY>();
     attend_role(p, tile, shared, warp / 4 - 1);

@@ -91,6 +91,12 @@ INLINE float exp2_fast(float x) {
   return d;
 }
 
+INLINE float inverse_fast(float x) {
+  float d;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(d) : "f"(x));
+  return d;
+}
+
 // c[16 x 8] += a[16 x 16] b[16 x 8]; lane 4 g + t holds rows g, g + 8 and columns 2 t, 2 t + 1 of c
 template <bool BF16>
 INLINE void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
@@ -122,6 +128,12 @@ INLINE void load_transposed(u32 address, u32 (&x)[4]) {
                : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(address));
 }
 
+// the same, not transposed
+INLINE void load_matrices(u32 address, u32 (&x)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(address));
+}
+
 // transposes an 8 x 8 matrix of 16-bit values that the warp holds, two of a row per lane
 INLINE u32 transpose8(u32 x) {
   u32 d;
@@ -139,6 +151,32 @@ INLINE void load_shared(u32 address, u32* x) {
     asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(x[0]), "=r"(x[1]) : "r"(address));
   else
     asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x[0]) : "r"(address));
+}
+
+// stores to shared memory become visible to bulk copies and products
+INLINE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+INLINE void store_zeros(u32 address) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(address), "r"(0) : "memory");
+}
+
+INLINE void store_shared(u32 address, float x) { asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(x) : "memory"); }
+
+INLINE void store_shared(u32 address, u32 x) { asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(x) : "memory"); }
+INLINE void store_shared(u32 address, const float (&x)[4]) {
+  asm volatile("st.shared.v4.f32 [%0], {%1,%2,%3,%4};" ::"r"(address), "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]) : "memory");
+}
+
+INLINE float load_shared_f32(u32 address) {
+  float x;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(address) : "memory");
+  return x;
+}
+INLINE void load_shared_f32(u32 address, float (&x)[4]) {
+  asm volatile("ld.shared.v4.f32 {%0,%1,%2,%3}, [%4];"
+               : "=f"(x[0]), "=f"(x[1]), "=f"(x[2]), "=f"(x[3])
+               : "r"(address)
+               : "memory");
 }
 
 INLINE u32 load_shared_u16(u32 address) {
@@ -178,6 +216,11 @@ INLINE void copy_async(u32 to, const void* from, bool valid) {
   else
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(from), "n"(SIZE), "r"(size));
 }
+
+INLINE void prefetch(const void* p) { asm volatile("prefetch.global.L1 [%0];" ::"l"(p)); }
+
+// waits for the other of two warps, which comes with the same pair
+INLINE void sync_pair(int pair) { asm volatile("bar.sync %0, 64;" ::"r"(pair + 1) : "memory"); }
 
 // Programmatic dependent launch (compute capability 9.0): the kernel before this one has finished, its writes are seen.
 INLINE void wait_for_earlier_kernels() {
