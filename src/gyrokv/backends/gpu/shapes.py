@@ -213,9 +213,7 @@ def _forms(dk: int, dv: int) -> list[tuple[tuple[str, int], ...]]:
         return [_wide(128, 64), _wide(64, 64), _wide(64, 32)]
     if dv > 128:
         return [_wide(128, 64)] * (dv > 192) + [_tall(1, 4, 64, 1), _tall(1, 4, 32, 1)]
-    if dv > 32:
-        return [_tall(2, 4, 64, 2)] * (dv > 96) + [_tall(2, 4, 64, 1), _tall(2, 4, 32, 1)]
-    return [_tall(2, 4, 128, 1)]
+    return [_tall(2, 4, 64, 2)] * (dv > 112) + [_tall(2, 4, 64, 1), _tall(2, 4, 32, 1)]
 
 
 def shape(

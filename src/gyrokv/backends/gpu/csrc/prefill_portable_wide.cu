@@ -78,7 +78,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const char* q = from.q + tile.batch * from.q_batch + tile.head * from.q_head;
     load_rows<ROWS, DK, THREADS>(shared, q, from.q_token, tile.row, p.q_len, from.dk);
     load_k(block);
-    if constexpr (MASK > 0) prefetch_mask<THREADS>(p, tile, block);
   }
   while (block >= 0) {
     wait_copies<0>();
@@ -165,7 +164,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     wait_copies<0>();
     grows = __syncthreads_or(grows);  // values and weights are here; keys have been used
     int next = tile.seen(block - 1);
-    if constexpr (MASK > 0) prefetch_mask<THREADS>(p, tile, next);
     if (!TURNS && next >= 0) load_k(next);
     if (grows) {
       float most[2 * TALL];
