@@ -35,7 +35,7 @@ test-oldest: build  ## the transformers integration on the oldest release suppor
 test-metal: build  ## what `make test` cannot run of Metal: MLX's own source and mlx-lm's models, clang's check of pointers
 	test -d build/metal/mlx_lm || $(BIN)/python -m pip install --quiet --disable-pip-version-check \
 		--target build/metal --no-deps mlx mlx-cpu mlx-lm ziglang
-	PYTHONPATH=build/metal $(BIN)/python -m pytest -n $(WORKERS) tests/test_mlx.py tests/test_metal_spaces.py
+	PYTHONPATH=build/metal $(BIN)/python -m pytest -n $(WORKERS) tests/test_mlx*.py tests/test_metal_spaces.py
 
 test-gpu:  ## tests that need an accelerator, with the torch of $(PYTHON); records the counts
 	PYTHONPATH=src $(PYTHON) benchmarks/record_tests.py --out benchmarks/results/gpu_tests.json -- -m gpu

@@ -53,7 +53,7 @@ def launches(problem: Problem) -> list[Launch]:
     if mask is not None:
         mask = mask.expand(spec.batch, spec.q_heads, spec.q_len, spec.kv_len)
     with recorded() as found:
-        calls.attend(view.k_codec.query(problem.q), view, spec, mask, problem.sinks)
+        calls.attend(problem.q, view, spec, mask, problem.sinks, heads=True)
     return found
 
 

@@ -60,11 +60,11 @@ def test_mlx_matches_torch(backend_here):
     backend_here("metal")
     mx = pytest.importorskip("mlx.core", reason="no MLX: pip install 'gyrokv[mlx]'")
     import gyrokv.mlx
-    from gyrokv.config import CacheConfig
+    from gyrokv.config import LayerPolicy
 
     sinks = torch.tensor([0.5, -1.0, 3.0, 0.0])
     for window in (None, 20):
-        ours = gyrokv.mlx.Layer(CacheConfig.parse("q8_0/turbo4"), 0, 1, window)
+        ours = gyrokv.mlx.PackedKVCache(LayerPolicy("q8_0", "turbo4"), window)
         theirs = LayerCache(Codec("q8_0", 64), Codec("turbo4", 64), kv_heads=2, window=window)
         for tokens in (9, 1, 70, 1):
             q, k, v = (torch.randn(1, heads, tokens, 64) for heads in (4, 2, 2))

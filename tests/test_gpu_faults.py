@@ -59,6 +59,10 @@ def codec(old: str, new: str) -> tuple[tuple[str, str, str], ...]:
     return (("codec.cuh", old, new),)
 
 
+def turn(old: str, new: str) -> tuple[tuple[str, str, str], ...]:
+    return (("turn.cuh", old, new),)
+
+
 def rows(old: str, new: str) -> tuple[tuple[str, str, str], ...]:
     return (("rows.cuh", old, new),)
 
@@ -91,6 +95,11 @@ def v_rows(test: Callable[[plan.Row], bool]) -> Callable[[Case], bool]:
     return lambda c: plain(c.spec) and test(row(c.spec.v_format, c.spec.head_dim_v))
 
 
+def v_bytes(case: Case) -> bool:
+    """Values are multiplied as bytes."""
+    return v_rows(lambda r: r.kind == plan.BYTES and r.bits < 4)(case) and case.spec.groups * case.spec.q_len <= 4
+
+
 def masked_rows(case: Case) -> bool:
     """Some row sees no key: the mask has an empty row, as those of the cases do without a block map."""
     s = case.spec
@@ -117,20 +126,20 @@ FAULTS = (
     Fault("warps_are_added_without_factors", spec(long),
           attend("? 0.0f : exp2_fast(run.top[j][e] - most);", "? 0.0f : 1.0f;"), splits=1),
     Fault("splits_overlap", lambda c: long(c.spec),
-          attend("(int)((i64)tiles * (split + 1) / p.splits);",
-                 "min(tiles, (int)((i64)tiles * (split + 1) / p.splits) + 1);"),
+          attend("end = begin + share + (split < rest);",
+                 "end = min(tile_low + tiles, begin + share + (split < rest) + 1);"),
           splits=7),
     Fault("splits_are_added_without_factors", spec(long),
           merge("exp2f(top[i].x - reference);", "top[i].x == -INFINITY ? 0.0f : 1.0f;"), splits=7),
     Fault("a_segment_overwrites_the_one_before", lambda c: c.spec.unquantised and c.spec.kv_len > 30,
           attend("* p.splits_total + p.split_base + split;", "* p.splits_total + split;")),
     Fault("query_rows_are_ordered_by_head", spec(lambda s: plain(s) and s.groups > 1 and 1 < s.q_len != s.groups),
-          score("(unit.head * p.groups + r % p.groups) * p.q_head + (r / p.groups) * p.q_token",
-                "(unit.head * p.groups + r / p.q_len) * p.q_head + (r % p.q_len) * p.q_token")),
+          score("at.head * p.q_head + at.token * p.q_token",
+                "(unit.head * p.groups + row / p.q_len % p.groups) * p.q_head + row % p.q_len * p.q_token")),
     Fault("KV_heads_are_swapped", spec(lambda s: plain(s) and s.kv_heads > 1),
           attend("+ unit.head * head, slot", "+ (p.kv_heads - 1 - unit.head) * head, slot")),
     Fault("all_rows_take_the_norm_of_the_first", spec(lambda s: plain(s) and s.q_heads * s.q_len > 1),
-          attend("/ norms[row];", "/ norms[0];")),
+          attend(", norms[row]);", ", norms[0]);")),
     Fault("slots_after_the_end_count", spec(lambda s: s.kv_len in (31, 33, 65, 113) and not s.uses() and s.q_len < s.kv_len),
           attend("if (!seen) x = -INFINITY;", "if (!seen && live) x = -INFINITY;")),
     Fault("dead_rows_are_copied",
@@ -160,6 +169,15 @@ FAULTS = (
           codec("u32 top = z[2] >> (2 * m);", "u32 top = z[2] >> m;")),
     Fault("a_half_of_fp8_is_read_twice", k_rows(lambda r: r.kind == plan.FP8),
           codec("h[1] = f16x2_of_e4m3(x >> 16);", "h[1] = f16x2_of_e4m3(x);")),
+    Fault("q_turns_without_its_first_signs", lambda c: plain(c.spec) and c.spec.k_format.rotation in ("turbo", "mlx"),
+          turn("x[j] = flip(x[j], signs.before[j], lane);", ""), splits=1),
+    Fault("the_output_turns_without_its_last_signs",
+          lambda c: plain(c.spec) and c.spec.v_format.rotation in ("turbo", "mlx"),
+          turn("signs.after[j], lane", "0, lane")),
+    Fault("the_butterfly_has_a_stage_less", lambda c: plain(c.spec) and c.spec.v_format.rotation != "none",
+          turn("for (int h = 1; h < 32; h *= 2)", "for (int h = 1; h < 16; h *= 2)")),
+    Fault("short_rows_have_planes_of_the_other_byte", k_rows(lambda r: r.fold == 2 and r.kind == plan.TABLE),
+          score("t / 2 * 8 : 0);", "8 - t / 2 * 8 : 0);")),
     Fault("q_has_its_high_term_only",
           lambda c: plain(c.spec) and c.spec.dtype == torch.float32 and exact_rows(c.spec),
           score("return K::IS_BF16 ? bf16x2(rest, 0.0f) : f16x2(rest, 0.0f);", "return 0;"), bound=_FLOAT32),
@@ -170,9 +188,11 @@ FAULTS = (
           values("b[tile][group][V_TERMS - 1][j][i] = transpose8(low);", "b[tile][group][V_TERMS - 1][j][i] = 0;"),
           bound=_FLOAT32),
     Fault("weights_as_integers_have_their_high_term_only",
-          lambda c: v_rows(lambda r: r.kind == plan.BYTES and r.bits < 4)(c) and c.spec.groups * c.spec.q_len <= 4,
+          v_bytes,
           values("fmaf(fmaf(high, 256.0f, low) - 257.0f * 12582912.0f",
                  "fmaf(fmaf(high, 256.0f, 0.0f) - 256.0f * 12582912.0f")),
+    Fault("two_of_four_tokens_change_places", v_bytes, values("prmt(w[0], w[1], 0x6240)", "prmt(w[0], w[1], 0x4260)")),
+    Fault("odd_nibbles_are_of_other_tokens", v_bytes, codec("(y & 0xF0F0F0F0), 0, 0x3120)", "(y & 0xF0F0F0F0), 0, 0x1320)")),
     Fault("float32_values_have_their_high_term_only",
           lambda c: v_rows(lambda r: r.kind == plan.F32)(c) and c.spec.dtype == torch.float32 and exact_rows(c.spec),
           values("part < (V::SPLIT ? 2 : 1)", "part < 1"), bound=_FLOAT32),
@@ -188,7 +208,7 @@ FAULTS = (
     Fault("a_query_sees_the_key_after_its_own", spec(lambda s: plain(s) and s.causal and s.q_len > 2),
           attend("back >= 0)", "back >= -1)")),
     Fault("left_padding_is_attended", spec(lambda s: s.starts and s.window is None and s.kv_len > 7),
-          attend("  first = max(first, start);\n", "")),
+          attend("  if (p.starts) first =", "  if (false) first =")),
     Fault("a_ring_is_read_in_the_order_of_its_slots", lambda c: c.sliding > 0 and c.spec.ring,
           rows("return slot - first_slot + (slot < first_slot ? capacity : 0);", "return slot - first_slot;")),
     Fault("the_softcap_comes_after_the_mask", spec(lambda s: s.softcap > 0 and s.mask == "additive"),
@@ -196,11 +216,11 @@ FAULTS = (
           + attend("x = bias == -INFINITY ? bias : (x + (MASK == 1 ? 0.0f : slope[j][e] * bias)) * LOG2E;",
                    "if (bias == -INFINITY) x = bias; else { " + _CAP + " }")),
     Fault("a_mask_has_one_row_of_queries", lambda c: bool(c.spec.mask) and c.spec.q_len > 1 and c.mask_axes in ("2", "qk"),
-          attend(" + (r / p.groups) * p.mask_token;", ";")),
+          attend(" + at.token * p.mask_token;", ";")),
     Fault("a_mask_has_one_row_per_KV_head", lambda c: bool(c.spec.mask) and c.spec.groups > 1 and "h" in c.mask_axes,
-          attend("head * p.mask_head", "unit.head * p.mask_head")),
+          attend("at.head * p.mask_head", "unit.head * p.mask_head")),
     Fault("a_head_takes_another_slope", spec(lambda s: s.alibi > 0 and s.kv_len > 7 and s.groups > 1),
-          attend("p.slopes[head]", "p.slopes[unit.head]")),
+          attend("p.slopes[at.head]", "p.slopes[unit.head]")),
     Fault("the_lowest_half_is_a_number", lambda c: masked_rows(c) and c.masked == -65504.0,
           score("return x <= -65504.0f ? -INFINITY : x;", "return x;")),
     Fault("sinks_are_not_in_the_denominator", spec(lambda s: s.sinks and s.kv_len > 7),
@@ -274,7 +294,7 @@ def test_every_fault_is_one_of_the_sources(fault):
 def test_faults_are_many_and_in_every_source():
     assert len({f.name for f in FAULTS}) == len(FAULTS) >= 24
     files = {name for fault in FAULTS for name, _, _ in fault.edits}
-    assert files == {"attend.cu", "score.cuh", "values.cuh", "codec.cuh", "rows.cuh", "merge.cu"}
+    assert files == {"attend.cu", "score.cuh", "values.cuh", "codec.cuh", "rows.cuh", "merge.cu", "turn.cuh"}
 
 
 def test_edited_sources_are_forgotten():

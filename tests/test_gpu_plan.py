@@ -142,15 +142,26 @@ def test_splits(units):
     assert plan.splits(0, 100, 8, 132) == 1
 
 
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 7, 12, 71, 128, 255, 256, 1000])
+def test_kernels_divide_by_multiplying(n):
+    """csrc/score.cuh's ``quotient``: the product is too large by one at most."""
+    over = calls._over(n)
+    for x in (*range(3 * n), *(m * n + i for m in (997, 2**20 // n, (2**31 - 1) // n - 1) for i in (-1, 0, 1))):
+        q = x * over >> 32 if over else x
+        assert q - (x - q * n < 0) == x // n
+
+
 # -- structures
 
 
+MERGE = {"SPLITS": 32, "OUT_TYPE": 2, "DIM": 128, "TURN": 0}
 CTYPES = {"float": 4, "int": 4, "u32": 4, "i64": 8}
 
 
 def structures() -> dict[str, list[tuple[str, int, int]]]:
-    """(field, offset, size) of each structure in params.cuh, laid out as C++ does."""
-    text = re.sub(r"//[^\n]*", "", nvrtc._sources()["params.cuh"].decode())
+    """(field, offset, size) of each structure in params.cuh, and of the one in turn.cuh, laid out as C++ does."""
+    sources = nvrtc._sources()
+    text = re.sub(r"//[^\n]*", "", (sources["turn.cuh"] + sources["params.cuh"]).decode())
     text = text.split("struct Source")[0]  # the encoder's, which asserts its own size, come last
     made: dict[str, list[tuple[str, int, int]]] = {}
     for name, body in re.findall(r"struct (\w+) \{(.*?)\};", text, re.DOTALL):
@@ -159,9 +170,10 @@ def structures() -> dict[str, list[tuple[str, int, int]]]:
             kind, names = re.match(r"(?:const )?(\w+\*?) (.*)", declaration, re.DOTALL).groups()
             size = 8 if kind.endswith("*") else CTYPES.get(kind) or sum(made[kind][-1][1:])
             for field in re.split(r",\s*", names):
-                at += -at % min(size, 8)
-                fields.append((field.strip(), at, size))
-                at += size
+                field, count = re.fullmatch(r"\s*(\w+)(?:\[(\d+)\])?\s*", field).groups()
+                at += -at % (4 if kind == "SignBits" else min(size, 8))
+                fields.append((field, at, size * int(count or 1)))
+                at += fields[-1][2]
         made[name] = fields
     return made
 
@@ -175,7 +187,7 @@ def test_structures_are_laid_out_alike(mirror):
     there = {name: (at, size) for name, at, size in fields}
     for name, kind in mirror._fields_:
         offset, size = getattr(mirror, name).offset, ctypes.sizeof(kind)
-        if issubclass(kind, ctypes.Array):  # strides: one array here, a field each there
+        if issubclass(kind, ctypes.Array) and name not in there:  # strides: one array here, a field each there
             parts = [(at, n) for _, at, n in fields if offset <= at < offset + size]
             assert parts == [(offset + i * 8, 8) for i in range(size // 8)], name
         else:
@@ -191,12 +203,12 @@ def test_the_compiler_lays_structures_out_alike():
     size = "".join(f'static_assert(sizeof({m.__name__}) == {ctypes.sizeof(m)}, "size");\n' for m in mirrors)
     include = '#include "params.cuh"\n'
     with nvrtc.sources([("merge.cu", include, include + size)]):
-        nvrtc.compile_source("merge.cu", {"SPLITS": 32}, gpu_record.ARCH)
+        nvrtc.compile_source("merge.cu", MERGE, gpu_record.ARCH)
     with (
         nvrtc.sources([("merge.cu", include, include + size.replace("== ", "== 8 + "))]),
-        pytest.raises(GyroKVError, match="(?s)merge.cu does not compile for sm_90a with -DSPLITS=32:.*static"),
+        pytest.raises(GyroKVError, match="(?s)merge.cu does not compile for sm_90a with -DSPLITS=32 .*static"),
     ):
-        nvrtc.compile_source("merge.cu", {"SPLITS": 32}, gpu_record.ARCH)
+        nvrtc.compile_source("merge.cu", MERGE, gpu_record.ARCH)
 
 
 # -- what would be launched
@@ -214,7 +226,9 @@ def test_launches_of_every_case(at):
         assert len(parts) == len(data.view.segments)
         for launch in parts:
             assert launch.name == "attend" and launch.threads == 32 * launch.defines["WARPS"] <= 512
-            assert launch.grid[1:] == (c.spec.kv_heads, c.spec.batch) and launch.grid[0] >= 1
+            rows = dict(launch.defines)["ROWS"]
+            tiles = -(-c.spec.groups * c.spec.q_len // rows)
+            assert launch.grid == (tiles, c.spec.kv_heads, c.spec.batch * launch.argument.splits)
             assert launch.shared + plan._STATIC <= plan.SHARED_MEMORY
             call = launch.argument
             assert call.splits_total == merge.argument.splits == sum(p.argument.splits for p in parts)
@@ -249,7 +263,7 @@ def test_kernels_compile_without_large_spills(settings, heads):
 def test_without_a_compiler(monkeypatch):
     monkeypatch.setattr(nvrtc, "_compiler", lambda: None)
     with pytest.raises(GyroKVError, match="no CUDA compiler: libnvrtc was not found"):
-        nvrtc.compile_source("merge.cu", {"SPLITS": 32}, gpu_record.ARCH)
+        nvrtc.compile_source("merge.cu", MERGE, gpu_record.ARCH)
 
 
 # -- reasons
@@ -332,34 +346,34 @@ def compiled(monkeypatch, tmp_path) -> Iterator[list]:
 
 def test_kernels_are_kept(compiled, monkeypatch, tmp_path):
     """Compiled once for the same sources, constants, architecture and compiler; anew when one of them differs."""
-    code = nvrtc.cubin("merge.cu", {"SPLITS": 32}, "sm_90a")
-    assert nvrtc.cubin("merge.cu", {"SPLITS": 32}, "sm_90a") == code and len(compiled) == 1
+    code = nvrtc.cubin("merge.cu", MERGE, "sm_90a")
+    assert nvrtc.cubin("merge.cu", MERGE, "sm_90a") == code and len(compiled) == 1
     nvrtc.cubin("merge.cu", {"SPLITS": 256}, "sm_90a")
-    nvrtc.cubin("merge.cu", {"SPLITS": 32}, "sm_80")
+    nvrtc.cubin("merge.cu", MERGE, "sm_80")
     monkeypatch.setattr(nvrtc, "compiler_version", lambda: (13, 1))
-    nvrtc.cubin("merge.cu", {"SPLITS": 32}, "sm_90a")
+    nvrtc.cubin("merge.cu", MERGE, "sm_90a")
     assert len(compiled) == 4 == len(list((tmp_path / "cache/kernels").iterdir()))
     with nvrtc.sources([("merge.cu", "log2f(total)", "0.0f")]):
-        nvrtc.cubin("merge.cu", {"SPLITS": 32}, "sm_90a")
-        nvrtc.cubin("merge.cu", {"SPLITS": 32}, "sm_90a")
+        nvrtc.cubin("merge.cu", MERGE, "sm_90a")
+        nvrtc.cubin("merge.cu", MERGE, "sm_90a")
     assert len(compiled) == 6 and len(list((tmp_path / "cache/kernels").iterdir())) == 4
 
 
 @pytest.mark.parametrize("damage", [lambda b: b"", lambda b: b[:-1], lambda b: b[:40], lambda b: b[:3] + b"x" + b[4:]])
 def test_damaged_files_are_compiled_again(compiled, tmp_path, damage):
     """The driver may crash on half a kernel; a wrong one computes something else."""
-    code = nvrtc.cubin("merge.cu", {"SPLITS": 32}, "sm_90a")
+    code = nvrtc.cubin("merge.cu", MERGE, "sm_90a")
     (path,) = (tmp_path / "cache/kernels").iterdir()
     whole = path.read_bytes()
     path.write_bytes(damage(whole))
-    assert nvrtc.cubin("merge.cu", {"SPLITS": 32}, "sm_90a") == code
+    assert nvrtc.cubin("merge.cu", MERGE, "sm_90a") == code
     assert len(compiled) == 2 and path.read_bytes() == whole
 
 
 def test_a_folder_that_cannot_be_written_costs_time_only(compiled, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("GYROKV_CACHE", str(tmp_path / "file"))
-    assert nvrtc.cubin("merge.cu", {"SPLITS": 32}, "sm_90a") == nvrtc.cubin("merge.cu", {"SPLITS": 32}, "sm_90a")
+    assert nvrtc.cubin("merge.cu", MERGE, "sm_90a") == nvrtc.cubin("merge.cu", MERGE, "sm_90a")
     assert len(compiled) == 2
 
 

@@ -23,7 +23,7 @@ kernel void k(device const float* a [[buffer(0)]], device float* out [[buffer(1)
 
 def run(body: str, a: torch.Tensor, out: torch.Tensor, schedule: str, *, groups=1, threads=64, n=(0,)) -> None:
     numbers = torch.tensor(n)
-    library(f"{SIGNATURE}{body}\n}}").kernel("k")([span(a), span(out), span(numbers)], (groups,), (threads,), schedule)
+    library(f"{SIGNATURE}{body}\n}}").run("k", [span(a), span(out), span(numbers)], (groups,), threads, schedule)
 
 
 def finding(body: str, schedule: str = "forward", **options) -> str:
@@ -95,7 +95,7 @@ def test_simd_barriers_order_their_lanes(schedule):
         "if (index < 40) threadgroup_barrier(mem_flags::mem_threadgroup);": "stuck: 40 threads at a barrier",
         "if (lane < 16) out[index] = simd_sum(a[index]);": "32 at the SIMD-group operation simd_sum, 32 have ended",
         "out[index] = lane < 16 ? simd_sum(a[index]) : simd_max(a[index]);": "meet at simd_",
-        "out[index] = simd_shuffle(a[index], ushort(lane + 1));": "a shuffle from a lane that is none of 0 to 31",
+        "out[index] = simd_shuffle_xor(a[index], ushort(lane + 1));": "a shuffle from a lane that is none of 0 to 31",
     }.items(),
 )  # fmt: skip
 def test_what_is_wrong_is_found(body, said):
@@ -117,13 +117,8 @@ def test_simd_group_operations(schedule):
     for text, want in (
         ("simd_sum(x)", a.sum().expand(32)),
         ("simd_max(x)", a.max().expand(32)),
-        ("simd_min(x)", a.min().expand(32)),
-        ("simd_shuffle(x, ushort(31 - lane))", a.flip(0)),
         ("simd_shuffle_xor(x, 5)", a[lanes ^ 5]),
-        ("simd_shuffle_down(x, 3)", torch.where(lanes < 29, a.roll(-3), a)),
-        ("simd_shuffle_up(x, 3)", torch.where(lanes >= 3, a.roll(3), a)),
         ("simd_broadcast(x, 7)", a[7].expand(32)),
-        ("simd_broadcast_first(x)", a[0].expand(32)),
         ("simd_any(lane == 9) && !simd_any(lane == 32)", torch.ones(32)),
         ("simd_all(lane < 32) && !simd_all(lane < 31)", torch.ones(32)),
     ):
@@ -133,10 +128,10 @@ def test_simd_group_operations(schedule):
 
 
 MATRICES = """
-  threadgroup {kind} x[64]; threadgroup float y[64];
-  for (int i = lane; i < 64; i += 32) x[i] = {kind}(a[i]);
+  threadgroup float x[64]; threadgroup float y[64];
+  for (int i = lane; i < 64; i += 32) x[i] = a[i];
   simdgroup_barrier(mem_flags::mem_threadgroup);
-  simdgroup_matrix<{kind}, 8, 8> left, right;
+  simdgroup_float8x8 left, right;
   simdgroup_float8x8 sum = make_filled_simdgroup_matrix<float, 8, 8>(2.0f);
   simdgroup_load(left, x, 8);
   simdgroup_load(right, x, 8, ulong2(0, 0), true);
@@ -147,12 +142,11 @@ MATRICES = """
 """
 
 
-@pytest.mark.parametrize("kind, dtype", [("float", torch.float32), ("half", torch.float16), ("bfloat", torch.bfloat16)])
-def test_matrices(kind, dtype):
-    """A product with a transposed operand, and the rounding of half and bfloat."""
+def test_matrices():
+    """A product with a transposed operand."""
     a, out = torch.randn(64), torch.zeros(64)
-    run(MATRICES.format(kind=kind), a, out, "random", threads=32)
-    x = a.to(dtype).float().view(8, 8)
+    run(MATRICES, a, out, "random", threads=32)
+    x = a.view(8, 8)
     torch.testing.assert_close(out.view(8, 8), 2.0 + x @ x.T)
 
 
@@ -171,24 +165,13 @@ def test_halves_round_as_torch_does():
         assert torch.equal(out, a.to(dtype).float())
 
 
-def test_instances_and_templates():
-    """The forms that MLX writes: a template with a host name, a reference parameter, double qualifiers."""
-    source = """
-    template <typename T, int N>
-    [[kernel]] void f(const device T* a [[buffer(0)]], const constant float& s [[buffer(1)]], device T* out [[buffer(2)]],
-        uint i [[thread_position_in_grid]]) { out[i] = s * a[i] + N; }
-    template [[host_name("f_" "float")]] [[kernel]] decltype(f<float, 3>) f<float, 3>;
-    """
-    a, s, out = torch.randn(32), torch.tensor([2.0]), torch.zeros(32)
-    library(source).kernel("f_float")([span(a), span(s), span(out)], (1,), (32,))
-    torch.testing.assert_close(out, 2 * a + 3)
-
-
 def test_what_cannot_be_translated_is_an_error():
     """A threadgroup variable that silently became a local one would give wrong answers."""
     with pytest.raises(KernelFault, match="threadgroup variable of a form"):
         translate("kernel void k(device float* a) { threadgroup float x[2][3]; }")
     with pytest.raises(KernelFault, match="the executor knows no attribute thread_position_in_hyperspace"):
         translate("kernel void k(uint i [[thread_position_in_hyperspace]]) { }")
+    with pytest.raises(KernelFault, match="buffers in order only"):
+        translate("kernel void k(device float* a [[buffer(1)]]) { }")
     with pytest.raises(KernelFault, match=re.compile("cannot compile.*undefined_function", re.S)):
         library("kernel void k(device float* a) { a[0] = undefined_function(); }")

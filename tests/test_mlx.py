@@ -14,13 +14,14 @@ pytest.importorskip("mlx_lm.models.base", reason="no mlx-lm: pip install mlx-lm"
 import numpy as np  # noqa: E402
 from metal_host.host import SCHEDULES, compiler  # noqa: E402
 from metal_host.mlx_entry import executed  # noqa: E402
-from mlx_lm.models import base, gpt_oss, llama  # noqa: E402
-from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache, trim_prompt_cache  # noqa: E402
+from mlx_lm.models import base, llama  # noqa: E402
+from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache  # noqa: E402
+from mlx_models import llama_model, logits, oss_model, packed, same  # noqa: E402
 
 import gyrokv.mlx  # noqa: E402
-from gyrokv import CapacityError, Codec, GyroKVError, LayerCache, Unsupported, attend  # noqa: E402
+from gyrokv import CapacityError, Codec, GyroKVError, LayerCache, attend  # noqa: E402
 from gyrokv.backends.metal import launches  # noqa: E402
-from gyrokv.config import CacheConfig  # noqa: E402
+from gyrokv.config import CacheConfig, LayerShape  # noqa: E402
 from gyrokv.mlx import machine as mlx_machine  # noqa: E402
 from gyrokv.mlx import trial  # noqa: E402
 
@@ -28,15 +29,11 @@ pytestmark = pytest.mark.skipif(compiler() is None, reason="no g++ to compile th
 CHUNKS = (9, 1, 1, 70, 1, 30, 1)
 
 
-def same(x: mx.array) -> torch.Tensor:
-    return torch.from_numpy(np.array(x.astype(mx.float32)))
-
-
 def filled(config: str, window: int | None, dim: int = 64, chunks=CHUNKS):
     """A layer of ours and torch's, fed with the same chunks: yields (handles, torch's view) after each."""
-    ours = gyrokv.mlx.Layer(CacheConfig.parse(config), 0, 1, window)
+    ours = packed(config, window)
     policy = CacheConfig.parse(config).layer(0, 1, sliding=window is not None)
-    k_codec, v_codec = Codec(policy.k, dim), Codec(policy.v, dim)
+    k_codec, v_codec = policy.codecs(LayerShape(2, dim))
     theirs = LayerCache(k_codec, v_codec, kv_heads=2, window=window, sinks=policy.sinks, recent=policy.recent)
     random = torch.Generator().manual_seed(0)
     for tokens in chunks:
@@ -55,9 +52,10 @@ def test_rows_and_outputs_are_those_of_torch(config, schedule, window):
     sinks = torch.tensor([0.5, -1.0, 3.0, 0.0])
     with executed(schedule):
         for layer, (keys, values), view, q in filled(config, window):
-            for mine, torchs in zip((layer._k, layer._v), (view.owner._main.k, view.owner._main.v)):
-                if view.owner._main.k.words.shape[2] == layer._capacity and torchs.words.dtype == torch.int16:
-                    live = [p % layer._capacity for p in range(layer._first, layer.offset)]
+            capacity = layer._main.capacity
+            for mine, torchs in zip(layer._main.pair, (view.owner._main.k, view.owner._main.v)):
+                if view.owner._main.k.words.shape[2] == capacity and torchs.words.dtype == torch.int16:
+                    live = [p % capacity for p in range(layer._first, layer.offset)]
                     assert torch.equal(
                         torch.from_numpy(np.array(mine.words).view(np.int16))[:, :, live], torchs.words[:, :, live]
                     )
@@ -92,11 +90,23 @@ def test_first_and_recent_tokens_stay_dense(options, window):
         torch.testing.assert_close(same(got), want, rtol=1e-5, atol=2e-5)
 
 
+def test_rotations_that_a_policy_adds():
+    """To formats without one of their own: a matrix on keys, queries, values and outputs, as torch applies it."""
+    config = "k=f32,v=f32,k_rotation=hadamard,v_rotation=hadamard"
+    with executed():
+        for layer, handles, view, q in filled(config, None, 96, (9, 1)):
+            assert layer._codecs[0].matrix is not None and layer._codecs[1].matrix is not None
+            mine, torchs = layer._main.pair[0].words[:, :, : layer.offset], view.decode("k")
+            torch.testing.assert_close(same(mine), torchs, rtol=1e-5, atol=1e-5)
+            got = gyrokv.mlx.attend(mx.array(q.numpy()), *handles, scale=96**-0.5, mask="causal")
+            torch.testing.assert_close(same(got), attend(q, view, backend="torch"), rtol=1e-5, atol=2e-5)
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision(dtype):
     """Keys, values and queries as models have them; the output in the same dtype."""
     with executed():
-        layer = gyrokv.mlx.Layer(CacheConfig.parse("k=q8_0,v=turbo4"), 0, 1, None)
+        layer = packed("k=q8_0,v=turbo4", None)
         k, v, q = (mx.random.normal((1, heads, 40, 96)).astype(getattr(mx, dtype)) for heads in (2, 2, 4))
         keys, values = layer.update_and_fetch(k, v)
         got = gyrokv.mlx.attend(q, keys, values, scale=0.1, mask="causal")
@@ -115,7 +125,7 @@ def test_masks(shape, additive, monkeypatch):
     mask = torch.rand(shape, generator=random) > 0.4
     mask = torch.where(mask, torch.randn(shape, generator=random), -torch.inf) if additive else mask
     with executed("random") as runs:
-        layer = gyrokv.mlx.Layer(CacheConfig.parse("k=q8_0,v=turbo4"), 0, 1, None)
+        layer = packed("k=q8_0,v=turbo4", None)
         k, v, q = (torch.randn(1, heads, n, 64, generator=random) for heads, n in ((2, 16), (2, 16), (4, 7)))
         keys, values = layer.update_and_fetch(*(mx.array(x.numpy()) for x in (k, v)))
         got = gyrokv.mlx.attend(mx.array(q.numpy()), keys, values, scale=0.125, mask=mx.array(mask.numpy()))
@@ -134,40 +144,6 @@ def test_masks(shape, additive, monkeypatch):
 # -- models
 
 
-def llama_model():
-    options = dict(hidden_size=64, num_hidden_layers=2, intermediate_size=64, num_attention_heads=4, vocab_size=61)
-    return llama.Model(llama.ModelArgs(model_type="llama", num_key_value_heads=2, rms_norm_eps=1e-5, head_dim=32, **options))
-
-
-def oss_model():
-    """Learned sinks, sliding layers between full ones, experts."""
-    options = dict(hidden_size=64, num_hidden_layers=2, intermediate_size=64, num_attention_heads=4, vocab_size=61)
-    model = gpt_oss.Model(
-        gpt_oss.ModelArgs(
-            model_type="gpt_oss",
-            num_key_value_heads=2,
-            head_dim=32,
-            sliding_window=20,
-            num_local_experts=2,
-            num_experts_per_tok=1,
-            layer_types=["sliding_attention", "full_attention"],
-            **options,
-        )  # fmt: skip
-    )
-    for layer in model.model.layers:
-        layer.self_attn.sinks = mx.array([0.5, -1.0, 2.0, 0.0])
-    return model
-
-
-def logits(model, cache, tokens: mx.array) -> mx.array:
-    """Of a prompt in chunks and of single tokens after it."""
-    parts, start = [], 0
-    for count in (7, 60, 1, 1, 30, 1):
-        parts.append(model(tokens[None, start : start + count], cache=cache))
-        start += count
-    return mx.concatenate(parts, axis=1)
-
-
 @pytest.mark.parametrize("make", [llama_model, oss_model])
 def test_models_compute_what_they_did(make):
     """With unquantised rows: the logits of mlx-lm's own caches, over windows, rings and sinks."""
@@ -176,7 +152,7 @@ def test_models_compute_what_they_did(make):
     want = logits(model, make_prompt_cache(model), tokens)
     with executed() as runs:
         cache = gyrokv.mlx.cache(model, "f32")
-        assert all(isinstance(c, gyrokv.mlx.Layer) for c in cache)
+        assert all(isinstance(c, gyrokv.mlx.PackedKVCache) for c in cache)
         got = logits(model, cache, tokens)
         mx.eval([c.state for c in cache])
     assert len(runs.log) >= 12
@@ -210,7 +186,7 @@ def test_trim_forgets():
 
 def test_a_ring_says_what_it_has_lost():
     with executed():
-        layer = gyrokv.mlx.Layer(CacheConfig.parse("q8_0"), 0, 1, 20)
+        layer = packed("q8_0", 20)
         k = mx.zeros((1, 1, 90, 32))
         layer.update_and_fetch(k, k)
     assert not layer.is_trimmable() and layer.size() == 64
@@ -221,7 +197,7 @@ def test_a_ring_says_what_it_has_lost():
 
 def test_arrays_are_made_when_models_ask_for_them():
     """``return_array``: bool over the keys that the layer will hold."""
-    full, sliding = (gyrokv.mlx.Layer(CacheConfig.parse("q8_0"), 0, 1, w) for w in (None, 4))
+    full, sliding = (packed("q8_0", w) for w in (None, 4))
     assert full.make_mask(1) is None and full.make_mask(5) == "causal"
     assert full.make_mask(5, window_size=3).window == 3 and sliding.make_mask(5).window == 4
     assert bool(mx.array_equal(full.make_mask(5, return_array=True), base.create_causal_mask(5)))
@@ -236,31 +212,24 @@ def test_without_an_apple_gpu_it_says_so():
         gyrokv.mlx.cache(llama_model())
 
 
-def test_wrong_kernels_are_noticed_before_they_are_used(monkeypatch):
+@pytest.mark.parametrize(
+    "kernel, said", [("decode", "outputs differ from torch's by"), ("block_map", "the block map of a mask")]
+)
+def test_wrong_kernels_are_noticed_before_they_are_used(kernel, said, monkeypatch):
     """There is no other backend to fall back on: a GPU that computes otherwise must not write text."""
     trial.check.cache_clear()
     with executed():
         right = mlx_machine.Machine.launch
 
         def launch(self, program, *arguments):
-            return [x * 1.1 if program.kernel == "decode" else x for x in right(self, program, *arguments)]
+            found = right(self, program, *arguments)
+            return [x + 1 for x in found] if program.kernel == kernel else found
 
         monkeypatch.setattr(mlx_machine.Machine, "launch", launch)
-        with pytest.raises(GyroKVError, match="computes wrongly on this machine: outputs differ from torch's by"):
+        with pytest.raises(GyroKVError, match=f"computes wrongly on this machine: {said}"):
             gyrokv.mlx.cache(llama_model())
         monkeypatch.undo()
         assert len(gyrokv.mlx.cache(llama_model())) == 2
-
-
-def test_what_a_layer_cannot_keep_is_refused():
-    """First tokens beside a window."""
-
-    class Streaming:
-        def make_cache(self):
-            return [KVCache(), RotatingKVCache(max_size=32, keep=4)]
-
-    with executed(), pytest.raises(Unsupported, match="layer 1 keeps its first 4 tokens beside a window of 32"):
-        gyrokv.mlx.cache(Streaming())
 
 
 def test_install_can_be_undone():

@@ -142,6 +142,8 @@ def run(
                 f"[q_len, kv_len] = {[spec.q_len, spec.kv_len]}"
             )
         block_map.check(mask, runner.tile(spec))
+    if hasattr(runner, "attend_heads"):
+        return runner.attend_heads(q, view, spec, full, block_map, sinks)
     out, lse = runner.attend(view.k_codec.query(q), view, spec, full, block_map, sinks)
     return view.v_codec.output(out).to(q.dtype), lse
 

@@ -254,6 +254,11 @@ class Codec:
         """True when stored values are the values themselves, but for rounding and padding."""
         return self.matrix is None and self.rotation == "none" and self._unscaled
 
+    @property
+    def only_rotates(self) -> bool:
+        """True when nothing but the row's own rotation, or none, lies between values and what is stored."""
+        return self.matrix is None and self._unscaled
+
     def _per_head(self, x: Tensor) -> Tensor:
         """The scale shaped to multiply ``x [B, H, T, D]``, where H may be the query heads."""
         scale = self.scale.to(x.device)

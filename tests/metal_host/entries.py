@@ -8,7 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from gyrokv.backends.metal import torch_mps
+from gyrokv.backends.metal import launches, torch_mps
 from gyrokv.backends.metal.kernels import POSITIONS, Program
 
 from .host import Library, Ran
@@ -62,7 +62,7 @@ class Executor(torch_mps.Machine):
         self.log: list[tuple[Program, Ran]] = []
 
     def strides(self, x: Tensor) -> tuple[int, ...]:
-        return super().strides(x if self.entry == "torch" else torch.empty(x.shape, device="meta"))
+        return super().strides(x) if self.entry == "torch" else launches.contiguous(x.shape)
 
     def launch(self, program, inputs, ints, floats, groups, outputs):
         self._now = program
@@ -89,9 +89,9 @@ class Executor(torch_mps.Machine):
             outputs = [(label, dtype) for label, dtype, _ in inputs[count + 2 :]]
             own = mlx_kernel(f"custom_kernel_{name}", inputs[: count + 2], outputs, program.body)
             label = name if self.entry == "torch" else f"custom_kernel_{name}"
-            kernel = library(self.edit(f"{source}\n{own}")).kernel(label)
             assert all(n % size == 0 for n, size in zip(threads, group_size))
             groups = [n // size for n, size in zip(threads, group_size)]
-            self.log.append((program, kernel(buffers, groups, group_size, self.schedule)))
+            ran = library(self.edit(f"{source}\n{own}")).run(label, buffers, groups, program.threads, self.schedule)
+            self.log.append((program, ran))
 
         return type("Shader", (), {name: staticmethod(launch)})()

@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +55,15 @@ class Kernel:
         if key not in self._sources:
             arguments = dict(output_shapes=output_shapes, output_dtypes=output_dtypes, grid=grid, threadgroup=threadgroup)
             self._sources[key] = self._source(inputs, arguments | options)
-        given = [np.array(x.view(mx.uint16) if x.dtype == mx.bfloat16 else x) for x in inputs]
-        made = [np.zeros(shape, _numpy(dtype)) for shape, dtype in zip(output_shapes, output_dtypes)]
+        given = [_numpy(x) for x in inputs]
+        made = [_numpy(mx.zeros(shape, dtype)) for shape, dtype in zip(output_shapes, output_dtypes)]
+        for a in made:
+            a.view(np.uint8).fill(0xFF)  # NaN: nobody may count on what new memory holds
         source = self._sources[key]
         name = re.search(r"\[\[kernel\]\] void (\w+)", source).group(1)
         groups = [n // size for n, size in zip(grid, threadgroup)]
         buffers = [(a.ctypes.data, a.nbytes) for a in (*given, *made)]
-        self._runs.log.append(library(source).kernel(name)(buffers, groups, threadgroup, self._runs.schedule))
+        self._runs.log.append(library(source).run(name, buffers, groups, threadgroup[0], self._runs.schedule))
         return [mx.array(a).view(dtype) if dtype == mx.bfloat16 else mx.array(a) for a, dtype in zip(made, output_dtypes)]
 
     def _source(self, inputs: Sequence[mx.array], options: dict) -> str:
@@ -73,18 +76,17 @@ class Kernel:
         return shown.split("```\n")[1]
 
 
-def _numpy(dtype: mx.Dtype) -> type:
-    return {
-        mx.float32: np.float32, mx.float16: np.float16, mx.bfloat16: np.uint16, mx.uint16: np.uint16, mx.uint8: np.uint8,
-    }[dtype]  # fmt: skip
+def _numpy(x: mx.array) -> np.ndarray:
+    """A copy; numpy has no bfloat16, whose bits will do."""
+    return np.array(x.view(mx.uint16) if x.dtype == mx.bfloat16 else x)
 
 
+@dataclass
 class Executor:
     """``schedule``: of the runs; ``log``: what each did."""
 
-    def __init__(self, schedule: str = "forward") -> None:
-        self.schedule = schedule
-        self.log: list[Ran] = []
+    schedule: str = "forward"
+    log: list[Ran] = field(default_factory=list)
 
 
 @contextmanager

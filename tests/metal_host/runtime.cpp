@@ -1,25 +1,20 @@
-// Runs a kernel on the CPU: one fiber per GPU thread, one threadgroup at a time.
+// Runs a kernel on the CPU: one fiber per GPU thread, one threadgroup at a time. x86-64 only.
 //
 // Kernels are compiled with -fsanitize=thread, but the hooks are those below: the compiler announces every access to
-// memory that other threads might see. Each is looked up: the thread's own stack, the library's constants, threadgroup
-// memory, a buffer, or nothing, which ends the run. Accesses of one place by two threads with no barrier between them,
-// at least one a write, are races. Barriers order as Metal says: those of the threadgroup all of its threads, those of
-// a SIMD-group its lanes; SIMD-group operations order nothing.
+// memory that other threads might see. Each is looked up: the thread's own stack, this library (what SIMD-groups
+// exchange) and the kernel's (constants), a threadgroup array, a buffer, or nothing, which ends the run. Accesses of one place by two threads with no barrier
+// between them, at least one a write, are races. Barriers order as Metal says: those of the threadgroup all of its
+// threads, those of a SIMD-group its lanes; SIMD-group operations order nothing.
 #include "runtime.h"
 
 #include <sys/mman.h>
 
 #include <cstdarg>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <vector>
 
-#if !defined(__x86_64__)
-#include <ucontext.h>
-#endif
-
-extern "C" char __ehdr_start, _end;  // first and last byte of this library
+extern "C" __attribute__((visibility("hidden"))) char __ehdr_start, _end;  // first and last byte of this library
 
 namespace metal_host {
 namespace {
@@ -27,12 +22,11 @@ namespace {
 constexpr size_t kStack = 256 << 10;
 constexpr size_t kGap = size_t(64) << 20;     // between buffers, so that no stride leads from one into another
 constexpr size_t kRedZone = 256;              // between threadgroup arrays
-constexpr size_t kArena = 4 * kThreadgroup;
+constexpr size_t kArena = 4 * kThreadgroup;   // of threadgroup arrays
 constexpr unsigned kMessages = 8;
 
 // -- fibers
 
-#if defined(__x86_64__)
 struct Context {
   void* sp = nullptr;
 };
@@ -68,19 +62,6 @@ void enter(Context& context, char* stack, void (*start)()) {
   context.sp = top;
 }
 void switch_to(Context& from, Context& to) { metal_host_switch(&from.sp, to.sp); }
-#else
-struct Context {
-  ucontext_t state;
-};
-void enter(Context& context, char* stack, void (*start)()) {
-  getcontext(&context.state);
-  context.state.uc_stack.ss_sp = stack;
-  context.state.uc_stack.ss_size = kStack;
-  context.state.uc_link = nullptr;
-  makecontext(&context.state, start, 0);
-}
-void switch_to(Context& from, Context& to) { swapcontext(&from.state, &to.state); }
-#endif
 
 enum State : uint8_t { kReady, kAtBarrier, kAtExchange, kDone };
 
@@ -100,9 +81,9 @@ struct Simdgroup {
   alignas(16) unsigned char values[2][kLanes][16];
 };
 
-// Who touched a byte of a buffer, or two of threadgroup memory, last, since when: enough to tell whether a barrier lies between.
+// Who touched a place last, since when: enough to tell whether a barrier lies between.
 struct Touch {
-  uint32_t group = 0, epoch = 0, order = 0;  // group 0: nobody
+  uint32_t group = 0, epoch = 0, order = 0;  // group: a serial number over all runs; 0: nobody
   uint16_t simdgroup = 0, thread = 0;        // kMany: several
 };
 constexpr uint16_t kMany = 0xFFFF;
@@ -110,58 +91,55 @@ struct Shadow {
   Touch write, read;
 };
 
-struct Mapped {
-  char* data;
+// A buffer, or a threadgroup array: a shadow for every 2**`grain` bytes, if it can be written to.
+struct Region {
+  char* start;
   size_t bytes;
-  bool writable;
   const char* name;
-  std::vector<Shadow> shadow;
+  bool writable, shared;  // shared: by threadgroups
+  unsigned grain;
+  Shadow* shadow;
 };
 
 struct Run {
-  std::vector<Mapped> buffers;
+  std::vector<Region> regions;  // buffers, then arrays
+  size_t buffers = 0, last = 0;  // last: the region that was accessed last
   Kernel kernel = nullptr;
-  unsigned threads = 0, group = 0;  // group: serial number from 1
+  const char *image = nullptr, *image_end = nullptr;  // the kernel's library
+  unsigned threads = 0;
   uint32_t epoch = 0, device_epoch = 0;
-  unsigned at_barrier = 0, done = 0;
+  unsigned at_barrier = 0;
   bool threadgroup_fence = false, device_fence = false;
   int schedule = kForward;
-  uint64_t random = 1;
+  uint64_t random = 1, accesses = 0;
   size_t arena_used = 0;  // without red zones
   Fiber* now = nullptr;
   Context scheduler;
   bool stopped = false;
-  size_t last = 0;  // the buffer that was accessed last
+  char report[8192] = {};
+  size_t reported = 0;
+  unsigned messages = 0;
 };
 
 Run run;
+uint32_t group;  // the serial number of the threadgroup that runs
 std::vector<Fiber> fibers;
 State states[kThreads];  // of the fibers, close together because the scheduler scans them
-Simdgroup simdgroups[kThreads / kLanes];  // static, as all that compiled kernels read of this file
-void* pointers[64];
-std::vector<Shadow> arena_shadow;
-struct Array {
-  size_t start, bytes;
-  const char* name;
-};
-std::vector<Array> arrays;
+Simdgroup simdgroups[kThreads / kLanes];
+void* pointers[31];
 char* arena;
-size_t arena_top;
-char report[8192];
-size_t reported;
-unsigned messages, races, out_of_bounds;
-uint64_t accesses;
+std::vector<Shadow> arena_shadow(kArena / 2);
 
 void say(const char* format, ...) {
-  if (messages++ >= kMessages || reported >= sizeof report) return;
+  if (run.messages++ >= kMessages || run.reported >= sizeof run.report) return;
   va_list list;
   va_start(list, format);
-  const int n = vsnprintf(report + reported, sizeof report - reported, format, list);
+  const int n = vsnprintf(run.report + run.reported, sizeof run.report - run.reported, format, list);
   va_end(list);
-  if (n > 0) reported += size_t(n);
+  if (n > 0) run.reported += size_t(n);
 }
 
-size_t offset_of(const void* pc) { return size_t(static_cast<const char*>(pc) - &__ehdr_start); }
+size_t offset_of(const void* pc) { return size_t(static_cast<const char*>(pc) - run.image); }
 
 uint64_t next_random() {
   run.random ^= run.random << 13;
@@ -170,7 +148,28 @@ uint64_t next_random() {
   return run.random;
 }
 
-void yield() { switch_to(run.now->context, run.scheduler); }
+// A thread that can run, from thread k on in the order of the schedule; null if there is none.
+Fiber* next_after(unsigned k) {
+  const unsigned n = run.threads;
+  for (int i = 0; run.schedule == kRandom && i < 8; ++i) {
+    const unsigned any = next_random() % n;
+    if (states[any] == kReady) return &fibers[any];
+  }
+  for (unsigned i = 0; i < n; ++i) {
+    k = run.schedule == kReverse ? (k ? k : n) - 1 : k + 1 < n ? k + 1 : 0;
+    if (states[k] == kReady) return &fibers[k];
+  }
+  return nullptr;
+}
+
+// Lets another thread run; without one, or when the run has been stopped, the threadgroup ends.
+void yield() {
+  Fiber& me = *run.now;
+  Fiber* next = run.stopped ? nullptr : next_after(me.at.index);
+  if (next == &me) return;
+  run.now = next;
+  switch_to(me.context, next ? next->context : run.scheduler);
+}
 
 [[noreturn]] void stop() {
   run.stopped = true;
@@ -187,18 +186,20 @@ bool ordered(const Touch& before, const Touch& now, bool shared) {
   return before.order != now.order || before.thread == now.thread;
 }
 
-void touch(Shadow* shadow, size_t first, size_t last, bool write, const Touch& now, bool shared, const char* where,
-           const void* pc) {
-  for (size_t i = first; i <= last; ++i) {
-    Shadow& s = shadow[i];
-    const bool raced = !ordered(s.write, now, shared) || (write && !ordered(s.read, now, shared));
-    if (raced) {
-      const Touch& other = !ordered(s.write, now, shared) ? s.write : s.read;
-      ++races;
-      say("race: %s byte %zu, %s by thread %u of SIMD-group %u, not ordered after the %s by thread %d @%zx\n", where,
-          shared ? i : 2 * i,
-          write ? "written" : "read", now.thread, now.simdgroup, &other == &s.write ? "write" : "read",
+void touch(const Region& region, size_t at, size_t bytes, bool write, const void* pc) {
+  const Fiber& f = *run.now;
+  const bool shared = region.shared;
+  const Touch now{group, shared ? run.device_epoch : run.epoch, f.order, uint16_t(f.at.simdgroup), uint16_t(f.at.index)};
+  for (size_t i = at >> region.grain; i <= (at + bytes - 1) >> region.grain; ++i) {
+    Shadow& s = region.shadow[i];
+    const bool after_write = ordered(s.write, now, shared);
+    if (!after_write || (write && !ordered(s.read, now, shared))) {
+      const Touch& other = after_write ? s.read : s.write;
+      say("race: %s byte %zu, %s by thread %u of SIMD-group %u, not ordered after the %s by thread %d @%zx\n", region.name,
+          i << region.grain, write ? "written" : "read", now.thread, now.simdgroup, after_write ? "read" : "write",
           other.thread == kMany ? -1 : other.thread, offset_of(pc));
+      if (write) s.write = now;
+      return;
     }
     if (write) {
       s.write = now;
@@ -214,62 +215,42 @@ void touch(Shadow* shadow, size_t first, size_t last, bool write, const Touch& n
         r.thread = kMany;
       }
     }
-    if (raced) break;
   }
 }
 
-void in_arena(size_t at, size_t bytes, bool write, const void* pc) {
-  if (run.schedule == kLockstep || (run.schedule == kRandom && next_random() % 8 == 0)) yield();
-  for (const Array& a : arrays) {
-    if (at >= a.start && at + bytes <= a.start + a.bytes) {
-      const Fiber& f = *run.now;
-      const Touch now{run.group, run.epoch, f.order, uint16_t(f.at.simdgroup), uint16_t(f.at.index)};
-      touch(arena_shadow.data(), at / 2, (at + bytes - 1) / 2, write, now, false, a.name, pc);
-      return;
-    }
-  }
-  ++out_of_bounds;
-  const Array* near = nullptr;
-  for (const Array& a : arrays)
-    if (a.start <= at) near = &a;
-  say("out of bounds: %s of %zu bytes at %td of %s[%zu bytes] @%zx\n", write ? "write" : "read", bytes,
-      near ? ptrdiff_t(at - near->start) : ptrdiff_t(at), near ? near->name : "threadgroup memory", near ? near->bytes : 0,
-      offset_of(pc));
+bool holds(const Region& r, const char* p, size_t bytes) {
+  const size_t at = size_t(p - r.start);
+  return at < r.bytes && at + bytes <= r.bytes;
+}
+
+[[noreturn]] void lost(const char* p, size_t bytes, bool write, const void* pc) {
+  const auto distance = [p](const Region& r) { return p < r.start ? r.start - p : p - (r.start + r.bytes); };
+  Region near{const_cast<char*>(p), 0, "no buffer", false, false, 0, nullptr};
+  ptrdiff_t least = kGap / 2;
+  for (const Region& r : run.regions)
+    if (distance(r) < least) least = distance(near = r);
+  say("out of bounds: %s of %zu bytes at %td of %s[%zu bytes] @%zx\n", write ? "write" : "read", bytes, p - near.start,
+      near.name, near.bytes, offset_of(pc));
   stop();
 }
 
 void on_access(const void* address, size_t bytes, bool write, const void* pc) {
-  if (!run.now) return;
   const char* p = static_cast<const char*>(address);
-  if (size_t(p - run.now->stack) < kStack || (p >= &__ehdr_start && p < &_end)) return;
-  if (size_t(p - arena) < kArena) {
-    ++accesses;
-    return in_arena(size_t(p - arena), bytes, write, pc);
+  if (size_t(p - run.now->stack) < kStack) return;
+  if ((p >= &__ehdr_start && p < &_end) || (p >= run.image && p < run.image_end)) return;
+  ++run.accesses;
+  const bool mine = size_t(p - arena) < kArena;
+  if (mine && (run.schedule == kLockstep || (run.schedule == kRandom && next_random() % 8 == 0))) yield();
+  if (!holds(run.regions[run.last], p, bytes)) {
+    size_t i = mine ? run.buffers : 0;
+    while (i < run.regions.size() && !holds(run.regions[i], p, bytes)) ++i;
+    if (i == run.regions.size()) lost(p, bytes, write, pc);
+    run.last = i;
   }
-  const Mapped* near = nullptr;
-  const size_t count = run.buffers.size();
-  for (size_t i = 0; i < count; ++i) {
-    Mapped& b = run.buffers[(run.last + i) % count];  // most often the same one again
-    const size_t at = size_t(p - b.data);
-    if (at < b.bytes && at + bytes <= b.bytes) {
-      ++accesses;
-      run.last = (run.last + i) % count;
-      if (!b.writable) {
-        if (!write) return;
-        ++out_of_bounds;
-        say("write to the read-only buffer %s at byte %zu @%zx\n", b.name, at, offset_of(pc));
-        stop();
-      }
-      const Fiber& f = *run.now;
-      const Touch now{run.group, run.device_epoch, f.order, uint16_t(f.at.simdgroup), uint16_t(f.at.index)};
-      touch(b.shadow.data(), at, at + bytes - 1, write, now, true, b.name, pc);
-      return;
-    }
-    if (p + kGap / 2 >= b.data && p < b.data + b.bytes + kGap / 2) near = &b;
-  }
-  ++out_of_bounds;
-  say("out of bounds: %s of %zu bytes at %td of %s[%zu bytes] @%zx\n", write ? "write" : "read", bytes,
-      near ? p - near->data : ptrdiff_t(0), near ? near->name : "no buffer", near ? near->bytes : 0, offset_of(pc));
+  const Region& region = run.regions[run.last];
+  if (region.writable) return touch(region, size_t(p - region.start), bytes, write, pc);
+  if (!write) return;
+  say("write to the read-only buffer %s at byte %zu @%zx\n", region.name, size_t(p - region.start), offset_of(pc));
   stop();
 }
 
@@ -280,35 +261,19 @@ void start_fiber() {
   const Position at = f.at;
   run.kernel(pointers, at);
   states[f.at.index] = kDone;
-  ++run.done;
-  for (;;) yield();
-}
-
-Fiber* choose(unsigned turn) {  // turn <= number of threads
-  const unsigned n = run.threads;
-  if (run.schedule == kRandom) {
-    for (int i = 0; i < 8; ++i) {
-      const unsigned k = next_random() % n;
-      if (states[k] == kReady) return &fibers[k];
-    }
-  }
-  for (unsigned i = 0; i < n; ++i) {
-    unsigned k = turn + i < n ? turn + i : turn + i - n;
-    if (run.schedule == kReverse) k = n - 1 - k;
-    if (states[k] == kReady) return &fibers[k];
-  }
-  return nullptr;
+  yield();
 }
 
 void run_group() {
+  ++group;
   memset(arena, 0xFF, kArena);  // NaN in every float type
-  arrays.clear();
-  arena_top = 0;
+  run.regions.resize(run.buffers);
+  run.last = 0;
   run.arena_used = 0;
   run.epoch = run.device_epoch = 0;
-  run.at_barrier = run.done = 0;
+  run.at_barrier = 0;
   run.threadgroup_fence = run.device_fence = false;
-  for (Simdgroup& s : simdgroups) s = Simdgroup();
+  for (unsigned i = 0; i < run.threads; i += kLanes) simdgroups[i / kLanes] = Simdgroup();
   for (unsigned i = 0; i < run.threads; ++i) {
     Fiber& f = fibers[i];
     states[i] = kReady;
@@ -318,26 +283,18 @@ void run_group() {
     enter(f.context, f.stack, start_fiber);
     ++simdgroups[f.at.simdgroup].lanes;
   }
-  for (unsigned turn = 0; run.done < run.threads && !run.stopped;) {
-    Fiber* f = choose(turn);
-    if (!f) {
-      unsigned waiting[4] = {};
-      const char* at = "";
-      for (unsigned i = 0; i < run.threads; ++i) {
-        ++waiting[states[i]];
-        if (states[i] == kAtExchange) at = fibers[i].waiting;
-      }
-      say("stuck: %u threads at a barrier, %u at the SIMD-group operation %s, %u have ended\n", waiting[kAtBarrier],
-          waiting[kAtExchange], at, waiting[kDone]);
-      run.stopped = true;
-      break;
-    }
-    run.now = f;
-    switch_to(run.scheduler, f->context);
-    run.now = nullptr;
-    const unsigned k = unsigned(f - fibers.data());
-    turn = (run.schedule == kReverse ? run.threads - 1 - k : k) + 1;
+  run.now = next_after(run.schedule == kReverse ? 0 : run.threads - 1);
+  switch_to(run.scheduler, run.now->context);
+  unsigned waiting[4] = {};
+  const char* at = "";
+  for (unsigned i = 0; i < run.threads; ++i) {
+    ++waiting[states[i]];
+    if (states[i] == kAtExchange) at = fibers[i].waiting;
   }
+  if (run.stopped || waiting[kDone] == run.threads) return;
+  say("stuck: %u threads at a barrier, %u at the SIMD-group operation %s, %u have ended\n", waiting[kAtBarrier],
+      waiting[kAtExchange], at, waiting[kDone]);
+  run.stopped = true;
 }
 
 }  // namespace
@@ -374,14 +331,13 @@ const unsigned char* exchange(const void* value, unsigned bytes, const char* ope
 }
 
 float reduce(float value, Reduction reduction) {
-  static const char* const names[] = {"simd_sum", "simd_max", "simd_min"};
-  const unsigned char* all = exchange(&value, sizeof value, names[reduction]);
+  const unsigned char* all = exchange(&value, sizeof value, reduction == kSum ? "simd_sum" : "simd_max");
   float part[kLanes];
   for (unsigned i = 0; i < kLanes; ++i) memcpy(&part[i], all + 16 * i, sizeof value);
   for (unsigned h = kLanes / 2; h; h /= 2)
     for (unsigned i = 0; i < h; ++i) {
       const float x = part[i], y = part[i + h];
-      part[i] = reduction == kSum ? x + y : (reduction == kMax ? x < y : y < x) ? y : x;
+      part[i] = reduction == kSum ? x + y : x < y ? y : x;
     }
   return part[0];
 }
@@ -424,9 +380,9 @@ void barrier(bool simdgroup, bool threadgroup_memory, bool device_memory) {
 
 void* threadgroup_array(size_t bytes, const char* name) {
   Fiber& f = *run.now;
-  if (f.arrays == arrays.size()) {
+  if (run.buffers + f.arrays == run.regions.size()) {
     if (f.arena + bytes > kArena - kRedZone) fail("threadgroup memory: far too much");
-    arrays.push_back({f.arena, bytes, name});
+    run.regions.push_back({arena + f.arena, bytes, name, true, false, 1, arena_shadow.data() + f.arena / 2});
     run.arena_used += (bytes + 15) / 16 * 16;
     if (run.arena_used > kThreadgroup) fail("threadgroup memory: more than 32768 bytes");
   }
@@ -442,99 +398,74 @@ using namespace metal_host;
 
 struct Outcome {
   uint64_t accesses, threadgroup_bytes;
-  uint32_t races, out_of_bounds, messages;
+  uint32_t messages;
   char text[8192];
 };
 
-// Runs `kernel` over `groups` threadgroups of `threads`; buffers are copied in, and back if they are writable.
-extern "C" __attribute__((visibility("default"))) void metal_host_run(
-    Kernel kernel, const Buffer* buffers, unsigned n, const unsigned* groups, const unsigned* threads, int schedule,
-    uint64_t seed, Outcome* outcome) {
+// Runs `kernel`, of the library at `image`, over `groups` threadgroups of `threads`; buffers are copied in, and back if
+// they are writable.
+extern "C" void metal_host_run(
+    Kernel kernel, const char* const* image, const Buffer* buffers, unsigned n, const unsigned* groups, unsigned threads,
+    int schedule, uint64_t seed, Outcome* outcome) {
   run = Run();
   run.kernel = kernel;
+  run.image = image[0];
+  run.image_end = image[1];
   run.schedule = schedule;
   run.random = seed * 0x9E3779B97F4A7C15u + 1;
-  run.threads = threads[0] * threads[1] * threads[2];
-  messages = races = out_of_bounds = 0;
-  reported = 0;
-  accesses = 0;
-  report[0] = 0;
-  *outcome = Outcome();
-  if (run.threads == 0 || run.threads > kThreads || n > 31) {
-    const char* format = "%u threads in a threadgroup and %u buffers; there may be 1 to 1024 and at most 31\n";
-    snprintf(outcome->text, sizeof outcome->text, format, run.threads, n);
-    outcome->messages = 1;
-    return;
-  }
+  run.threads = threads;
+  run.buffers = n;
   const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
-  if (!arena) {
-    arena = static_cast<char*>(mmap(nullptr, kArena, PROT_READ | PROT_WRITE, flags, -1, 0));
-    arena_shadow.resize(kArena / 2);
-  }
-  for (Shadow& s : arena_shadow) s = Shadow();
-  while (fibers.size() < run.threads) {
+  const auto reserve = [flags](size_t bytes) {
+    return static_cast<char*>(mmap(nullptr, bytes, PROT_READ | PROT_WRITE, flags, -1, 0));
+  };
+  if (!arena) arena = reserve(kArena);
+  while (fibers.size() < threads) {
     fibers.emplace_back();
-    fibers.back().stack = static_cast<char*>(mmap(nullptr, kStack, PROT_READ | PROT_WRITE, flags, -1, 0));
+    fibers.back().stack = reserve(kStack);
   }
   size_t total = kGap;
   for (unsigned i = 0; i < n; ++i) total += (buffers[i].bytes + 4095) / 4096 * 4096 + kGap;
-  char* memory = static_cast<char*>(mmap(nullptr, total, PROT_READ | PROT_WRITE, flags, -1, 0));
+  char* memory = reserve(total);
   char* next = memory + kGap;
+  std::vector<std::vector<Shadow>> shadows(n);
   for (unsigned i = 0; i < n; ++i) {
-    memcpy(next, buffers[i].data, buffers[i].bytes);
-    run.buffers.push_back({next, buffers[i].bytes, buffers[i].writable != 0, buffers[i].name, {}});
-    if (buffers[i].writable) run.buffers.back().shadow.resize(buffers[i].bytes);
+    const Buffer& b = buffers[i];
+    memcpy(next, b.data, b.bytes);
+    if (b.writable) shadows[i].resize(b.bytes);
+    run.regions.push_back({next, b.bytes, b.name, b.writable != 0, true, 0, shadows[i].data()});
     pointers[i] = next;
-    next += (buffers[i].bytes + 4095) / 4096 * 4096 + kGap;
+    next += (b.bytes + 4095) / 4096 * 4096 + kGap;
   }
-  for (unsigned z = 0; z < groups[2] && !run.stopped; ++z)
-    for (unsigned y = 0; y < groups[1] && !run.stopped; ++y)
-      for (unsigned x = 0; x < groups[0] && !run.stopped; ++x) {
-        ++run.group;
-        for (unsigned i = 0; i < run.threads; ++i) {
-          Position& at = fibers[i].at;
-          const unsigned own[3] = {i % threads[0], i / threads[0] % threads[1], i / (threads[0] * threads[1])};
-          const unsigned group[3] = {x, y, z};
-          for (int d = 0; d < 3; ++d) {
-            at.thread[d] = own[d];
-            at.group[d] = group[d];
-            at.grid[d] = group[d] * threads[d] + own[d];
-            at.groups[d] = groups[d];
-            at.threads[d] = threads[d];
-          }
-          at.index = i;
-          at.lane = i % kLanes;
-          at.simdgroup = i / kLanes;
-          at.simdgroups = (run.threads + kLanes - 1) / kLanes;
-        }
-        run_group();
-      }
+  for (unsigned g = 0; g < groups[0] * groups[1] * groups[2] && !run.stopped; ++g) {
+    const unsigned at[3] = {g % groups[0], g / groups[0] % groups[1], g / (groups[0] * groups[1])};
+    for (unsigned i = 0; i < threads; ++i)
+      fibers[i].at = {{at[0], at[1], at[2]}, {at[0] * threads + i, at[1], at[2]}, i, i % kLanes, i / kLanes};
+    run_group();
+  }
   for (unsigned i = 0; i < n; ++i)
-    if (buffers[i].writable) memcpy(buffers[i].data, run.buffers[i].data, buffers[i].bytes);
+    if (buffers[i].writable) memcpy(buffers[i].data, run.regions[i].start, buffers[i].bytes);
   munmap(memory, total);
-  outcome->accesses = accesses;
+  outcome->accesses = run.accesses;
   outcome->threadgroup_bytes = run.arena_used;
-  outcome->races = races;
-  outcome->out_of_bounds = out_of_bounds;
-  outcome->messages = messages;
-  memcpy(outcome->text, report, sizeof report);
+  outcome->messages = run.messages;
+  memcpy(outcome->text, run.report, sizeof run.report);
 }
 
 // -- what -fsanitize=thread calls
 
-#define HOOK extern "C" __attribute__((visibility("default"))) void
-#define ACCESS(bytes)                                                                                            \
-  HOOK __tsan_read##bytes(void* p) { on_access(p, bytes, false, __builtin_return_address(0)); }                  \
-  HOOK __tsan_write##bytes(void* p) { on_access(p, bytes, true, __builtin_return_address(0)); }                  \
-  HOOK __tsan_unaligned_read##bytes(void* p) { on_access(p, bytes, false, __builtin_return_address(0)); }        \
-  HOOK __tsan_unaligned_write##bytes(void* p) { on_access(p, bytes, true, __builtin_return_address(0)); }
-ACCESS(1)
-ACCESS(2)
-ACCESS(4)
-ACCESS(8)
-ACCESS(16)
-HOOK __tsan_read_range(void* p, size_t n) { on_access(p, n, false, __builtin_return_address(0)); }
-HOOK __tsan_write_range(void* p, size_t n) { on_access(p, n, true, __builtin_return_address(0)); }
-HOOK __tsan_init() {}
-HOOK __tsan_func_entry(void*) {}
-HOOK __tsan_func_exit() {}
+#define ACCESS(name, bytes, write) \
+  extern "C" void __tsan_##name(void* p) { on_access(p, bytes, write, __builtin_return_address(0)); }
+#define ACCESSES(bytes)                \
+  ACCESS(read##bytes, bytes, false)    \
+  ACCESS(write##bytes, bytes, true)    \
+  ACCESS(unaligned_read##bytes, bytes, false) \
+  ACCESS(unaligned_write##bytes, bytes, true)
+ACCESSES(1)
+ACCESSES(2)
+ACCESSES(4)
+ACCESSES(8)
+ACCESSES(16)
+extern "C" void __tsan_read_range(void* p, size_t n) { on_access(p, n, false, __builtin_return_address(0)); }
+extern "C" void __tsan_write_range(void* p, size_t n) { on_access(p, n, true, __builtin_return_address(0)); }
+extern "C" void __tsan_init() {}

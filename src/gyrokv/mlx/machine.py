@@ -14,6 +14,7 @@ import mlx.core as mx
 import torch
 from torch import Tensor
 
+from ..backends.metal import launches
 from ..backends.metal.kernels import Program
 from ..quant import Codec, Packed
 from ..rotation import rotate
@@ -29,11 +30,7 @@ class Machine:
         self._constants: dict[int, tuple[Tensor, mx.array]] = {}  # by identity; the key is kept, as no other may take it
 
     def strides(self, x: mx.array) -> tuple[int, ...]:
-        strides, step = [], 1
-        for size in reversed(x.shape):
-            strides.append(0 if size == 1 else step)
-            step *= size
-        return tuple(reversed(strides))
+        return launches.contiguous(x.shape)
 
     def constant(self, value: Tensor) -> mx.array:
         found = self._constants.get(id(value))
@@ -116,8 +113,6 @@ def output(codec: Codec, out: mx.array) -> mx.array:
 
 def encode(codec: Codec, x: mx.array) -> Packed:
     """Heads ``[B, H, T, D]`` to packed rows, words as uint16."""
-    from ..backends.metal import launches
-
     fmt, x = codec.format, prepare(codec, x)
     if fmt.is_dense:
         words = saturate(x, getattr(mx, fmt.element))

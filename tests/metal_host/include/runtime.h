@@ -1,20 +1,20 @@
-// What the Metal stand-in (msl.h), the generated thunks and the executor (runtime.cpp) share.
+// What the Metal stand-in (msl.h), the generated entry points and the executor (runtime.cpp) share.
 #pragma once
 
-#include <cstddef>
-#include <cstdint>
+#include <stddef.h>
+#include <stdint.h>
 
 namespace metal_host {
 
-constexpr unsigned kLanes = 32;          // threads of a SIMD-group
-constexpr unsigned kThreads = 1024;      // most threads of a threadgroup
-constexpr unsigned kThreadgroup = 32768; // bytes of threadgroup memory
+constexpr unsigned kLanes = 32;           // threads of a SIMD-group
+constexpr unsigned kThreads = 1024;       // most threads of a threadgroup
+constexpr unsigned kThreadgroup = 32768;  // bytes of threadgroup memory
 
 enum Schedule : int { kForward, kReverse, kRandom, kLockstep };
 
 // Where a GPU thread stands; x, y, z.
 struct Position {
-  unsigned thread[3], group[3], grid[3], groups[3], threads[3], index, lane, simdgroup, simdgroups;
+  unsigned group[3], grid[3], index, lane, simdgroup;
 };
 
 struct Buffer {
@@ -33,10 +33,10 @@ const unsigned char* exchange(const void* value, unsigned bytes, const char* ope
 unsigned lane();  // of the thread that runs
 
 // Over the lanes' values, by halves as hardware may add them.
-enum Reduction { kSum, kMax, kMin };
+enum Reduction { kSum, kMax };
 float reduce(float value, Reduction reduction);
 
-// d = a * b + c for 8x8 matrices of which every lane holds (row, column) and (row, column + 1).
+// d = a * b + c for 8x8 matrices of which every lane holds (row, column) and (row, column + 1), where Apple's GPUs do.
 void multiply(const float a[2], const float b[2], const float c[2], float d[2]);
 inline unsigned row_of(unsigned lane) { return (lane / 4 & 4) + lane / 2 % 4; }
 inline unsigned column_of(unsigned lane) { return (lane / 4 & 2) * 2 + lane % 2 * 2; }

@@ -20,7 +20,7 @@ from ...masks import BlockMap
 from ...quant import Codec, Packed
 from ...spec import AttentionSpec, features
 from ...view import KVView
-from . import calls, encode, nvrtc, plan, prefill, shapes
+from . import calls, encode, nvrtc, plan, prefill, shapes, turn
 from .prefill import forced
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "append",
     "append_at",
     "attend",
+    "attend_heads",
     "forced",
     "missing",
     "name",
@@ -99,6 +100,16 @@ def attend(
     if shapes.why_not(spec):
         return calls.attend(q, view, spec, mask, sinks)
     return prefill.attend(q, view, spec, mask, block_map, sinks)
+
+
+def attend_heads(
+    q: Tensor, view: KVView, spec: AttentionSpec, mask: Tensor | None, block_map: BlockMap | None, sinks: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The contract's: decode rotates q and the output in its own kernels, prefill by one before and one after."""
+    if shapes.why_not(spec):
+        return calls.attend(q, view, spec, mask, sinks, heads=True)
+    out, lse = prefill.attend(turn.query(view.k_codec, q), view, spec, mask, block_map, sinks)
+    return turn.output(view.v_codec, out, q.dtype), lse
 
 
 def why_not_append(layer: LayerCache) -> list[str]:

@@ -13,12 +13,12 @@ from ...formats import KVFormat
 from ...quant import Packed, code_values
 from ...spec import AttentionSpec, alibi_slopes
 from ...view import KVView, Segment
-from . import plan
+from . import plan, turn
 from .nvrtc import kernel
 
-Q_TYPES = {torch.float16: plan.F16, torch.bfloat16: plan.BF16, torch.float32: plan.F32}
+Q_TYPES = turn.TYPES
 MASKS = {torch.bool: 1, torch.float32: 2, torch.float16: 3, torch.bfloat16: 4}
-_FAR = 2**62  # positions: no limit
+_FAR = 2**31 - 1  # positions from the origin on: no limit
 
 
 class Side(ctypes.Structure):
@@ -31,19 +31,22 @@ class Attend(ctypes.Structure):
         ("slopes", c_void_p), ("mask", c_void_p), ("mask_strides", c_int64 * 4), ("starts", c_void_p),
         ("k_table", c_void_p), ("v_table", c_void_p), ("pages", c_void_p), ("lengths", c_void_p),
         ("lengths_batch", c_int64), ("pages_batch", c_int64), ("page_slots", c_int64),
-        ("length", c_int64), ("base", c_int64), ("first", c_int64), ("stop", c_int64), ("trail", c_int64),
-        ("keep", c_int64), ("kv_first", c_int64), ("window", c_int64),
+        ("origin", c_int64), ("length", c_int), ("first", c_int), ("stop", c_int), ("trail", c_int), ("keep", c_int),
+        ("kv_first", c_int), ("window", c_int),
         ("capacity", c_int), ("q_heads", c_int), ("kv_heads", c_int), ("q_len", c_int), ("groups", c_int),
-        ("causal", c_int), ("splits", c_int), ("split_base", c_int), ("splits_total", c_int), ("row_tiles", c_int),
+        ("causal", c_int), ("splits", c_int), ("split_base", c_int), ("splits_total", c_int),
+        ("over_groups", c_uint32), ("over_splits", c_uint32),
         ("scale", c_float), ("softcap", c_float), ("k_factor", c_float), ("v_factor", c_float),
         ("k_low", c_uint32), ("k_high", c_uint32), ("v_low", c_uint32), ("v_high", c_uint32),
+        ("q_dim", c_int), ("k_signs", turn.SignBits),
     ]  # fmt: skip
 
 
 class Merge(ctypes.Structure):
     _fields_ = [
         ("part", c_void_p), ("top", c_void_p), ("sinks", c_void_p), ("out", c_void_p), ("lse", c_void_p),
-        ("q_heads", c_int), ("q_len", c_int), ("splits", c_int), ("dim", c_int),
+        ("q_heads", c_int), ("q_len", c_int), ("splits", c_int), ("dim", c_int), ("out_dim", c_int),
+        ("signs", turn.SignBits),
     ]  # fmt: skip
 
 
@@ -131,10 +134,27 @@ def strides(t: Tensor) -> tuple[int, ...]:
     return tuple(0 if size == 1 else stride for size, stride in zip(t.shape, t.stride()))
 
 
+def _origin(segment: Segment, view: KVView, spec: AttentionSpec) -> int:
+    """The last position in slot 0 that is no later than the first that can be seen: kernels count in 32 bits from it."""
+    if view.lengths is not None:
+        return segment.base
+    first = segment.first if segment.keep is None else max(segment.first, view.length - segment.keep)
+    if spec.window:
+        first = max(first, view.length - spec.q_len - spec.window + 1)
+    return segment.base + max(0, first - segment.base) // segment.capacity * segment.capacity
+
+
+def _over(n: int) -> int:
+    """What kernels multiply by to divide by n."""
+    return -(-(2**32) // n) % 2**32
+
+
 class _Part:
     """A segment's launch: its kernel, how many splits, the structure."""
 
-    def __init__(self, segment: Segment, view: KVView, q: Tensor, spec: AttentionSpec, mask: Tensor | None) -> None:
+    def __init__(
+        self, segment: Segment, view: KVView, q: Tensor, spec: AttentionSpec, mask: Tensor | None, turns: bool
+    ) -> None:  # fmt: skip
         k_codec, v_codec, device = view.k_codec, view.v_codec, q.device
         k = Rows(segment.k, plan.row_of(segment.k_format, k_codec.head_dim, k_codec.padded))
         v = Rows(segment.v, plan.row_of(segment.v_format, v_codec.head_dim, v_codec.padded))
@@ -143,7 +163,7 @@ class _Part:
             k.row, v.row, columns, Q_TYPES[q.dtype], spec.dtype == torch.float32, spec.softcap > 0,
             MASKS[mask.dtype] if mask is not None else 0, spec.alibi > 0, segment.page_slots,
             k.row.kind == plan.TABLE and segment.k_format is segment.v_format, k.copy, v.copy, k.stride, v.stride,
-            k.scale_stride, v.scale_stride,
+            k.scale_stride, v.scale_stride, turn.block(k_codec) if turns else 0,
         )  # fmt: skip
         self.plan = plan.plan(problem, _shared_memory(device.index))
         self.kernel = kernel("attend", self.plan.defines, device.index, self.plan.shared)
@@ -151,6 +171,11 @@ class _Part:
         seen = segment.stop - segment.first if segment.keep is None else min(segment.stop - segment.first, segment.keep)
         if spec.window:
             seen = min(seen, spec.window + spec.q_len)
+        origin = _origin(segment, view, spec)
+
+        def near(position: int) -> int:
+            return max(-_FAR, min(position - origin, _FAR))
+
         tiles = -(-seen // self.plan.tile) + 1
         units = spec.batch * spec.kv_heads * self.row_tiles
         self.splits = plan.splits(units, tiles, self.plan.warps, _processors(device.index))
@@ -158,13 +183,16 @@ class _Part:
         self.call = Attend(
             q=q.data_ptr(), q_strides=strides(q)[:3], k=k.side, v=v.side,
             k_table=_pointer(self.held[2]), v_table=_pointer(self.held[3]),
-            length=view.length, base=segment.base, first=segment.first, stop=segment.stop, trail=segment.trail,
-            keep=_FAR if segment.keep is None else segment.keep,
-            kv_first=view.first, window=spec.window or 0, capacity=segment.capacity, q_heads=spec.q_heads,
-            kv_heads=spec.kv_heads, q_len=spec.q_len, groups=spec.groups, causal=spec.causal, splits=self.splits,
-            row_tiles=self.row_tiles, scale=spec.scale, softcap=spec.softcap, k_factor=k.row.factor,
-            v_factor=v.row.factor, k_low=k.row.low, k_high=k.row.high, v_low=v.row.low, v_high=v.row.high,
+            origin=origin, length=near(view.length), first=near(segment.first), stop=near(segment.stop),
+            trail=min(segment.trail, _FAR), keep=_FAR if segment.keep is None else min(segment.keep, _FAR),
+            kv_first=near(view.first), window=min(spec.window or 0, 2**30), capacity=segment.capacity,
+            q_heads=spec.q_heads, kv_heads=spec.kv_heads, q_len=spec.q_len, groups=spec.groups, causal=spec.causal,
+            splits=self.splits, over_groups=_over(spec.groups), over_splits=_over(self.splits), scale=spec.scale,
+            softcap=spec.softcap, k_factor=k.row.factor, v_factor=v.row.factor, k_low=k.row.low,
+            k_high=k.row.high, v_low=v.row.low, v_high=v.row.high, q_dim=q.shape[3],
         )  # fmt: skip
+        if turns:
+            self.call.k_signs = turn.signs(k_codec, back=False)
         if segment.pages is not None:
             self.call.pages, self.call.pages_batch = segment.pages.data_ptr(), segment.pages.stride(0)
             self.call.page_slots = segment.page_slots
@@ -174,20 +202,30 @@ class _Part:
             self.call.mask, self.call.mask_strides = mask.data_ptr(), strides(mask)
 
 
-def attend(q: Tensor, view: KVView, spec: AttentionSpec, mask: Tensor | None, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The contract's ``attend``. Tensors that structures point to are held by the locals of this function."""
+def attend(
+    q: Tensor, view: KVView, spec: AttentionSpec, mask: Tensor | None, sinks: Tensor | None, heads: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The contract's ``attend``, or with ``heads`` its ``attend_heads``, with the rotations in the kernels.
+
+    Tensors that structures point to are held by the locals of this function.
+    """
+    first = heads and view.k_codec.only_rotates  # nothing is to be done on q before
+    last = heads and view.v_codec.only_rotates  # nor on the output after
+    if heads and not first:
+        q = view.k_codec.query(q)
     if q.stride(3) != 1:
         q = q.contiguous()
     batch, q_heads, q_len, _ = q.shape
     device, v_dim = q.device, view.v_codec.padded
-    out = torch.empty((batch, q_heads, q_len, v_dim), dtype=torch.float32, device=device)
+    out_dim = view.v_codec.head_dim if last else v_dim
+    out = torch.empty((batch, q_heads, q_len, out_dim), dtype=spec.dtype if last else torch.float32, device=device)
     lse = torch.empty((batch, q_heads, q_len), dtype=torch.float32, device=device)
     sinks = None if sinks is None else sinks.to(torch.float32).contiguous()
     starts = None if view.starts is None else view.starts.contiguous()
     slopes = head_slopes(q_heads, spec.alibi, device) if spec.alibi else None
     stream = torch.cuda.current_stream(device).cuda_stream
     with torch.cuda.device(device):
-        parts = [_Part(segment, view, q, spec, mask) for segment in view.segments]
+        parts = [_Part(segment, view, q, spec, mask, first) for segment in view.segments]
         total = sum(part.splits for part in parts)
         partial = torch.empty((batch, q_heads, q_len, total, v_dim), dtype=torch.float32, device=device)
         top = torch.empty((batch, q_heads, q_len, total, 2), dtype=torch.float32, device=device)
@@ -196,15 +234,16 @@ def attend(q: Tensor, view: KVView, spec: AttentionSpec, mask: Tensor | None, si
             call = part.call
             call.out, call.top, call.split_base, call.splits_total = partial.data_ptr(), top.data_ptr(), base, total
             call.slopes, call.starts = _pointer(slopes), _pointer(starts)
-            grid = (part.row_tiles * part.splits, spec.kv_heads, batch)
+            grid = (part.row_tiles, spec.kv_heads, batch * part.splits)
             part.kernel.launch(grid, part.plan.warps * 32, stream, call)
             base += part.splits
         merge = Merge(
-            partial.data_ptr(), top.data_ptr(), _pointer(sinks), out.data_ptr(), lse.data_ptr(), q_heads, q_len, total, v_dim
-        )
+            partial.data_ptr(), top.data_ptr(), _pointer(sinks), out.data_ptr(), lse.data_ptr(), q_heads, q_len, total,
+            v_dim, out_dim, turn.signs(view.v_codec, back=True),
+        )  # fmt: skip
         rows = batch * q_heads * q_len
         most = next(n for n in (32, 256, 1024, 8192) if n >= total)
-        kernel("merge", (("SPLITS", most),), device.index).launch(
-            (rows, 1, 1), min(512, -(-v_dim // 32) * 32), stream, merge
-        )
-    return out, lse
+        block = turn.block(view.v_codec) if last else 0
+        defines = ("SPLITS", most), ("OUT_TYPE", Q_TYPES[out.dtype]), ("DIM", v_dim), ("TURN", block)
+        kernel("merge", defines, device.index).launch((rows, 1, 1), -(-v_dim // 32) * 32, stream, merge)
+    return (out, lse) if last or not heads else (view.v_codec.output(out).to(spec.dtype), lse)

@@ -56,6 +56,11 @@ class Row:
         return {F16: 1, BF16: 1, F32: 2}.get(self.kind, 16 // self._field)
 
     @property
+    def fold(self) -> int:
+        """Parts of a warp's lanes that take different planes where rows are short; not where they become bytes."""
+        return 2 if self.words <= 4 and self.planes >= 4 else 1
+
+    @property
     def lut_bytes(self) -> int:
         return 256 << self.bits if self.kind == TABLE else 0
 
@@ -120,7 +125,7 @@ class Problem:
     """Everything that changes the code. ``stride``s: bytes from slot to slot where rows lie side by side, else 0.
 
     ``columns``: query rows per KV head. ``copy``: alignment of rows in bytes (16, 8 or 4). ``page_slots``: slots of a
-    page, a multiple of 16, or 0 without pages.
+    page, a multiple of 16, or 0 without pages. ``k_turn``: the block of a rotation that the kernel applies to q, or 0.
     """
 
     k: Row
@@ -139,6 +144,7 @@ class Problem:
     v_stride: int = 0
     k_scale_stride: int = 0
     v_scale_stride: int = 0
+    k_turn: int = 0
 
 
 @dataclass(frozen=True)
@@ -174,13 +180,14 @@ def _pitch(row: Row, copy: int, side: str) -> int:
     """Bytes from row to row in shared memory: the fewest without bank conflicts."""
     word = 4 if row.kind == F32 else 2
     if side == "k":
-        vector = _vector(row.words // 2, 4)
+        sharing = 4 // row.fold
+        vector = _vector(row.words // 2, sharing)
         size, lanes = (8, 2 * vector) if row.kind == F32 else (4 * vector, 2 * vector)
-        at = [(lane // 4, min((lane % 4) * lanes, row.words - 2) * word) for lane in range(32)]
+        at = [(lane // 4, min(lane % sharing * lanes, row.words - 2) * word) for lane in range(32)]
     elif row.words % 8 == 0 and row.kind != F32:  # eight words of a token at once
         size, at = 16, [(lane, 0) for lane in range(32)]
     else:
-        size, at = 4, [(2 * (lane % 4), min(lane // 4, row.words - 1) * word) for lane in range(32)]
+        size, at = 4, [(2 * (lane % 4), min(lane // 4 % (8 // row.fold), row.words - 1) * word) for lane in range(32)]
     unit = max(copy, size, 4)
     first = -(-row.bytes // unit) * unit
     pitches = range(first, first + 144, unit)
@@ -190,10 +197,12 @@ def _pitch(row: Row, copy: int, side: str) -> int:
 def _integers(row: Row, side: str, rows: int) -> bool:
     """True when a side is multiplied as bytes, which takes two terms of q and of the weights: free on K, and on V while
     four query rows fill half of a product. Two lookups per code, for either sign, pay for themselves on K alone, and
-    while a product meets few scales."""
+    while a product meets few scales; not for long rows of 2 bits and many query rows, by measurement."""
     if row.kind != BYTES:
         return False
-    return (row.bits < 4 or row.scales <= 2) if side == "k" else row.bits < 4 and rows == 4
+    if side == "k":
+        return (row.bits < 4 or row.scales <= 2) and not (row.bits == 2 and rows > 4 and row.dim > 256)
+    return row.bits < 4 and rows == 4
 
 
 def _registers(problem: Problem, rows: int, terms: int, tile: int) -> int:
@@ -223,7 +232,7 @@ def _plan(problem: Problem, shared_memory: int) -> Plan:
     rows = 4 if problem.columns <= 4 else 8 if problem.columns <= 8 or v.dim > 256 else 16
     k_int, v_int = _integers(k, "k", rows), _integers(v, "v", rows)
     # one bfloat16 holds a q of that dtype only; where four rows fill half a product, two terms are free
-    rounded = k.kind in (BF16, F32) and problem.q_type != BF16
+    rounded = k.kind in (BF16, F32) and (problem.q_type != BF16 or problem.k_turn > 0)
     terms = 2 if problem.two_terms or rounded or k_int or rows == 4 else 1
     columns = -(-rows // 8)
     k_columns = columns if terms == 1 else 1 if rows == 4 else 2 * columns
@@ -243,10 +252,11 @@ def _plan(problem: Problem, shared_memory: int) -> Plan:
     tile, (most, warps) = 32, warps_of(32)
     tables = TABLE in (k.kind, v.kind)
     whole = problem.page_slots % 32 == 0  # a page holds whole tiles
-    if not whole or warps < most or not (v_int or _registers(problem, rows, terms, 32) + 24 * tables <= 176):
+    short = tables and max(k.fold, v.fold) > 1  # these lanes hold many planes
+    if not whole or warps < most or short or not (v_int or _registers(problem, rows, terms, 32) + 24 * tables <= 176):
         tile, (most, warps) = 16, warps_of(16)
     per_stage = tile * (k_pitch + v_pitch)
-    stages = 2 if warps * per_stage < _IN_FLIGHT and fixed + 2 * warps * per_stage <= room else 1
+    stages = 2 if warps * per_stage < _IN_FLIGHT and fixed + 2 * warps * per_stage <= room and not short else 1
     shared = max(fixed + warps * stages * per_stage, warps * per_warp)
     defines = {
         "K_KIND": k.kind, "K_BITS": k.bits, "K_SPAN": k.span, "K_SCALE32": int(k.wide_scale),
@@ -255,6 +265,7 @@ def _plan(problem: Problem, shared_memory: int) -> Plan:
         "V_INT": int(v_int), "DV": v.dim,
         "ROWS": rows, "TERMS": terms, "Q_TYPE": problem.q_type, "SOFTCAP": int(problem.softcap), "MASK": problem.mask,
         "ALIBI": int(problem.alibi), "PAGED": int(problem.page_slots > 0), "SAME_TABLE": int(problem.same_table),
+        "K_TURN": problem.k_turn,
         "FREE": int(not (tables and v.dim > 256)), "TILE": tile, "STAGES": stages, "WARPS": warps,
         "K_PITCH": k_pitch, "V_PITCH": v_pitch,
         "K_COPY": problem.k_copy, "V_COPY": problem.v_copy, "K_STRIDE": problem.k_stride, "V_STRIDE": problem.v_stride,
@@ -266,13 +277,15 @@ def _plan(problem: Problem, shared_memory: int) -> Plan:
 
 def _query_bytes(k: Row, k_columns: int, integers: bool) -> int:
     """Shared memory that q takes as operands: ``Q_BYTES`` in csrc/score.cuh."""
-    vector = _vector(k.words // 2, 4)
-    size, words, span = 8 * vector, k.words, k.span or k.dim
-    chunks, planes = -(-words // size), k.planes
+    fold = 1 if integers else k.fold
+    vector = _vector(k.words // 2, 4 // fold)
+    size, words, span = 8 // fold * vector, k.words, k.span or k.dim
+    chunks, planes = -(-words // size), k.planes // fold
 
     def scale(chunk: int, plane: int, last: bool) -> int:
         word = min((chunk + 1) * size, words) - 1 if last else chunk * size
-        return (word if k.kind == F32 else word + plane * words) // span
+        folded = plane + (fold - 1) * planes if last else plane
+        return (word if k.kind == F32 else word + folded * words) // span
 
     if integers:
         step = planes // 4

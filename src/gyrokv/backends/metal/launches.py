@@ -244,8 +244,7 @@ def encode(machine: Any, x: Any, codec: Codec, outputs: Sequence) -> list:
     batch, heads, tokens, _ = x.shape
     ints = dict(tokens=tokens) | _strides("x", "bht", machine.strides(x))
     for name, (target, strides) in zip(("w", "s"), outputs):
-        contiguous = isinstance(target, tuple)
-        ints |= _strides(name, "bht", _contiguous(target) if contiguous else strides)
+        ints |= _strides(name, "bht", contiguous(target) if isinstance(target, tuple) else strides)
     tables = [machine.constant(t) for t in (_signs(rotation, group), *_encoder_tables(fmt))]
     return machine.launch(
         program,
@@ -257,8 +256,10 @@ def encode(machine: Any, x: Any, codec: Codec, outputs: Sequence) -> list:
     )
 
 
-def _contiguous(shape: Sequence[int]) -> tuple[int, ...]:
-    strides = [1]
-    for size in reversed(shape[1:]):
-        strides.insert(0, strides[0] * size)
-    return tuple(strides)
+def contiguous(shape: Sequence[int]) -> tuple[int, ...]:
+    """Strides, in elements, of an array without gaps; 0 for an axis of one element, as masks are broadcast."""
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(0 if size == 1 else step)
+        step *= size
+    return tuple(reversed(strides))

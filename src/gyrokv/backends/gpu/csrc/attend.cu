@@ -8,7 +8,7 @@
 // Scales never touch elements: K's multiplies scores, V's the weights.
 //
 // The host defines K_KIND, K_BITS, K_SPAN, K_SCALE32, K_INT (and V_), DK, DV, ROWS, TERMS, Q_TYPE, SOFTCAP, MASK, ALIBI, TILE, STAGES,
-// WARPS, FREE (a loop of its own for tiles that all rows see whole), K_PITCH, K_COPY, K_STRIDE, K_SCALE_STRIDE (and V_), SAME_TABLE, PAGED,
+// WARPS, K_TURN (the block of a rotation that q goes through, or 0), FREE (a loop of its own for tiles that all rows see whole), K_PITCH, K_COPY, K_STRIDE, K_SCALE_STRIDE (and V_), SAME_TABLE, PAGED,
 // SHARED (bytes).
 #include "values.cuh"
 
@@ -21,26 +21,34 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
   __shared__ float norms[ALL_ROWS];
   __shared__ float2 tops[WARPS][ALL_ROWS];
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  int split = blockIdx.x / p.row_tiles;
-  Unit unit{(int)blockIdx.z, (int)blockIdx.y, (int)(blockIdx.x % p.row_tiles) * ROWS, 0};
-  unit.rows = min(ROWS, p.groups * p.q_len - unit.row_base);
+  Unit unit;
+  unit.batch = quotient(blockIdx.z, p.splits, p.over_splits), unit.head = blockIdx.y;
+  int split = blockIdx.z - unit.batch * p.splits, base = blockIdx.x * ROWS;  // base: first row of the block
+  unit.token = quotient(base, p.groups, p.over_groups), unit.member = base - unit.token * p.groups;
+  unit.rows = min(ROWS, p.groups * p.q_len - base);
   u32 shared = shared_address(memory);
 
-  wait_for_earlier_kernels();
+  // tables, and positions that the host knows, do not wait
+  if (p.lengths || p.starts) wait_for_earlier_kernels();
+  fill_table<K::LUT_BYTES / 256>(shared, p.k_table);
+  fill_table<K_KIND == TABLE && SAME_TABLE ? 0 : V::LUT_BYTES / 256>(shared + V_LUT, p.v_table);
   // positions: which are live, then all relative to the first of them
-  i64 length = p.lengths ? p.lengths[unit.batch * p.lengths_batch] : p.length, q_first = length - p.q_len;
-  i64 first = max(p.first, length - p.keep), stop = min(p.stop, length - p.trail);
-  i64 low_row = q_first + unit.row_base / p.groups, high_row = q_first + (unit.row_base + unit.rows - 1) / p.groups;
-  i64 start = p.starts ? p.starts[unit.batch] : 0;
+  int length = p.lengths ? (int)(p.lengths[unit.batch * p.lengths_batch] - p.origin) : p.length, q_first = length - p.q_len;
+  int first = max(p.first, length - p.keep), stop = min(p.stop, length - p.trail);
+  int low_row = q_first + unit.token, high_row = q_first + row_at(p, unit, unit.rows - 1).token;
   if (p.window) first = max(first, low_row - p.window + 1);
-  first = max(first, start);
+  if (p.starts) first = max(first, (int)max(p.starts[unit.batch] - p.origin, 0ll));
   if (p.causal || p.window) stop = min(stop, high_row + 1);
-  Slots slots{(int)((u64)(first - p.base) % (u32)p.capacity), (int)max(0ll, stop - first), p.capacity};
-  int low = (int)(low_row - first), high = (int)(high_row - first), window = (int)min(p.window, (i64)0x40000000);
+  Slots slots{first, max(0, stop - first), p.capacity};
+  if (first >= p.capacity) slots.first_slot = first % p.capacity;
+  int low = low_row - first, high = high_row - first, window = p.window;
   bool straight = slots.first_slot + slots.count <= slots.capacity;  // does not wrap around
   int tile_low = straight ? slots.first_slot / TILE : 0;
   int tiles = slots.count == 0 ? 0 : ((straight ? slots.first_slot + slots.count : slots.capacity) + TILE - 1) / TILE - tile_low;
-  int begin = tile_low + (int)((i64)tiles * split / p.splits), end = tile_low + (int)((i64)tiles * (split + 1) / p.splits);
+  int share = quotient(tiles, p.splits, p.over_splits), rest = tiles - share * p.splits;  // the first `rest` splits take one more
+  int begin = tile_low + split * share + min(split, rest), end = begin + share + (split < rest);
+  wait_for_earlier_kernels();
+  Early early(p, unit);
   // a tile whose first position is in this range is seen by all rows
   int free_low = window ? high - window + 1 : 0, free_high = p.causal || window ? low - TILE + 1 : 0x7FFFFFFF;
 
@@ -92,13 +100,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
 
 #pragma unroll
   for (int i = 0; i < STAGES; ++i) {
-    copy_k(Bool<false>(), begin + warp + i * WARPS, i);
-    copy_v(Bool<false>(), begin + warp + i * WARPS, i);
+    int tile = begin + warp + i * WARPS;
+    if (tile < end && slots.whole(tile * TILE, TILE)) copy_k(Bool<true>(), tile, i), copy_v(Bool<true>(), tile, i);
+    else copy_k(Bool<false>(), tile, i), copy_v(Bool<false>(), tile, i);
   }
   fetch_scales(Bool<false>(), begin + warp);
-  if constexpr (K_KIND == TABLE) fill_table(shared, p.k_table, 1 << K_BITS);
-  if constexpr (V_KIND == TABLE && !(K_KIND == TABLE && SAME_TABLE)) fill_table(shared + V_LUT, p.v_table, 1 << V_BITS);
-  fill_queries(memory, p, unit, norms);
+  fill_queries(memory, p, early, norms);
   __syncthreads();
 
   Table k_table{p.k_low, p.k_high}, v_table{p.v_low, p.v_high};
@@ -109,11 +116,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
   for (int j = 0; j < COLUMNS; ++j)
 #pragma unroll
     for (int i = 0; i < PER_LANE; ++i) {
-      int row = row_of(j, i, t), r = unit.row_base + min(row, unit.rows - 1), head = unit.head * p.groups + r % p.groups;
-      multiply[j][i] = p.scale * p.k_factor * (K_INT ? 1.0f : K::FACTOR) * (PLAIN ? LOG2E : 1.0f) / norms[row];
-      q_position[j][i] = (int)(q_first - first) + r / p.groups;
-      slope[j][i] = ALIBI ? p.slopes[head] : 1.0f;
-      mask_row[j][i] = unit.batch * p.mask_batch + head * p.mask_head + (r / p.groups) * p.mask_token;
+      int row = row_of(j, i, t);
+      At at = row_at(p, unit, min(row, unit.rows - 1));
+      multiply[j][i] = __fdividef(p.scale * p.k_factor * (K_INT ? 1.0f : K::FACTOR) * (PLAIN ? LOG2E : 1.0f), norms[row]);
+      q_position[j][i] = q_first - first + at.token;
+      slope[j][i] = ALIBI ? p.slopes[at.head] : 1.0f;
+      mask_row[j][i] = unit.batch * p.mask_batch + at.head * p.mask_head + at.token * p.mask_token;
     }
 
   Running run;
@@ -125,9 +133,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
 #pragma unroll
     for (int i = 0; i < V_TILES; ++i)
 #pragma unroll
-      for (int slot = 0; slot < SLOTS; ++slot)
-#pragma unroll
-        for (float& x : run.out[i][slot][j]) x = 0.0f;
+      for (float& x : run.out[i][j]) x = 0.0f;
   }
 
   // free: this tile and those that are fetched meanwhile are whole, and all rows see all of this one
@@ -260,19 +266,17 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
 #pragma unroll
       for (int tile = 0; tile < V_TILES; ++tile)
 #pragma unroll
-        for (int slot = 0; slot < SLOTS; ++slot)
-#pragma unroll
-          for (int half = 0; half < 2; ++half)
-            if (g < count_of(tile, half)) {
-              float x = run.out[tile][slot][j][(V_INT ? PER_LANE : 2) * half + e];
-              parts[(warp * DV + dim_of(tile, half, slot) + g) * ALL_ROWS + row] = x * factor * p.v_factor;
-            }
+        for (int half = 0; half < 2; ++half)
+          if (exists(tile, half, g)) {
+            float x = run.out[tile][j][(V_INT ? PER_LANE : 2) * half + e];
+            parts[(warp * DV + dim_of(tile, half, g)) * ALL_ROWS + row] = x * factor * p.v_factor;
+          }
     }
   __syncthreads();
   auto place = [&](int row) {  // of a row in the results
-    int r = unit.row_base + row;
     if (row >= unit.rows) return (i64)-1;
-    return (((i64)unit.batch * p.q_heads + unit.head * p.groups + r % p.groups) * p.q_len + r / p.groups) * p.splits_total + p.split_base + split;
+    At at = row_at(p, unit, row);
+    return (((i64)unit.batch * p.q_heads + at.head) * p.q_len + at.token) * p.splits_total + p.split_base + split;
   };
   for (int e = threadIdx.x; e < DV * ALL_ROWS; e += WARPS * 32) {
     i64 at = place(e % ALL_ROWS);

@@ -38,9 +38,17 @@ struct Row {
 // Widest vector of 1, 2 or 4 units per lane that LANES lanes read side by side without a remainder.
 constexpr int vector_of(int units, int lanes) { return units % (4 * lanes) == 0 ? 4 : units % (2 * lanes) == 0 ? 2 : 1; }
 
-// How lanes share the units of a row: chunks of LANES * VEC units of WIDTH words; operands in pairs.
-template <class R, int LANES, int WIDTH>
+// Rows of four words or fewer leave half of the lanes without one: these take the planes of the upper byte of a word,
+// the others those of the lower. Parts of the lanes; not for bytes.
+template <class R>
+constexpr int fold_of() {
+  return R::WORDS <= 4 && R::PLANES >= 4 && !R::SPLIT ? 2 : 1;
+}
+
+// How 4 / FOLD lanes share the units of a row, pairs of words: chunks of VEC units each; operands in pairs.
+template <class R, int FOLD>
 struct Share {
+  static constexpr int LANES = 4 / FOLD, WIDTH = 2, PLANES = R::PLANES / FOLD;  // planes: of a lane
   static constexpr int UNITS = R::WORDS / WIDTH;
   static constexpr int VEC = vector_of(UNITS, LANES);
   static constexpr int SIZE = LANES * VEC * WIDTH;  // words
@@ -59,8 +67,8 @@ struct Share {
   static constexpr bool BY_PLANE = R::PLANES > 1 && (VEC == 1 || planes_agree());
   static constexpr bool BY_UNIT = !BY_PLANE && VEC > 1;
   static constexpr int UNITS_TOGETHER = BY_UNIT ? 2 : 1;
-  static constexpr int PAIRS_PER_STEP = BY_PLANE ? R::PLANES / 2 : R::PLANES;  // of one or two units
-  static constexpr int STEPS = VEC / UNITS_TOGETHER;                           // of a chunk
+  static constexpr int PAIRS_PER_STEP = BY_PLANE ? PLANES / 2 : PLANES;  // of one or two units
+  static constexpr int STEPS = VEC / UNITS_TOGETHER;                     // of a chunk
   static constexpr int PAIRS = CHUNKS * STEPS * PAIRS_PER_STEP;
 
   static constexpr INLINE int pair(int chunk, int step, int p) { return (chunk * STEPS + step) * PAIRS_PER_STEP + p; }
@@ -70,7 +78,7 @@ struct Share {
   static constexpr INLINE int low(int chunk, int p) { return R::dim(chunk * SIZE, plane(p, 0)) / R::SPAN; }
   static constexpr INLINE int high(int chunk, int p) {
     int last = (chunk + 1) * SIZE < R::WORDS ? (chunk + 1) * SIZE - 1 : R::WORDS - 1;
-    return R::dim(last, plane(p, BY_PLANE ? 1 : 0)) / R::SPAN;
+    return R::dim(last, plane(p, BY_PLANE ? 1 : 0) + (FOLD - 1) * PLANES) / R::SPAN;
   }
   static constexpr int most_scales() {
     int most = 1;
@@ -117,6 +125,13 @@ INLINE void nibbles_of(const u32* z, u32* nibbles) {
       nibbles[2 + m] = ((z[m] >> 2) & 0x33333333) | ((z[2] >> m) & 0x44444444);
     }
   }
+}
+
+// Words of tokens a, b in x and of c, d in y, each a half -> the nibbles of four tokens, in the order a, c, b, d, side by
+// side: nibbles 0 and 2 in the halves of `even`, 1 and 3 in those of `odd`
+INLINE void four_tokens(u32 x, u32 y, u32& even, u32& odd) {
+  even = prmt((x & 0x0F0F0F0F) | (y << 4 & 0xF0F0F0F0), 0, 0x3120);
+  odd = prmt((x >> 4 & 0x0F0F0F0F) | (y & 0xF0F0F0F0), 0, 0x3120);
 }
 
 // What a pass looks up: codes, or codes of the other sign.

@@ -1,6 +1,6 @@
 // Arguments of the kernels, as the host lays them out (calls.py).
 #pragma once
-#include "ptx.cuh"
+#include "turn.cuh"
 
 struct Side {
   const char* words;  // of batch 0, head 0, slot 0
@@ -24,21 +24,26 @@ struct Attend {
   const int* pages;      // [B, pages_batch]: the page of each page_slots slots
   const i64* lengths;    // [B or 1]: tokens of each sequence, in place of length; or null
   i64 lengths_batch, pages_batch, page_slots;
+  i64 origin;  // the position that starts, lengths and all those below count from; it lies in slot 0
   // Positions; live here are max(first, length - keep) <= p < min(stop, length - trail). kv_first: the mask's first key
-  i64 length, base, first, stop, trail, keep, kv_first, window;  // window 0: none
+  int length, first, stop, trail, keep, kv_first, window;  // window 0: none
   int capacity, q_heads, kv_heads, q_len, groups, causal;
-  int splits, split_base, splits_total, row_tiles;
+  int splits, split_base, splits_total;
+  u32 over_groups, over_splits;  // see `quotient`
   float scale, softcap, k_factor, v_factor;
   u32 k_low, k_high, v_low, v_high;  // tables of bytes
+  int q_dim;                         // values of q in memory: DK or fewer
+  SignBits k_signs;                     // of q, with K_TURN
 };
 
 struct Merge {
   const float* part;
   const float2* top;
   const float* sinks;  // [Hq] or null
-  float* out;          // [B, Hq, Tq, DV]
+  char* out;           // [B, Hq, Tq, out_dim]
   float* lse;          // [B, Hq, Tq]
-  int q_heads, q_len, splits, dim;
+  int q_heads, q_len, splits, dim, out_dim;
+  SignBits signs;  // of the output, with TURN
 };
 
 struct Source {

@@ -178,6 +178,19 @@ INLINE u32 load_shared_u16(u32 address) {
   return x;
 }
 
+// element `at` of SIZE bytes in global memory; the load stays where it is written
+template <int SIZE>
+INLINE u32 load_now(const char* from, i64 at) {
+  if (SIZE == 4) {
+    u32 x;
+    asm volatile("ld.global.u32 %0, [%1];" : "=r"(x) : "l"(from + at * 4));
+    return x;
+  }
+  u16 x;
+  asm volatile("ld.global.u16 %0, [%1];" : "=h"(x) : "l"(from + at * 2));
+  return x;
+}
+
 // SIZE bytes from global to shared memory, asynchronously
 template <int SIZE>
 INLINE void copy_async(u32 to, const void* from) {

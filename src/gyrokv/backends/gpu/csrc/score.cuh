@@ -1,10 +1,12 @@
 // What a block works on, its queries as operands, and the scores of a tile of keys.
 #pragma once
 #include "rows.cuh"
+#include "turn.cuh"
 
 using K = Row<K_KIND, K_BITS, DK, K_SPAN>;
 using V = Row<V_KIND, V_BITS, DV, V_SPAN>;
-using KShare = Share<K, 4, 2>;
+constexpr int K_FOLD = K_INT ? 1 : fold_of<K>();
+using KShare = Share<K, K_FOLD>;
 
 constexpr int COLUMNS = (ROWS + 7) / 8;                                        // products of 8 rows each
 constexpr int K_COLUMNS = TERMS == 1 ? COLUMNS : ROWS <= 4 ? 1 : 2 * COLUMNS;  // q may be the sum of two terms
@@ -45,15 +47,24 @@ static_assert(!K_INT || (K_KIND == BYTES && TERMS == 2 && K_KEPT), "integers are
 // query row of a lane's i-th column in the j-th product
 INLINE int row_of(int j, int i, int t) { return TERMS == 1 ? 8 * j + 2 * t + i : 8 * j + t + 4 * i; }
 
-struct Unit {  // what a block works on
-  int batch, head, row_base, rows;
-};
-
-INLINE float load_q(const char* q, i64 at) {
-  if (Q_TYPE == F32) return ((const float*)q)[at];
-  u32 x = ((const u16*)q)[at];
-  return Q_TYPE == F16 ? f32_of_f16(x) : f32_of_bf16(x);
+// x / n, where over = ceil(2**32 / n), 0 for n = 1: the product is too large by one at most
+INLINE int quotient(u32 x, int n, u32 over) {
+  int q = over ? __umulhi(x, over) : x;
+  return q - ((int)(x - q * n) < 0);
 }
+
+struct Unit {  // what a block works on; its first row: query token, query head of the group
+  int batch, head, rows, token, member;
+};
+struct At {  // a row's query token and query head
+  int token, head;
+};
+INLINE At row_at(const Attend& p, const Unit& unit, int row) {
+  int r = unit.member + row, tokens = quotient(r, p.groups, p.over_groups);
+  return {unit.token + tokens, unit.head * p.groups + r - tokens * p.groups};
+}
+
+INLINE float value_of_q(u32 x) { return Q_TYPE == F32 ? __uint_as_float(x) : Q_TYPE == F16 ? f32_of_f16(x) : f32_of_bf16(x); }
 
 INLINE float load_mask(const char* mask, i64 at) {  // a boolean mask: 0 or -inf
   if (MASK == 1) return mask[at] ? 0.0f : -INFINITY;
@@ -65,16 +76,20 @@ using KScales = Scales<K, K_SCALE32>;
 using VScales = Scales<V, V_SCALE32>;
 
 // a lookup table, as half precision, once per bank
-INLINE void fill_table(u32 to, const float* table, int codes) {
-  for (int i = threadIdx.x; i < codes * 32; i += WARPS * 32) {
+template <int CODES>
+INLINE void fill_table(u32 to, const float* table) {
+#pragma unroll
+  for (int n = 0; n < (CODES + WARPS - 1) / WARPS; ++n) {
+    int i = threadIdx.x + n * WARPS * 32;
+    if (i >= CODES * 32) break;
     u32 x = f16x2(table[i / 32], 0.0f);
     asm volatile("st.shared.u32 [%0], %1;" ::"r"(to + i / 32 * 256 + i % 32 * 4), "r"(x));
   }
 }
 
 INLINE i64 q_offset(const Attend& p, const Unit& unit, int row) {
-  int r = unit.row_base + row;
-  return unit.batch * p.q_batch + (unit.head * p.groups + r % p.groups) * p.q_head + (r / p.groups) * p.q_token;
+  At at = row_at(p, unit, row);
+  return unit.batch * p.q_batch + at.head * p.q_head + at.token * p.q_token;
 }
 
 // what a row of q is multiplied by, from its largest magnitude
@@ -98,47 +113,92 @@ INLINE u32 term_of(float x, int term) {
   return K::IS_BF16 ? bf16x2(rest, 0.0f) : f16x2(rest, 0.0f);
 }
 
-// q as operands: [pair][scale][column][lane] of two registers. norms[row]: what a row was multiplied by
-INLINE void fill_queries(char* shared, const Attend& p, const Unit& unit, float* norms) {
-  __shared__ i64 rows[ALL_ROWS];
-  int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  for (int row = warp; row < ALL_ROWS; row += WARPS) {
-    float most = 0.0f;
-    i64 from = q_offset(p, unit, row);
-    if (row < unit.rows)
+// The rows of q that a warp makes operands of: asked for before rows of K and V, which would delay them.
+struct Early {
+  static constexpr int MINE = (ALL_ROWS + WARPS - 1) / WARPS, N = (DK + 31) / 32;
+  u32 x[MINE][N];
+
+  INLINE Early(const Attend& p, const Unit& unit) {
 #pragma unroll
-      for (int d = lane; d < DK; d += 32) most = fmaxf(most, fabsf(load_q(p.q, from + d)));
+    for (int i = 0; i < MINE; ++i) {
+      int row = threadIdx.x / 32 + i * WARPS, lane = threadIdx.x % 32;
+      i64 from = q_offset(p, unit, row);
 #pragma unroll
-    for (int i = 16; i; i /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, i));
-    if (lane == 0) norms[row] = norm_of(most), rows[row] = from;
+      for (int j = 0; j < N; ++j) {
+        x[i][j] = 0;
+        if (row < unit.rows && lane + 32 * j < p.q_dim) x[i][j] = load_now<Q_TYPE == F32 ? 4 : 2>(p.q, from + lane + 32 * j);
+      }
+    }
   }
-  __syncthreads();
-  for (int e = threadIdx.x; e < Q_BYTES / 8; e += WARPS * 32) {
-    int l = e % 32, g = l / 4, t = l % 4, rest = e / 32;
-    int column = rest % K_COLUMNS, slot = rest / K_COLUMNS % K_MOST, pair = rest / K_COLUMNS / K_MOST;
-    int row = TERMS == 1 ? 8 * column + g : 8 * (column / 2) + 4 * (column % 2) + g / 2, term = TERMS == 1 ? 0 : g % 2;
-    u32 x[2] = {0, 0};
-    if (row < unit.rows) {
-      i64 from = rows[row];
-      float norm = norms[row];
-      auto value = [&](int d, int group) { return d / K::SPAN == group ? load_q(p.q, from + d) * norm : 0.0f; };
-      if constexpr (K_INT) {
-        int n = pair % K::NIBBLES, vec = pair / K::NIBBLES % KShare::VEC, chunk = pair / K::NIBBLES / KShare::VEC;
-        int j = chunk * KShare::SIZE + (t * KShare::VEC + vec) * 2, group = KBytes::low(chunk, n) + slot;
-        if (j < K::WORDS)
-          for (int half = 0; half < 2; ++half)
-            for (int i = 0; i < 4; ++i) x[half] |= term_of(value(K::dim(j + half, n + i * K::NIBBLES), group), term) << (8 * i);
-      } else {
-        int which = pair % KShare::PAIRS_PER_STEP, step = pair / KShare::PAIRS_PER_STEP % KShare::STEPS;
-        int chunk = pair / KShare::PAIRS_PER_STEP / KShare::STEPS, group = KShare::low(chunk, which) + slot;
-        for (int half = 0; half < (KShare::BY_PLANE || KShare::BY_UNIT ? 2 : 1); ++half) {
-          int j = chunk * KShare::SIZE + (t * KShare::VEC + KShare::unit(step, half)) * 2, k = KShare::plane(which, half);
-          if (j >= K::WORDS) continue;
-          x[half] = (term_of(value(K::dim(j, k), group), term) & 0xFFFF) | term_of(value(K::dim(j + 1, k), group), term) << 16;
+};
+
+// Where value d of q goes among the operands, for plane `copy` of a dim that K has two of: bytes from those of row 0 on;
+// the first scale that its pair meets.
+struct Place {
+  int at, low;
+
+  INLINE Place(int d, int copy) {
+    int word = d % K::WORDS, plane = K::SPLIT ? copy : d / K::WORDS;
+    int chunk = word / KShare::SIZE, unit = word % KShare::SIZE / 2, t = unit / KShare::VEC, vec = unit % KShare::VEC, pair;
+    if constexpr (K_INT) {
+      int n = plane % K::NIBBLES;
+      pair = (chunk * KShare::VEC + vec) * K::NIBBLES + n, low = KBytes::low(chunk, n);
+      at = word % 2 * 4 + plane / K::NIBBLES;
+    } else {
+      t += plane / KShare::PLANES * KShare::LANES, plane %= KShare::PLANES;
+      int step = KShare::BY_UNIT ? vec / 2 : vec, half = KShare::BY_UNIT ? vec % 2 : KShare::BY_PLANE ? plane % 2 : 0;
+      int which = KShare::BY_PLANE ? plane / 2 : plane;
+      pair = KShare::pair(chunk, step, which), low = KShare::low(chunk, which);
+      at = half * 4 + word % 2 * 2;
+    }
+    at += pair * (K_MOST * K_COLUMNS * 256) + t * 8;
+  }
+};
+
+// q as operands: [pair][scale][column][lane] of two registers. norms[row]: what a row was multiplied by
+INLINE void fill_queries(char* shared, const Attend& p, const Early& early, float* norms) {
+  constexpr bool GAPS = !KShare::WHOLE || (!K_INT && !KShare::BY_PLANE && !KShare::BY_UNIT);
+  int lane = threadIdx.x % 32;
+  if (GAPS) {
+    for (int e = threadIdx.x; e < Q_BYTES / 8; e += WARPS * 32) ((uint2*)(shared + Q_AT))[e] = make_uint2(0, 0);
+    __syncthreads();
+  }
+#pragma unroll
+  for (int i = 0; i < Early::MINE; ++i) {
+    int row = threadIdx.x / 32 + i * WARPS;
+    if (row >= ALL_ROWS) break;
+    float x[Early::N], most = 0.0f;
+#pragma unroll
+    for (int j = 0; j < Early::N; ++j) x[j] = value_of_q(early.x[i][j]);
+    if constexpr (K_TURN > 0) turn_row<K_TURN>(x, p.k_signs, lane);
+#pragma unroll
+    for (float value : x) most = fmaxf(most, fabsf(value));
+#pragma unroll
+    for (int j = 16; j; j /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, j));
+    float norm = norm_of(most);
+    if (lane == 0) norms[row] = norm;
+    // column and lane / 4 of the row's first term
+    int column = TERMS == 1 ? row / 8 : row / 8 * 2 + row % 8 / 4, g = TERMS == 1 ? row % 8 : row % 4 * 2;
+#pragma unroll
+    for (int j = 0; j < Early::N; ++j) {
+      int d = lane + 32 * j;
+      if (DK % 32 && d >= DK) break;
+#pragma unroll
+      for (int copy = 0; copy < (K::SPLIT ? 2 : 1); ++copy) {
+        Place place(d, copy);
+        char* to = shared + Q_AT + place.at + column * 256 + g * 32;
+#pragma unroll
+        for (int term = 0; term < TERMS; ++term) {
+          u32 bits = term_of(x[j] * norm, term);
+#pragma unroll
+          for (int slot = 0; slot < K_MOST; ++slot) {
+            u32 here = K_MOST == 1 || d / K::SPAN == place.low + slot ? bits : 0;
+            if (K_INT) *(u8*)(to + slot * (K_COLUMNS * 256) + term * 32) = here;
+            else *(u16*)(to + slot * (K_COLUMNS * 256) + term * 32) = here;
+          }
         }
       }
     }
-    ((uint2*)(shared + Q_AT))[e] = make_uint2(x[0], x[1]);
   }
 }
 
@@ -177,7 +237,7 @@ INLINE void score(float (&s)[TILES][COLUMNS][4], u32 ring, const char* memory, c
   ByteTables<K> tables(table);
 #pragma unroll
   for (int chunk = 0; chunk < KShare::CHUNKS; ++chunk) {
-    int j = chunk * KShare::SIZE + t * 2 * KShare::VEC;
+    int j = chunk * KShare::SIZE + t % KShare::LANES * 2 * KShare::VEC;
     if (!KShare::WHOLE) j = min(j, K::WORDS - 2 * KShare::VEC);
     u32 z[TILES][2][K::NREG][KShare::VEC];
 #pragma unroll
@@ -236,7 +296,7 @@ INLINE void score(float (&s)[TILES][COLUMNS][4], u32 ring, const char* memory, c
             for (int u = 0; u < KShare::UNITS_TOGETHER; ++u) {
               u32 unit[K::NREG];
 #pragma unroll
-              for (int r = 0; r < K::NREG; ++r) unit[r] = z[tile][i][r][KShare::unit(step, u)];
+              for (int r = 0; r < K::NREG; ++r) unit[r] = z[tile][i][r][KShare::unit(step, u)] >> (K_FOLD > 1 ? t / 2 * 8 : 0);
               expand<K>(unit, h[tile][i][u], table, memory, lane * 4);
             }
 #pragma unroll

@@ -1,11 +1,13 @@
 // The running softmax of a warp, and values times weights.
 //
 // Lane 4 g + t has word 8 u + g of the u-th eight words of a row. Floats: an operand's two halves of 8 dims (rows g and
-// g + 8) are two planes of a unit, or units of two eights. Bytes: its halves are two registers of nibbles, of one unit or
-// of two eights, and the four planes of a register take turns: weights stand in one byte of four, with zeros elsewhere.
+// g + 8) are two planes of a unit, or units of two eights. Bytes: an operand's register has one plane of four tokens, so
+// nibbles change places between two registers of two tokens before they are looked up (codec.cuh); its halves are the two
+// planes that come to stand side by side.
 #pragma once
 #include "score.cuh"
 
+constexpr int V_FOLD = V_INT ? 1 : fold_of<V>();
 constexpr int V_TERMS = V::IS_BF16 ? 2 : 1;
 constexpr float WEIGHT = 256.0f;       // weights are kept away from the denormals of half precision
 constexpr float V_LARGEST = 65280.0f;  // of weights as integers: 255 * 256
@@ -18,51 +20,50 @@ constexpr bool planes_agree() {
   return true;
 }
 // are halves of two eights?
-constexpr bool V_BY_EIGHTS = V_INT ? V::NIBBLES == 1 : V::PLANES == 1 || V::SPLIT || (EIGHTS > 1 && !planes_agree());
-constexpr int SLOTS = V_INT ? 4 : 1;  // planes that take turns
-constexpr int KINDS = V_INT ? V::NIBBLES : V::SPLIT ? 1 : V::PLANES;  // registers of an eight
-constexpr int PER_STEP = V_BY_EIGHTS ? KINDS : up(KINDS, 2) / 2;      // tiles of one or two eights
+constexpr bool V_BY_EIGHTS = !V_INT && (V::PLANES == 1 || V::SPLIT || (EIGHTS > 1 && !planes_agree()));
+constexpr int KINDS = V::SPLIT ? 1 : V::PLANES / V_FOLD;           // planes of an eight, of a lane
+constexpr int PER_STEP = V_BY_EIGHTS ? KINDS : up(KINDS, 2) / 2;   // tiles of one or two eights
 constexpr int STEP = V_BY_EIGHTS ? 2 : 1;
-constexpr int V_TILES = (EIGHTS + STEP - 1) / STEP * PER_STEP;  // of 16 dims, or of 16 for each plane of four
+constexpr int V_TILES = (EIGHTS + STEP - 1) / STEP * PER_STEP;  // of 16 dims
 
-// half `half` of a tile: its eight, plane and first dim (lane g has the g-th after it), and how many of the eight exist
+// half `half` of a tile: its eight and plane, and lane g's dim, if there is one
 INLINE constexpr int eight_of(int tile, int half) { return tile / PER_STEP * STEP + (V_BY_EIGHTS ? half : 0); }
-INLINE constexpr int kind_of(int tile, int half) { return V_BY_EIGHTS ? tile % PER_STEP : 2 * (tile % PER_STEP) + half; }
-INLINE constexpr int dim_of(int tile, int half, int slot) {
-  return V::dim(8 * eight_of(tile, half), kind_of(tile, half) + (V_INT ? slot * V::NIBBLES : 0));
+INLINE constexpr int kind_of(int tile, int half) {
+  int at = tile % PER_STEP;  // bytes: [nibbles][plane 0 or 1 of four], with the planes 2 further in the other half
+  return V_INT ? at / 2 + V::NIBBLES * (at % 2 + 2 * half) : V_BY_EIGHTS ? at : 2 * at + half;
 }
-INLINE constexpr int count_of(int tile, int half) {
-  int rest = kind_of(tile, half) < KINDS ? V::WORDS - 8 * eight_of(tile, half) : 0;
-  return rest < 0 ? 0 : rest > 8 ? 8 : rest;
+INLINE constexpr int word_of(int tile, int half, int g) { return 8 * eight_of(tile, half) + (V_FOLD > 1 ? g % 4 : g); }
+INLINE constexpr int dim_of(int tile, int half, int g) {
+  return V::dim(word_of(tile, half, g), kind_of(tile, half) + (V_FOLD > 1 ? g / 4 * KINDS : 0));
 }
-// the scales of a half: all of one, or told apart by lane
-INLINE constexpr int low_group(int tile, int half, int slot) { return dim_of(tile, half, slot) / V::SPAN; }
-INLINE constexpr int high_group(int tile, int half, int slot) { return (dim_of(tile, half, slot) + count_of(tile, half) - 1) / V::SPAN; }
-INLINE constexpr bool touches(int tile, int half, int slot, int group) {
-  return count_of(tile, half) > 0 && low_group(tile, half, slot) <= group && group <= high_group(tile, half, slot);
+INLINE constexpr bool exists(int tile, int half, int g) { return kind_of(tile, half) < KINDS && word_of(tile, half, g) < V::WORDS; }
+// how many of a half's dims are of this group
+INLINE constexpr int count_of(int tile, int half, int group) {
+  int count = 0;
+  for (int g = 0; g < 8; ++g) count += exists(tile, half, g) && dim_of(tile, half, g) / V::SPAN == group;
+  return count;
 }
+INLINE constexpr bool touches(int tile, int half, int group) { return count_of(tile, half, group) > 0; }
 // is lane g's dim of this group?
-INLINE bool of_group(int tile, int half, int slot, int group, int g) {
-  if (!touches(tile, half, slot, group)) return false;
-  return low_group(tile, half, slot) == high_group(tile, half, slot) || (dim_of(tile, half, slot) + g) / V::SPAN == group;
+INLINE bool of_group(int tile, int half, int group, int g) {
+  if (!touches(tile, half, group)) return false;
+  return V::GROUPS == 1 || count_of(tile, half, group) == 8 || dim_of(tile, half, g) / V::SPAN == group;
 }
 
 struct Running {  // of a warp: the softmax so far
   float top[COLUMNS][PER_LANE], total[COLUMNS][PER_LANE];
   float unit, inverse;  // power of two that V's scales are relative to; WEIGHT / unit. Not of bytes
   // floats: as products are laid out. Bytes: [..][half] of row i in column 2 * half + i
-  float out[V_TILES][SLOTS][COLUMNS][V_INT ? 2 * PER_LANE : 4];
+  float out[V_TILES][COLUMNS][V_INT ? 2 * PER_LANE : 4];
 };
 
 INLINE void scale_out(Running& r, int column, const float (&factor)[2]) {
 #pragma unroll
   for (int i = 0; i < V_TILES; ++i)
 #pragma unroll
-    for (int slot = 0; slot < SLOTS; ++slot)
+    for (int half = 0; half < 2; ++half)
 #pragma unroll
-      for (int half = 0; half < 2; ++half)
-#pragma unroll
-        for (int e = 0; e < (V_INT ? PER_LANE : 2); ++e) r.out[i][slot][column][(V_INT ? PER_LANE : 2) * half + e] *= factor[e];
+      for (int e = 0; e < (V_INT ? PER_LANE : 2); ++e) r.out[i][column][(V_INT ? PER_LANE : 2) * half + e] *= factor[e];
 }
 
 INLINE float over_tokens(float x) {  // the largest of the lanes that share columns
@@ -109,11 +110,11 @@ INLINE void load_words(u32 ring, int block, int u, int lane, u32 (&z)[TILES * 2]
 #pragma unroll
       for (int i = 0; i < TILES * 2; i += 4) load_transposed(at + (8 * i + lane) * V_PITCH, *(u32(*)[4])(z + i));
   } else {
-    int word = V::WORDS % 8 ? min(lane / 4, V::WORDS - 1 - 8 * u) : lane / 4;
+    int word = min(V_FOLD > 1 ? lane / 4 % 4 : lane / 4, V::WORDS - 1 - 8 * u);
 #pragma unroll
     for (int i = 0; i < TILES * 2; ++i) {
       u32 from = at + (8 * i + 2 * (lane % 4)) * V_PITCH + word * 2;
-      z[i] = prmt(load_shared_u16(from), load_shared_u16(from + V_PITCH), 0x5410);
+      z[i] = prmt(load_shared_u16(from), load_shared_u16(from + V_PITCH), 0x5410) >> (V_FOLD > 1 ? lane / 16 * 8 : 0);
     }
   }
 }
@@ -189,16 +190,16 @@ INLINE void add_values_floats(R& r, const float (&s)[TILES][COLUMNS][4], u32 rin
           for (int half = 0; half < 2; ++half)
 #pragma unroll
             for (int k = 0; k < 2; ++k)
-              a[half][k] = count_of(at, half) ? h[V_BY_EIGHTS ? half : 0][k][V::SPLIT ? part : kind_of(at, half)] : 0;
+              a[half][k] = kind_of(at, half) < KINDS && eight_of(at, half) < EIGHTS ? h[V_BY_EIGHTS ? half : 0][k][V::SPLIT ? part : kind_of(at, half)] : 0;
 #pragma unroll
           for (int group = 0; group < V::GROUPS; ++group) {
-            if (!touches(at, 0, 0, group) && !touches(at, 1, 0, group)) continue;
-            bool first = of_group(at, 0, 0, group, lane / 4), second = of_group(at, 1, 0, group, lane / 4);
+            if (!touches(at, 0, group) && !touches(at, 1, group)) continue;
+            bool first = of_group(at, 0, group, lane / 4), second = of_group(at, 1, group, lane / 4);
 #pragma unroll
             for (int term = 0; term < V_TERMS; ++term)
 #pragma unroll
               for (int j = 0; j < COLUMNS; ++j)
-                mma<V::IS_BF16>(r.out[at][0][j], first ? a[0][0] : 0, second ? a[1][0] : 0, first ? a[0][1] : 0,
+                mma<V::IS_BF16>(r.out[at][j], first ? a[0][0] : 0, second ? a[1][0] : 0, first ? a[0][1] : 0,
                                 second ? a[1][1] : 0, b[tile][group][term][j][0], b[tile][group][term][j][1]);
           }
         }
@@ -211,8 +212,8 @@ INLINE void add_values_floats(R& r, const float (&s)[TILES][COLUMNS][4], u32 rin
 INLINE void add_values_bytes(Running& r, const float (&s)[TILES][COLUMNS][4], u32 ring, const VScales (&scales)[TILES][2],
                              Table table, int lane) {
   ByteTables<V> tables(table);
-  float unit[COLUMNS][PER_LANE];                                          // of a weight
-  u32 weights[TILES * 2][V::GROUPS][COLUMNS][PER_LANE];  // of a row's term (lane / 4) and two tokens: bytes 0 and 2
+  float unit[COLUMNS][PER_LANE];           // of a weight
+  u32 b[2][V::GROUPS][COLUMNS][PER_LANE];  // of a row's term (lane / 4) and four tokens
 #pragma unroll
   for (int j = 0; j < COLUMNS; ++j)
 #pragma unroll
@@ -231,72 +232,67 @@ INLINE void add_values_bytes(Running& r, const float (&s)[TILES][COLUMNS][4], u3
       float inverse = most > 1e-30f ? __fdividef(V_LARGEST, most) : 0.0f;
       unit[j][e] = most * (1.0f / V_LARGEST);
 #pragma unroll
-      for (int tile = 0; tile < TILES; ++tile)
+      for (int group = 0; group < V::GROUPS; ++group)
 #pragma unroll
-        for (int i = 0; i < 2; ++i)
+        for (int tile = 0; tile < 2; ++tile) {
+          u32 w[2];  // two tokens: bytes 0 and 2
 #pragma unroll
-          for (int group = 0; group < V::GROUPS; ++group) {
-            u32 whole = __float_as_uint(fmaf(x[tile][i][group], inverse, 8388608.0f));
-            weights[2 * tile + i][group][j][e] = transpose8(prmt(whole, 0, 0x4041));
-          }
+          for (int i = 0; i < 2; ++i)
+            w[i] = tile < TILES ? transpose8(prmt(__float_as_uint(fmaf(x[tile % TILES][i][group], inverse, 8388608.0f)), 0, 0x4041)) : 0;
+          b[tile][group][j][e] = prmt(w[0], w[1], 0x6240);
+        }
     }
 #pragma unroll
-  for (int u = 0; u < EIGHTS; u += STEP) {
-    u32 nibbles[STEP][TILES * 2][V::NIBBLES];
+  for (int u = 0; u < EIGHTS; ++u) {
+    u32 z[TILES * 2][V::NREG], codes[2][2][V::NIBBLES];  // [plane 0 or 1 of four][tile]
+    load_units(ring, u, lane, z);
 #pragma unroll
-    for (int i = 0; i < STEP; ++i)
-      if (u + i < EIGHTS) {
-        u32 z[TILES * 2][V::NREG];
-        load_units(ring, u + i, lane, z);
+    for (int tile = 0; tile < TILES; ++tile) {
+      u32 four[2][V::NREG];
 #pragma unroll
-        for (int k = 0; k < TILES * 2; ++k) nibbles_of<V>(z[k], nibbles[i][k]);
-      }
+      for (int i = 0; i < V::NREG; ++i) four_tokens(z[2 * tile][i], z[2 * tile + 1][i], four[0][i], four[1][i]);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) nibbles_of<V>(four[i], codes[i][tile]);
+    }
 #pragma unroll
     for (int m = 0; m < PER_STEP; ++m) {
-      int at = u / STEP * PER_STEP + m;
-      int sums[SLOTS][COLUMNS][PER_LANE][4];
+      int at = u * PER_STEP + m, sums[COLUMNS][PER_LANE][4];
 #pragma unroll
-      for (int slot = 0; slot < SLOTS; ++slot)
+      for (int j = 0; j < COLUMNS; ++j)
 #pragma unroll
-        for (int j = 0; j < COLUMNS; ++j)
+        for (int e = 0; e < PER_LANE; ++e)
+          sums[j][e][0] = sums[j][e][1] = sums[j][e][2] = sums[j][e][3] = 0x4B400000;  // 1.5 * 2**23
 #pragma unroll
-          for (int e = 0; e < PER_LANE; ++e)
-            sums[slot][j][e][0] = sums[slot][j][e][1] = sums[slot][j][e][2] = sums[slot][j][e][3] = 0x4B400000;  // 1.5 * 2**23
+      for (int pass = 0; pass < V::PASSES; ++pass) {
+        u32 a[2][2];  // [half][tile]
 #pragma unroll
-      for (int k = 0; k < TILES * 2; ++k)
-#pragma unroll
-        for (int pass = 0; pass < V::PASSES; ++pass) {
-          u32 x = count_of(at, 0) ? of_pass(pass, nibbles[0][k][kind_of(at, 0)]) : 0;
-          u32 y = count_of(at, 1) ? of_pass(pass, nibbles[V_BY_EIGHTS ? 1 : 0][k][kind_of(at, 1)]) : 0;
-          u32 a[2][2] = {{bytes_of(tables, pass, x), bytes_of(tables, pass, x >> 16)}, {bytes_of(tables, pass, y), bytes_of(tables, pass, y >> 16)}};
-#pragma unroll
-          for (int slot = 0; slot < SLOTS; ++slot)
-#pragma unroll
-            for (int group = 0; group < V::GROUPS; ++group) {
-              if (!touches(at, 0, slot, group) && !touches(at, 1, slot, group)) continue;
-              bool first = of_group(at, 0, slot, group, lane / 4), second = of_group(at, 1, slot, group, lane / 4);
-#pragma unroll
-              for (int j = 0; j < COLUMNS; ++j)
-#pragma unroll
-                for (int e = 0; e < PER_LANE; ++e) {
-                  u32 w = weights[k][group][j][e], b0 = (w & 0xFF) << (8 * slot), b1 = (w >> 16) << (8 * slot);
-                  mma_s8<true>(sums[slot][j][e], first ? a[0][0] : 0, second ? a[1][0] : 0, first ? a[0][1] : 0, second ? a[1][1] : 0, b0, b1);
-                }
-            }
+        for (int tile = 0; tile < 2; ++tile) {
+          u32 x = tile < TILES ? of_pass(pass, codes[m % 2][tile][m / 2]) : 0;
+          a[0][tile] = tile < TILES ? bytes_of(tables, pass, x) : 0, a[1][tile] = tile < TILES ? bytes_of(tables, pass, x >> 16) : 0;
         }
+#pragma unroll
+        for (int group = 0; group < V::GROUPS; ++group) {
+          if (!touches(at, 0, group) && !touches(at, 1, group)) continue;
+          bool first = of_group(at, 0, group, lane / 4), second = of_group(at, 1, group, lane / 4);
+#pragma unroll
+          for (int j = 0; j < COLUMNS; ++j)
+#pragma unroll
+            for (int e = 0; e < PER_LANE; ++e)
+              mma_s8<true>(sums[j][e], first ? a[0][0] : 0, second ? a[1][0] : 0, first ? a[0][1] : 0, second ? a[1][1] : 0,
+                           b[0][group][j][e], b[1][group][j][e]);
+        }
+      }
       // as floats, the sums are themselves plus 1.5 * 2**23: they stay below 2**22. Their sum is rounded to 2**-15 of a weight
 #pragma unroll
-      for (int slot = 0; slot < SLOTS; ++slot)
+      for (int j = 0; j < COLUMNS; ++j)
 #pragma unroll
-        for (int j = 0; j < COLUMNS; ++j)
+        for (int e = 0; e < PER_LANE; ++e)
 #pragma unroll
-          for (int e = 0; e < PER_LANE; ++e)
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-              float high = __int_as_float(sums[slot][j][e][2 * half]), low = __int_as_float(sums[slot][j][e][2 * half + 1]);
-              float& out = r.out[at][slot][j][PER_LANE * half + e];
-              out = fmaf(fmaf(high, 256.0f, low) - 257.0f * 12582912.0f, unit[j][e], out);
-            }
+          for (int half = 0; half < 2; ++half) {
+            float high = __int_as_float(sums[j][e][2 * half]), low = __int_as_float(sums[j][e][2 * half + 1]);
+            float& out = r.out[at][j][PER_LANE * half + e];
+            out = fmaf(fmaf(high, 256.0f, low) - 257.0f * 12582912.0f, unit[j][e], out);
+          }
     }
   }
 }
