@@ -205,8 +205,7 @@ FAULTS = (
     Fault("the_shared_output_is_not_rescaled", of(512, **STEEP),
           wide("      __syncthreads();\n      scale_output();", "      __syncthreads();")),
     Fault("a_half_of_the_keys_is_not_counted", of(512), wide(
-        "load_shared_f32(tops(0, own + 16 * m + 8 * r)) + load_shared_f32(tops(1, own + 16 * m + 8 * r))",
-        "load_shared_f32(tops(0, own + 16 * m + 8 * r))")),
+        "load_shared_f32(tops(0, row)) + load_shared_f32(tops(1, row)) : 0.0f", "load_shared_f32(tops(0, row)) : 0.0f")),
     Fault("both_halves_see_the_keys_of_the_first", of(512),
           wide("tile.row + own + 16 * m, t + keys / 2), mask", "tile.row + own + 16 * m, t), mask")),
     Fault("a_mask_is_that_of_the_first_keys", of(512, causal=False, mask="additive"),
@@ -219,8 +218,7 @@ FAULTS = (
     Fault("values_of_the_next_keys_are_used", of(512),
           wide("values[unit % (DEPTH + 1)].multiply", "values[(unit + 1) % (DEPTH + 1)].multiply")),
     Fault("columns_of_a_lane_trade_places", of(512),
-          wide("low = prmt(x[0][j / 2], x[1][j / 2], j % 2 ? 0x7632 : 0x5410)",
-               "low = prmt(x[0][j / 2], x[1][j / 2], j % 2 ? 0x5410 : 0x7632)")),
+          wide("low = prmt(x[0][j / 2], x[1][j / 2], which)", "low = prmt(x[1][j / 2], x[0][j / 2], which)")),
     Fault("the_second_band_takes_the_weights_of_the_first", of(256),
           wide("w(shared + P_AT, band + a_row(lane)", "w(shared + P_AT, a_row(lane)")),
     # rows in shared memory

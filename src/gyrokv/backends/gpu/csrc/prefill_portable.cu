@@ -155,7 +155,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
       i64 at = tile.batch * p.out_batch + tile.head * p.out_head + at_row * p.out_token + 2 * (lane % 4);
 #pragma unroll
       for (int j = 0; j < DV / 8; ++j)
-        if (at_row < p.q_len && 8 * j < p.dv) store(p, at + 8 * j, o[m][4 * j + 2 * r] * last[r], o[m][4 * j + 2 * r + 1] * last[r]);
+        if (at_row < p.q_len && 8 * j < p.dv)
+          store(p, at + 8 * j, o[m][4 * j + 2 * r] * last[r], o[m][4 * j + 2 * r + 1] * last[r]);
     }
   }
 }

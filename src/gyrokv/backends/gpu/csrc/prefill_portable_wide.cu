@@ -45,7 +45,8 @@ struct Values {
   INLINE void multiply(O& o, const u32 (&w)[TILES][4], int first) const {
 #pragma unroll
     for (int j = 0; j < N; ++j) {
-      u32 low = prmt(x[0][j / 2], x[1][j / 2], j % 2 ? 0x7632 : 0x5410), high = prmt(x[2][j / 2], x[3][j / 2], j % 2 ? 0x7632 : 0x5410);
+      const u32 which = j % 2 ? 0x7632 : 0x5410;
+      u32 low = prmt(x[0][j / 2], x[1][j / 2], which), high = prmt(x[2][j / 2], x[3][j / 2], which);
 #pragma unroll
       for (int m = 0; m < TILES; ++m) mma<V_BF16>(quad(o[m] + 4 * (first + j)), w[m][0], w[m][1], w[m][2], w[m][3], low, high);
     }
@@ -197,11 +198,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
       for (int unit = 0; unit < UNITS; ++unit) {
         u32 x[4];
         softmax[m].weights(s[m], unit, scale, x);
-        u32 left = to.at(2 * keys + 32 * unit) + m * 32 * KEYS + 4 * t, right = to.at(2 * keys + 32 * unit + 16) + m * 32 * KEYS + 4 * t;
-        store_shared(left, x[0]);
-        store_shared(left + 16 * KEYS, x[1]);
-        store_shared(right, x[2]);
-        store_shared(right + 16 * KEYS, x[3]);
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          store_shared(to.at(2 * keys + 32 * unit + i / 2 * 16) + m * 32 * KEYS + i % 2 * 16 * KEYS + 4 * t, x[i]);
       }
     };
 #pragma unroll
@@ -267,8 +266,10 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     for (int m = 0; m < TALL; ++m) {
       float last[2];
 #pragma unroll
-      for (int r = 0; r < 2; ++r)
-        softmax[m].total[r] = t == 0 ? load_shared_f32(tops(0, own + 16 * m + 8 * r)) + load_shared_f32(tops(1, own + 16 * m + 8 * r)) : 0.0f;
+      for (int r = 0; r < 2; ++r) {
+        int row = own + 16 * m + 8 * r;
+        softmax[m].total[r] = t == 0 ? load_shared_f32(tops(0, row)) + load_shared_f32(tops(1, row)) : 0.0f;
+      }
       softmax[m].finish(last, p, tile, tile.row + own + 16 * m, t);
       if (t == 0) store_shared(factors(own + 16 * m), last[0]), store_shared(factors(own + 16 * m + 8), last[1]);
     }
