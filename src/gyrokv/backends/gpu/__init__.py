@@ -106,7 +106,7 @@ def attend_heads(
     q: Tensor, view: KVView, spec: AttentionSpec, mask: Tensor | None, block_map: BlockMap | None, sinks: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The contract's: decode rotates q and the output in its own kernels, prefill by one before and one after."""
-    if _why_decode(spec):
+    if shapes.why_not(spec):
         return calls.attend(q, view, spec, mask, sinks, heads=True)
     out, lse = prefill.attend(turn.query(view.k_codec, q), view, spec, mask, block_map, sinks)
     return turn.output(view.v_codec, out, q.dtype), lse

@@ -241,24 +241,24 @@ struct Softmax {
     return PLAIN ? x * (p.scale * LOG2E) : x;
   }
   INLINE bool passed(int r, float most) const { return most > top[r] + SLACK; }
-  INLINE bool raise(int r, float most) {  // the reference of a row, if its maximum passes it by much
-    bool grows = passed(r, most);
+  INLINE void raise(int r, float most) {  // the reference of a row, if its maximum passes it by much
     factor[r] = 1.0f;
-    if (grows) {
+    if (passed(r, most)) {
       factor[r] = exp2_fast(top[r] - most);
       top[r] = most;
       total[r] *= factor[r];
     }
     base[r] = top[r] == -INFINITE ? 0.0f : top[r];
-    return grows;
   }
   INLINE void begin(float (&s)[SCORES], const Prefill& p, const Range& range, Mask& mask, float slope) {
     adjust(s, p, range, mask, slope);
     float x[2] = {most(s, p, 0), most(s, p, 1)};
-    most_of_quads(x);
-    bool mine = raise(0, x[0]);
-    mine |= raise(1, x[1]);
-    grown = __any_sync(~0u, mine);
+    grown = __any_sync(~0u, passed(0, x[0]) || passed(1, x[1]));
+    if (grown) {
+      most_of_quads(x);
+      raise(0, x[0]);
+      raise(1, x[1]);
+    }
   }
 
   // weights of 16 keys: two of a row in each of 4 registers

@@ -219,6 +219,19 @@ INLINE void copy_async(u32 to, const void* from, bool valid) {
 
 INLINE void prefetch(const void* p) { asm volatile("prefetch.global.L1 [%0];" ::"l"(p)); }
 
+// N values of 16 bits from memory, not kept in the cache of the processor
+template <int N>
+INLINE void load_global(const void* at, u32* x) {
+  if constexpr (N == 8)
+    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "l"(at));
+  else if constexpr (N == 4)
+    asm volatile("ld.global.L1::no_allocate.v2.u32 {%0,%1}, [%2];" : "=r"(x[0]), "=r"(x[1]) : "l"(at));
+  else if constexpr (N == 2)
+    asm volatile("ld.global.L1::no_allocate.u32 %0, [%1];" : "=r"(x[0]) : "l"(at));
+  else
+    x[0] = *(const u16*)at;
+}
+
 // waits for the other of two warps, which comes with the same pair
 INLINE void sync_pair(int pair) { asm volatile("bar.sync %0, 64;" ::"r"(pair + 1) : "memory"); }
 
