@@ -1,4 +1,5 @@
-"""New tokens to packed rows where they belong, K and V in one launch (csrc/encode.cu): the bytes of ``quant.encode``.
+"""New tokens to packed rows where they belong, K and V in one launch (csrc/encode.cu): the bytes of ``quant.encode``, but
+for what lies on a boundary in rows of csrc/turned.cuh.
 
 The first half are pure functions: what a kernel is compiled with. ``append`` launches.
 """
@@ -20,6 +21,7 @@ from ...formats import KVFormat
 from ...packing import to_sign_magnitude
 from ...quant import Codec, Packed, saturate
 from ...rotation import ROTATIONS, sign_table
+from . import turned
 from .nvrtc import Kernel
 
 ELEMENTS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
@@ -155,15 +157,17 @@ def _why_not_row(fmt: KVFormat, head_dim: int, rotation: str) -> str:
 class Side:
     """What the kernel is compiled with for one side. ``rows``: heads per block. ``shared``: bytes that a block needs.
 
-    ``wide``: a thread holds so many values that the compiler is told how many registers there are.
+    ``resident``: threads of a processor that registers are to suffice for, or 0. ``turned``: by csrc/turned.cuh, where
+    blocks go on to other rows. ``table``: what the kernel looks up.
     """
 
     defines: tuple[tuple[str, str], ...]
     rows: int
     threads: int
     shared: int
-    wide: bool
-    cells: Cells | None
+    resident: int
+    turned: bool
+    table: Tensor | None
 
 
 def _bits(value: float) -> str:
@@ -184,9 +188,10 @@ def side(fmt: KVFormat, head_dim: int, rotation: str, element: int, align: int, 
     dense, (padded, group, span, last) = fmt.is_dense, (head_dim, 1, 1, 1.0)
     if not dense:
         padded, group, span, last = _layout(fmt, head_dim, rotation)
-    values = 8 if dense else min(span, (128 if span <= 128 else 64) if many else 16 if span <= 128 else 32)
+    z = None if dense or element == ELEMENTS[torch.float32] else turned.side(fmt, padded, group, span, rotation)
+    values = 8 if dense or z else min(span, (128 if span <= 128 else 64) if many else 16 if span <= 128 else 32)
     kind = _DENSE if dense else {"float8": _FLOAT8, "linear": _LINEAR, "codebook": _TABLE}[fmt.kind]
-    grid = cells(fmt, _float32(last)) if kind == _TABLE else None
+    grid = cells(fmt, _float32(last)) if kind == _TABLE and not z else None
     entry, copies = 16 if fmt.corrected else 8, 1
     while grid and many and copies < 128 // entry and 2 * copies * (grid.n + 1) * entry <= _TABLE_BYTES:
         copies *= 2
@@ -208,15 +213,21 @@ def side(fmt: KVFormat, head_dim: int, rotation: str, element: int, align: int, 
         "CELLS": grid.n if grid else 0, "CELL_SCALE": _bits(grid.scale if grid else 0.0), "COPIES": copies,
         "ALIGN": align, "VALUES": values, "ROWS": rows,
         "BEFORE": _sign_words(rotation, 0, group), "AFTER": _sign_words(rotation, 1, group),
-    }  # fmt: skip
-    texts = tuple((name, str(value)) for name, value in named.items())
-    return Side(texts, rows, threads, shared + _ROW_BYTES * rows, many and values >= 64, grid)
+    } | turned.OTHER  # fmt: skip
+    if z:
+        return Side(_texts(named | z.defines | {"ROWS": z.rows}), z.rows, z.threads, z.shared, z.resident, True, z.table)
+    resident = _RESIDENT if many and values >= 64 else 0
+    return Side(_texts(named), rows, threads, shared + _ROW_BYTES * rows, resident, False, grid.rows if grid else None)
+
+
+def _texts(named: dict[str, object]) -> tuple[tuple[str, str], ...]:
+    return tuple((name, str(value)) for name, value in named.items())
 
 
 def defines(k: Side, v: Side) -> dict[str, str]:
     """What a kernel for two sides is compiled with."""
     threads = max(k.threads, v.threads)
-    blocks = max(1, _RESIDENT // threads) if k.wide or v.wide else 1
+    blocks = max(1, min(filter(None, (k.resident, v.resident)), default=0) // threads)
     both = {"THREADS": str(threads), "BLOCKS": str(blocks), "SAME": str(int(k.defines == v.defines))}
     both["APPEND_BYTES"] = str(_APPEND.size)
     return both | {f"{which}_{name}": value for which, part in (("K", k), ("V", v)) for name, value in part.defines}
@@ -225,10 +236,17 @@ def defines(k: Side, v: Side) -> dict[str, str]:
 # -- launches
 
 
-# struct Append of csrc/params.cuh: 13 numbers per side, 6 more, and 6 of 32 bits. Packing tuples takes a third of the
+# struct Append of csrc/params.cuh: 13 numbers per side, 6 more, and 16 of 32 bits. Packing tuples takes a third of the
 # time of filling a structure.
-_APPEND = struct.Struct("=26q6q6I")
+_APPEND = struct.Struct("=26q6q16I")
 _Append = ctypes.c_char * _APPEND.size
+
+
+@cache
+def _divisor(by: int) -> tuple[int, int, int]:
+    """struct Divisor of csrc/params.cuh."""
+    shift = (by - 1).bit_length()
+    return by, ((2**shift - by) << 32) // by + 1, shift
 
 
 @dataclass(frozen=True)
@@ -254,9 +272,10 @@ class _Launcher:
     def __init__(self, sides: tuple[Side, Side], formats: tuple[KVFormat, KVFormat], device: torch.device) -> None:
         self.formats = formats  # kept: they are known by their ids
         names = defines(*sides)
-        self.rows, self.threads = tuple(s.rows for s in sides), int(names["THREADS"])
+        self.rows, self.threads, self.resident = tuple(s.rows for s in sides), int(names["THREADS"]), int(names["BLOCKS"])
         self.kernel = Kernel("encode", names, device.index, max(s.shared for s in sides))
-        self.tables = [s.cells.rows.to(device) if s.cells else torch.empty(0, device=device) for s in sides]
+        self.tables = [torch.empty(0, device=device) if s.table is None else s.table.to(device) for s in sides]
+        self.turned = tuple(s.turned for s in sides)
 
 
 _launchers: dict[tuple, _Launcher] = {}
@@ -265,6 +284,12 @@ _launchers: dict[tuple, _Launcher] = {}
 @cache
 def _many(device: int) -> int:
     return _MANY * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
+def _most_blocks(device: int, resident: int) -> int:
+    """Of a side where blocks go on to other rows, when ``resident`` fit on a processor."""
+    return resident * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def append(
@@ -292,14 +317,20 @@ def append(
         launcher = _launchers.setdefault(key, made)
     tables = (table.data_ptr() for table in launcher.tables)
     lengths, pages = place.lengths, place.pages
-    blocks = tuple(-(-rows // n) for n in launcher.rows)
+    blocks, batch = [-(-rows // n) for n in launcher.rows], turned.TILE
+    if any(launcher.turned):
+        most = _most_blocks(device.index, launcher.resident)
+        each = 2 * 32 * rows // (most * launcher.threads)  # rows per warp that runs at the same time, K's and V's
+        batch = max(turned.TILE, min(32, 1 << max(0, each.bit_length() - 1)))
+        blocks = [min(n, most) if on else n for n, on in zip(blocks, launcher.turned)]
     call = _Append.from_buffer_copy(
         _APPEND.pack(
             *fields[0], next(tables), *fields[1], next(tables),
             0 if lengths is None else lengths.data_ptr(), 0 if pages is None else pages.data_ptr(),
             0 if lengths is None or len(lengths) == 1 else lengths.stride(0), 0 if pages is None else pages.stride(0),
             place.slot, place.base,
-            place.page_slots, place.capacity or words.shape[2], heads, tokens, rows, blocks[0],
+            *_divisor(place.page_slots), *_divisor(place.capacity or words.shape[2]), *_divisor(heads), *_divisor(tokens),
+            rows, blocks[0], batch, 0,
         )
     )  # fmt: skip
     with torch.cuda.device(device):

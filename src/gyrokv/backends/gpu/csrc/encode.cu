@@ -1,6 +1,6 @@
 // Rotate, quantise, pack, store: new tokens of K and V in one launch. The same bits as encode() in quant.py, which says
 // what the steps mean: one float32 rounding per operation (the intrinsics keep the compiler from contracting), sums in
-// index order.
+// index order. Rotated rows of 16-bit values are for turned.cuh.
 //
 // A block takes ROWS heads of one side to shared memory. A head is UNITS pieces of VALUES consecutive values, one per
 // thread, in registers. With a group per thread (many tokens) sums in order and the transform need no other thread; with
@@ -9,43 +9,8 @@
 //
 // The nearest level of a table: a uniform grid of cells so fine that none holds two boundaries, and one comparison.
 // Where the last step before it is a product with a constant, boundaries of the factor stand in for those of the product.
-//
-// The host defines THREADS, BLOCKS, SAME, APPEND_BYTES and the members of a side's description, after K_ and V_.
-#include "params.cuh"
-
-static_assert(sizeof(Append) == APPEND_BYTES, "the structure of encode.py");
-
-enum Kind { DENSE = 0, FLOAT8 = 1, LINEAR = 2, TABLE = 3 };
-enum Element { F16 = 0, BF16 = 1, F32 = 2 };
-enum Rule { L2 = 0, RMS = 1, ABSMAX = 2, SIGNED_ABSMAX = 3 };
-enum Ties { UP = 0, DOWN = 1, AWAY = 2 };
-
-constexpr float TINY = 1e-10f;  // a group whose norm is no larger is stored as zeros
-constexpr float LARGEST = 3.402823466e38f, HALF_LARGEST = 65504.0f, BF16_LARGEST = 3.389531390e38f;
-constexpr u32 WHOLE = 0x4B000000;  // bits of 2^23: adding it makes the low bits of a float an integer
-
-constexpr int size_of(int element) { return element == F32 ? 4 : 2; }
-
-// DIM, PADDED: values of a head as given and as stored. GROUP is rotated as one, SPAN shares a scale. ALIGN: of stored
-// rows in bytes. Numbers that are no integers are given by their bits. BEFORE, AFTER: signs of a group as bits.
-#define DESCRIBE(NAME, P)                                                                                              \
-  struct NAME {                                                                                                        \
-    static constexpr int KIND = P##_KIND, IN = P##_IN, OUT = P##_OUT, DIM = P##_DIM, PADDED = P##_PADDED;              \
-    static constexpr int GROUP = P##_GROUP, SPAN = P##_SPAN, BITS = P##_BITS, RULE = P##_RULE, TIES = P##_TIES;        \
-    static constexpr int CORRECTED = P##_CORRECTED, ROTATE = P##_ROTATE, WIDE_SCALE = P##_WIDE_SCALE;                  \
-    static constexpr int LOW = P##_LOW, HIGH = P##_HIGH, CELLS = P##_CELLS, COPIES = P##_COPIES, ALIGN = P##_ALIGN;    \
-    static constexpr int VALUES = P##_VALUES, ROWS = P##_ROWS;                                                         \
-    static INLINE float factor() { return __uint_as_float(P##_FACTOR); }                                               \
-    static INLINE float last() { return __uint_as_float(P##_LAST); }                                                   \
-    static INLINE float step() { return __uint_as_float(P##_STEP); }                                                   \
-    static INLINE float top() { return __uint_as_float(P##_TOP); }                                                     \
-    static INLINE float bottom() { return __uint_as_float(P##_BOTTOM); }                                               \
-    static INLINE float cell_scale() { return __uint_as_float(P##_CELL_SCALE); }                                       \
-    static INLINE u32 before(int i) { const u32 words[] = {P##_BEFORE}; return words[i]; }                             \
-    static INLINE u32 after(int i) { const u32 words[] = {P##_AFTER}; return words[i]; }                               \
-  }
-DESCRIBE(K, K);
-DESCRIBE(V, V);
+#include "append.cuh"
+#include "turned.cuh"
 
 // Where things lie in shared memory.
 template <class C>
@@ -59,56 +24,6 @@ struct Layout {
   static_assert(C::KIND == DENSE || C::ROWS * UNITS <= THREADS, "a thread per unit");
   static_assert(C::ROWS <= THREADS && (C::DIM * SIZE) % 16 == 0 && ROWS_AT % 16 == 0, "whole copies");
 };
-
-struct Target {
-  const char* from;
-  char* words;
-  char* scale;
-};
-
-// What the threads of a block share: EACH items of each row. f(row, item of the row, how many the thread had before)
-template <int ROWS, int EACH, int UNROLL, class F>
-INLINE void share(int rows, F f) {
-  constexpr bool EVEN = THREADS % EACH == 0;  // then a thread's items are the same of every row
-  int own_row = threadIdx.x / EACH, own_item = threadIdx.x % EACH;
-#pragma unroll UNROLL
-  for (int i = 0; i < (ROWS * EACH + THREADS - 1) / THREADS; ++i) {
-    int item = i * THREADS + threadIdx.x;
-    int row = EVEN ? i * (THREADS / EACH) + own_row : item / EACH;
-    if (row < rows) f(row, EVEN ? own_item : item % EACH, i);
-  }
-}
-
-template <int IN>
-INLINE void widen(uint4 u, float* x) {  // 16 bytes
-  const u32 w[] = {u.x, u.y, u.z, u.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    if (IN == F32) x[i] = __uint_as_float(w[i]);
-    if (IN == BF16) x[2 * i] = f32_of_bf16(w[i]), x[2 * i + 1] = __uint_as_float(w[i] & 0xFFFF0000u);
-    if (IN == F16) x[2 * i] = f32_of_f16(w[i]), x[2 * i + 1] = f32_of_f16(w[i] >> 16);
-  }
-}
-
-INLINE float within(float x, float limit) { return x > limit ? limit : x < -limit ? -limit : x; }
-
-// N words of 32 bits in pieces of ALIGN bytes
-template <int ALIGN, int N>
-INLINE void store(char* to, const u32 (&x)[N]) {
-  if constexpr (ALIGN >= 16 && N % 4 == 0) {
-#pragma unroll
-    for (int i = 0; i < N; i += 4) *(uint4*)(to + 4 * i) = make_uint4(x[i], x[i + 1], x[i + 2], x[i + 3]);
-  } else if constexpr (ALIGN >= 8 && N % 2 == 0) {
-#pragma unroll
-    for (int i = 0; i < N; i += 2) *(uint2*)(to + 4 * i) = make_uint2(x[i], x[i + 1]);
-  } else {
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      if constexpr (ALIGN >= 4) *(u32*)(to + 4 * i) = x[i];
-      else ((u16*)to)[2 * i] = (u16)x[i], ((u16*)to)[2 * i + 1] = (u16)(x[i] >> 16);
-    }
-  }
-}
 
 // -- one group, or LANES threads' share of it
 
@@ -233,8 +148,17 @@ INLINE float normalise(float (&x)[C::VALUES], int lane) {
     for (int i = 0; i < N; ++i) x[i] = __fmul_rn(x[i], inverse);
   } else {
     norm = __fdiv_rn(extreme<LANES, true>(x, lane), C::bottom());
+    if (fabsf(norm) > 1e-20f && fabsf(norm) < 1e20f) {  // quotients by a product and its remainder (Markstein 1990)
+      float inverse = __fdiv_rn(1.0f, norm);
 #pragma unroll
-    for (int i = 0; i < N; ++i) x[i] = norm != 0.0f ? __fdiv_rn(x[i], norm) : 0.0f;
+      for (int i = 0; i < N; ++i) {
+        float near = __fmul_rn(x[i], inverse);
+        x[i] = __fmaf_rn(__fmaf_rn(-near, norm, x[i]), inverse, near);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < N; ++i) x[i] = norm != 0.0f ? __fdiv_rn(x[i], norm) : 0.0f;
+    }
   }
   return norm;
 }
@@ -283,8 +207,14 @@ INLINE float assign(float (&x)[C::VALUES], u32 (&codes)[C::VALUES / 4], u32 tabl
   float total = 0.0f;
 #pragma unroll
   for (int i = 0; i < C::VALUES / 4; ++i) {
-    codes[i] = 0;
     float* y = x + 4 * i;
+#if __CUDA_ARCH__ >= 890
+    if (C::KIND == FLOAT8) {
+      codes[i] = e4m3x4(y[0], y[1], y[2], y[3]);
+      continue;
+    }
+#endif
+    codes[i] = 0;
     y[0] = assign<C, 0>(y[0], codes[i], table);
     y[1] = assign<C, 1>(y[1], codes[i], table);
     y[2] = assign<C, 2>(y[2], codes[i], table);
@@ -304,16 +234,6 @@ INLINE void load(const char* unit, int position, float (&x)[C::VALUES]) {
     uint4 u = *(const uint4*)(unit + i * SIZE);
     if (C::DIM != C::PADDED && position + i >= C::DIM) u = make_uint4(0, 0, 0, 0);
     widen<C::IN>(u, x + i);
-  }
-}
-
-template <class C>
-INLINE void store_scale(char* to, int span, float norm) {
-  if (C::WIDE_SCALE) {
-    ((float*)to)[span] = norm;
-  } else {
-    norm = norm == norm ? within(norm, HALF_LARGEST) : HALF_LARGEST;  // NaN: float32 overflowed in the rotation
-    ((u16*)to)[span] = (u16)f16x2(norm, 0.0f);
   }
 }
 
@@ -352,61 +272,6 @@ INLINE void encode_unit(char* unit, u32 table, const Target& row, int part, bool
   if (C::KIND != FLOAT8 && part % L::SPAN_LANES == 0) store_scale<C>(row.scale, part / L::SPAN_LANES, norm);
 }
 
-// The fields of WIDTH bits: word i holds those of values i, i + N, i + 2 N, ..
-template <class C, int WIDTH>
-INLINE void pack(const char* units, const Target* targets, int rows) {
-  if constexpr ((C::BITS & WIDTH) != 0) {
-    using L = Layout<C>;
-    constexpr int N = C::PADDED * WIDTH / 16, PLANES = 16 / WIDTH;
-    constexpr int LOW = C::BITS & ~(2 * WIDTH - 1);  // wider fields lie below
-    constexpr int STEP = N % 8 == 0 ? 8 : N % 4 == 0 ? 4 : 2, PARTS = (STEP + 3) / 4;
-    constexpr int START = C::PADDED * LOW / 8, ALIGN = (C::ALIGN | START) & -(C::ALIGN | START);
-    static_assert(N % 2 == 0 && C::VALUES % STEP == 0, "pairs of words");
-    share<C::ROWS, N / STEP, 4>(rows, [&](int row, int item, int) {
-      u32 half[2][PARTS] = {};  // low and high bytes of words
-#pragma unroll
-      for (int p = 0; p < PLANES; ++p) {
-        int at = item * STEP + p * N;
-        const char* from = units + (row * L::UNITS + at / C::VALUES) * L::PITCH + at % C::VALUES;
-        u32 x[PARTS];
-        if constexpr (STEP == 8) x[0] = ((const uint2*)from)->x, x[1] = ((const uint2*)from)->y;
-        else if constexpr (STEP == 4) x[0] = *(const u32*)from;
-        else x[0] = *(const u16*)from;
-#pragma unroll
-        for (int i = 0; i < PARTS; ++i)
-          half[p / (PLANES / 2)][i] |= ((x[i] >> LOW) & (0x01010101u * ((1 << WIDTH) - 1))) << WIDTH * (p % (PLANES / 2));
-      }
-      u32 words[STEP / 2];
-#pragma unroll
-      for (int i = 0; i < STEP / 2; ++i) words[i] = prmt(half[0][i / 2], half[1][i / 2], i % 2 ? 0x7362 : 0x5140);
-      store<ALIGN>(targets[row].words + START + 2 * STEP * item, words);
-    });
-  }
-}
-
-// Where row `index` of the call comes from and goes to.
-struct Address {
-  u32 batch, head, token;
-  INLINE void find(const Append& p, u32 index) {
-    u32 heads = index / p.tokens;
-    token = index - heads * p.tokens;
-    batch = heads / p.heads;
-    head = heads - batch * p.heads;
-  }
-  INLINE const char* from(const Source& s) const { return s.values + batch * s.batch + head * s.head + token * s.token; }
-  INLINE void to(const Append& p, const Store& s, Target& row) const {
-    i64 start = p.lengths ? p.lengths[batch * p.lengths_batch] : p.slot;
-    u32 slot = (u32)(start + token - p.base) % p.capacity, page = batch;
-    if (p.pages) {
-      u32 index = slot / p.page_slots;
-      page = p.pages[batch * p.pages_batch + index];
-      slot -= index * p.page_slots;
-    }
-    row.scale = s.scale + page * s.scale_batch + head * s.scale_head + slot * s.scale_slot;
-    row.words = s.words + page * s.words_batch + head * s.words_head + slot * s.words_slot;
-  }
-};
-
 template <class C>
 INLINE void copy_table(u32 to, const char* cells) {
   constexpr int ENTRY = Layout<C>::ENTRY;
@@ -438,16 +303,29 @@ INLINE void convert(const uint4* from, char* to) {  // 8 values
   }
 }
 
+// How the codes of a block's rows lie: in units.
+template <class C>
+struct OfBlock {
+  static constexpr int RUN = C::VALUES;
+  static INLINE int at(int row, int value) {
+    return (row * Layout<C>::UNITS + value / C::VALUES) * Layout<C>::PITCH + value % C::VALUES;
+  }
+  template <int EACH, class F>
+  static INLINE void share(int rows, F f) {
+    ::share<THREADS, C::ROWS, EACH, 4>(threadIdx.x, rows, [&](int row, int item, int) { f(row, item); });
+  }
+};
+
 // Dense rows: everything that a thread has is read before it writes.
 template <class C>
 INLINE void copy_rows(const Target* targets, int rows) {
   constexpr int EACH = C::DIM / 8, ITEMS = (C::ROWS * EACH + THREADS - 1) / THREADS, N = Layout<C>::SIZE / 2;
   uint4 x[ITEMS * N];
-  share<C::ROWS, EACH, ITEMS>(rows, [&](int row, int item, int i) {
+  share<THREADS, C::ROWS, EACH, ITEMS>(threadIdx.x, rows, [&](int row, int item, int i) {
 #pragma unroll
     for (int j = 0; j < N; ++j) x[i * N + j] = __ldg((const uint4*)targets[row].from + item * N + j);
   });
-  share<C::ROWS, EACH, ITEMS>(rows, [&](int row, int item, int i) {
+  share<THREADS, C::ROWS, EACH, ITEMS>(threadIdx.x, rows, [&](int row, int item, int i) {
     convert<C>(x + i * N, targets[row].words + item * 8 * size_of(C::OUT));
   });
 }
@@ -473,7 +351,7 @@ INLINE void append_rows(const Append& p, const Source& source, const Store& targ
     u32 units = shared_address(shared);
     if constexpr (C::KIND == TABLE) copy_table<C>(units + L::TABLE_AT, cells);
     __syncthreads();
-    share<C::ROWS, C::DIM * L::SIZE / 16, 4>(rows, [&](int row, int item, int) {
+    share<THREADS, C::ROWS, C::DIM * L::SIZE / 16, 4>(thread, rows, [&](int row, int item, int) {
       u32 to = units + (row * L::UNITS + item / PER_UNIT) * L::PITCH + item % PER_UNIT * 16;
       copy_async<16>(to, targets[row].from + item * 16);
     });
@@ -485,19 +363,25 @@ INLINE void append_rows(const Append& p, const Source& source, const Store& targ
     u32 table = units + L::TABLE_AT + thread % C::COPIES * L::ENTRY - WHOLE * (C::COPIES * L::ENTRY);
     encode_unit<C>(shared + unit * L::PITCH, table, targets[unit / L::UNITS], unit % L::UNITS, unit == thread);
     __syncthreads();
-    pack<C, 8>(shared, targets, rows);
-    pack<C, 4>(shared, targets, rows);
-    pack<C, 2>(shared, targets, rows);
-    pack<C, 1>(shared, targets, rows);
+    pack<C, OfBlock<C>>(shared, targets, rows);
+  }
+}
+
+template <class C>
+INLINE void append_side(const Append& p, const Source& from, const Store& to, const char* table, u32 block, u32 blocks) {
+  if constexpr (C::TURNED) {
+    append_tiles<C>(p, from, to, table, block, blocks);
+  } else {
+    wait_for_earlier_kernels();
+    append_rows<C>(p, from, to, table, block);
   }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) encode(const __grid_constant__ Append p) {
-  wait_for_earlier_kernels();
   let_later_kernels_start();
   bool second = blockIdx.x >= p.k_blocks;
   const auto& side = p.side[second];
-  u32 block = blockIdx.x - (second ? p.k_blocks : 0);
-  if (SAME || !second) append_rows<K>(p, side.from, side.to, side.cells, block);
-  else append_rows<V>(p, side.from, side.to, side.cells, block);
+  u32 block = blockIdx.x - (second ? p.k_blocks : 0), blocks = second ? gridDim.x - p.k_blocks : p.k_blocks;
+  if (SAME || !second) append_side<K>(p, side.from, side.to, side.table, block, blocks);
+  else append_side<V>(p, side.from, side.to, side.table, block, blocks);
 }

@@ -58,16 +58,25 @@ struct Store {
   i64 scale_batch, scale_head, scale_slot;
 };
 
+struct Divisor {
+  u32 by, factor, shift;
+  // n / by for n < 2^31 (Granlund and Montgomery 1994): factor = floor(2^32 (2^shift - by) / by) + 1, 2^shift >= by
+  INLINE u32 quotient(u32 n) const { return (__umulhi(n, factor) + n) >> shift; }
+};
+
 struct Append {
   struct {
     Source from;
     Store to;
-    const char* cells;  // codes by value, see csrc/encode.cu; or null
+    const char* table;  // codes by value, see csrc/encode.cu and csrc/turned.cuh; or null
   } side[2];            // K, V
   // Token i of sequence b goes to slot (start + i - base) % capacity, where start is lengths[b] or, without lengths, slot
   const i64* lengths;  // [B or 1] or null
   const int* pages;    // [B, pages_batch]: the page of each page_slots slots, or null
   i64 lengths_batch, pages_batch, slot, base;
-  u32 page_slots, capacity, heads, tokens, rows;  // rows: batch * heads * tokens
-  u32 k_blocks;                                    // those of K come first
+  Divisor page_slots, capacity, heads, tokens;
+  u32 rows;      // batch * heads * tokens
+  u32 k_blocks;  // those of K come first
+  u32 batch;     // rows that a warp of csrc/turned.cuh takes at once: 8, 16 or 32
+  u32 unused;
 };

@@ -1,0 +1,377 @@
+// Rotated rows of 16-bit values, whose levels are symmetric: by tensor cores, 8 rows of a head per warp and step.
+//
+// A row is chunks of 32 values; lane 4 g + t holds the 8 values from 8 t on of row g. A product with the Hadamard matrix
+// of 16 turns the bits 4, 3, 2 and 0 of a value's index, the sum of two products bit 1, and what is left of the group is
+// added and subtracted in registers. Of the result the lane holds the 4 values from 4 g on of rows 2 t and 2 t + 1.
+// +1 and -1 times 16 bits are exact, sums are float32. They are not in index order: a code next to a boundary may differ
+// from the definition's by one level, and a scale by one unit in its last place. A row's bytes depend on nothing else.
+//
+// The nearest level: |z| as a fixed-point number is M = 1 + |z| * scale, a float32 whose bits are an integer. For each cell
+// of a uniform grid over |z| a table has what to add, so that byte 3 of the sum is the index of the level's magnitude.
+#pragma once
+#include "append.cuh"
+
+template <class C>
+struct Tile {
+  static constexpr int ROWS = 8, WARPS = C::ROWS / ROWS, CHUNKS = C::PADDED / 32, GROUP_CHUNKS = C::GROUP / 32;
+  static constexpr bool AFTER = C::RULE == L2, HELD = CHUNKS <= 4 && C::PADDED == C::GROUP;
+  static constexpr bool BYTES = C::BYTES && GROUP_CHUNKS > 1;  // levels are 8-bit integers, 8 magnitudes at most
+  static constexpr int MAGNITUDES = 1 << (C::BITS - 1), SQUARES_BYTES = BYTES ? 0 : MAGNITUDES * 256;
+  static constexpr int PITCH = C::PADDED + 16;
+  // Shared memory: signs before, as bits 15, and after, as float32; steps; squares of levels by magnitude, a copy per lane
+  static constexpr int AFTER_AT = C::GROUP * 2, STEPS_AT = AFTER_AT + (AFTER ? C::GROUP * 4 : 0);
+  static constexpr int SQUARES_AT = (STEPS_AT + C::STEPS * 4 + 15) / 16 * 16, WARPS_AT = SQUARES_AT + SQUARES_BYTES;
+  // and of each warp: 32 rows' targets twice, codes of a tile, values of a tile unless registers hold them
+  static constexpr int CODES_AT = 64 * sizeof(Target), VALUES_AT = CODES_AT + ROWS * PITCH;
+  static constexpr int WARP_BYTES = VALUES_AT + (HELD ? 0 : CHUNKS * 512), GROUPS = C::PADDED / C::GROUP;
+};
+
+template <class C>
+struct OfWarp {
+  static constexpr int RUN = 8;
+  static INLINE int at(int row, int value) { return row * Tile<C>::PITCH + value; }
+  template <int EACH, class F>
+  static INLINE void share(int rows, F f) {
+    ::share<32, Tile<C>::ROWS, EACH, 4>(threadIdx.x % 32, rows, [&](int row, int item, int) { f(row, item); });
+  }
+};
+
+// Sums over the lanes with the same t: of a in lanes with an even g, of b in the others.
+template <class X>
+INLINE X sum_of_rows(X a, X b) {
+  bool odd = threadIdx.x & 4;
+  X x = (odd ? b : a) + __shfl_xor_sync(~0u, odd ? a : b, 4);
+  x += __shfl_xor_sync(~0u, x, 8);
+  return x + __shfl_xor_sync(~0u, x, 16);
+}
+
+INLINE float rsqrt_near(float x) {
+  float root = rsqrt_fast(x);
+  return __fmaf_rn(0.5f * root, __fmaf_rn(-x * root, root, 1.0f), root);
+}
+
+// Signs (bit 31) and magnitudes (byte 3) of four values to their codes, a byte each.
+template <class C>
+INLINE u32 codes_of(const u32 (&x)[4]) {
+  constexpr u32 ONES = 0x01010101, HALF = 1 << (C::BITS - 1);
+  u32 y = prmt(prmt(x[0], x[1], 0x0073), prmt(x[2], x[3], 0x0073), 0x5410);
+  if (C::INDEX) {
+    u32 below = y >> 7 & ONES;
+    return ((y & 0x7F7F7F7F) ^ below * (HALF - 1)) | (below ^ ONES) * HALF;
+  }
+  return C::BITS == 8 ? y : (y & 0x7F7F7F7F) | (y & 0x80808080) >> (8 - C::BITS);
+}
+
+// The sum of the squares of 8 levels, whose codes are the bytes of a and b.
+template <class C>
+INLINE int squares_of(u32 a, u32 b, int total) {
+  u32 pairs = (a | b << 4) & 0x11111111 * (Tile<C>::MAGNITUDES - 1);
+  u32 x = prmt(C::LEVELS_LOW, C::LEVELS_HIGH, pairs), y = prmt(C::LEVELS_LOW, C::LEVELS_HIGH, pairs >> 16);
+  return __dp4a((int)y, (int)y, __dp4a((int)x, (int)x, total));
+}
+
+// The lane's pieces of a tile: in registers where they are few, else in shared memory, where each lane reads what it copied.
+template <class C>
+struct Pieces {
+  using T = Tile<C>;
+  uint4 own[T::HELD ? T::CHUNKS : 1];
+  char* shared;
+
+  INLINE uint4 get(int q) const { return T::HELD ? own[T::HELD ? q : 0] : *(const uint4*)(shared + q * 512); }
+  // Those of one group, of the row at `from`, which may be null.
+  INLINE void fetch(const char* from, int group) {
+    int t = threadIdx.x % 4;
+    if (!T::HELD) asm volatile("" ::: "memory");  // what was there has been read
+    if (from) {
+#pragma unroll
+      for (int i = 0; i < T::GROUP_CHUNKS; ++i) {
+        int q = group * T::GROUP_CHUNKS + i;
+        bool valid = C::DIM == C::PADDED || 32 * q + 8 * t < C::DIM;
+        if (T::HELD) own[T::HELD ? q : 0] = valid ? __ldg((const uint4*)(from + q * 64)) : make_uint4(0, 0, 0, 0);
+        else if (C::DIM == C::PADDED) copy_async<16>(shared_address(shared) + q * 512, from + q * 64);
+        else copy_async<16>(shared_address(shared) + q * 512, from + q * 64, valid);
+      }
+    }
+    if (!T::HELD) commit_copies();
+  }
+};
+
+// Signs of the lane's values, before the transform as bits 15 and 31 and after it as 1 and -1.
+template <class C>
+struct Turn {
+  using T = Tile<C>;
+  static constexpr int KEPT = T::GROUP_CHUNKS <= 4 ? T::GROUP_CHUNKS : 1;
+  uint4 before[KEPT];
+  float4 after[KEPT];
+  u32 hadamard[4];
+  const char* shared;
+
+  INLINE Turn(const char* tables) : shared(tables) {
+    u32 lane = threadIdx.x % 32;
+    // rows g and g + 8, columns 2 t and 2 t + 8 on: bits 2, 1, 0, 3 of a row against 2, 1, 3, 0 of a column
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      u32 minus = __popc(lane >> 3 & lane & 3 | (lane >> 2 & 1 & i / 2) << 2);
+      hadamard[i] = (C::IN == BF16 ? 0x3F803F80 : 0x3C003C00) | (minus & 1) << 15 | (minus + i % 2 & 1) << 31;
+    }
+    if (KEPT == T::GROUP_CHUNKS) {
+#pragma unroll
+      for (int q = 0; q < KEPT; ++q) before[q] = read_before(q), after[q] = read_after(q);
+    }
+  }
+  INLINE uint4 read_before(int q) const { return ((const uint4*)shared)[q * 4 + threadIdx.x % 4]; }
+  INLINE float4 read_after(int q) const {
+    return T::AFTER ? ((const float4*)(shared + T::AFTER_AT))[q * 8 + threadIdx.x % 32 / 4] : make_float4(1, 1, 1, 1);
+  }
+  INLINE uint4 get_before(int q) const { return KEPT == T::GROUP_CHUNKS ? before[q % KEPT] : read_before(q); }
+  INLINE float4 get_after(int q) const { return KEPT == T::GROUP_CHUNKS ? after[q % KEPT] : read_after(q); }
+};
+
+// One group of a tile to codes and scales. Values of the row at `next` take its place.
+template <class C>
+INLINE void encode_group(const char* shared, const Turn<C>& turn, Pieces<C>& pieces, const char* next, u32 (*codes)[2],
+                         const Target* targets, int rows, int group) {
+  using T = Tile<C>;
+  constexpr int CHUNKS = T::GROUP_CHUNKS;
+  constexpr u32 MINUS = 0x80008000;
+  constexpr bool BF = C::IN == BF16;
+  int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const u32(&h)[4] = turn.hadamard;
+  float y[CHUNKS][8];  // 2 * value + row
+#pragma unroll
+  for (int q = 0; q < CHUNKS; ++q) {
+    uint4 u = pieces.get(group * CHUNKS + q), sign = turn.get_before(q);
+    u.x ^= sign.x, u.y ^= sign.y, u.z ^= sign.z, u.w ^= sign.w;
+    const float none[4] = {};
+    float half[4], even[4], odd[4];
+    mma<BF>(half, none, h[0], h[1], h[2], h[3], u.x, u.z);
+    mma<BF>(even, half, h[0], h[1], h[2], h[3], u.y, u.w);
+    mma<BF>(odd, half, h[0] ^ MINUS, h[1] ^ MINUS, h[2] ^ MINUS, h[3] ^ MINUS, u.y, u.w);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) y[q][i] = even[i], y[q][i + 4] = odd[i];
+  }
+  pieces.fetch(next, group);
+#pragma unroll
+  for (int h = 1; h < CHUNKS; h *= 2) {
+#pragma unroll
+    for (int q = 0; q < CHUNKS; ++q) {
+      if (q & h) continue;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        float a = y[q][i], b = y[q + h][i];
+        y[q][i] = a + b;
+        y[q + h][i] = a - b;
+      }
+    }
+  }
+  float sum[2] = {};
+#pragma unroll
+  for (int i = 0; i < CHUNKS * 8; ++i) sum[i % 2] = __fmaf_rn(y[i / 8][i % 8], y[i / 8][i % 8], sum[i % 2]);
+  float mine = sum_of_rows(sum[0], sum[1]) * (1.0f / C::GROUP), other = __shfl_xor_sync(~0u, mine, 4);
+  // the square of the norm of row 2 t + k, what turns |y| into |z| * scale, and the bit of signs
+  float norm[2] = {g & 1 ? other : mine, g & 1 ? mine : other};
+  float root[2], factor[2], near[2];
+  u32 sign_bit[2];
+#pragma unroll
+  for (int k = 0; k < 2; ++k) {
+    bool live = norm[k] > TINY * TINY && norm[k] <= LARGEST;
+    root[k] = live ? rsqrt_near(norm[k]) : 0.0f;
+    factor[k] = root[k] * C::reach();
+    near[k] = factor[k] * C::NEAR;
+    sign_bit[k] = live ? 0x80000000 : 0;
+  }
+  if (__any_sync(~0u, !(norm[0] <= LARGEST) || !(norm[1] <= LARGEST))) {
+#pragma unroll
+    for (int i = 0; i < CHUNKS * 8; ++i)
+      if (!(norm[i % 2] <= LARGEST)) y[i / 8][i % 8] = 0.0f;
+  }
+  u32 steps = shared_address(shared) + T::STEPS_AT - WHOLE * 4;
+  float total[2] = {};
+  int whole[2] = {};
+#pragma unroll
+  for (int q = 0; q < CHUNKS; ++q) {
+    float4 after = turn.get_after(q);
+    const float s[] = {after.x, after.y, after.z, after.w};
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      u32 code[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float x = y[q][2 * i + k];
+        u32 m = __float_as_uint(__fmaf_rn(fabsf(x), factor[k], 1.0f)), add;
+        load_shared<1>(__float_as_uint(__fmaf_rn(fabsf(x), near[k], 8388608.0f)) * 4 + steps, &add);
+        m += add;
+        if (!T::BYTES) total[k] += *(const float*)(shared + T::SQUARES_AT + prmt(m, lane * 4, 0x5534));
+        if (T::AFTER) x = __fmaf_rn(x, s[i], 0.0f);  // 0, not -0
+        code[i] = m | (__float_as_uint(x) & sign_bit[k]);
+      }
+      codes[q][k] = codes_of<C>(code);
+      if constexpr (T::BYTES)
+        if (q % 2) whole[k] = squares_of<C>(codes[q - 1][k], codes[q][k], whole[k]);
+    }
+  }
+  int k = g & 1, row = 2 * t + k;
+  float inverse = k ? root[1] : root[0];
+  float scale = inverse > 0.0f ? mine * inverse : mine;  // nothing is left of a square that is too small
+  float levels;
+  if (T::BYTES) levels = (float)sum_of_rows(whole[0], whole[1]) * (C::step() * C::step());
+  else levels = sum_of_rows(total[0], total[1]);
+  if (g < 2 && row < rows) store_scale<C>(targets[row].scale, group, scale * rsqrt_near(levels));
+}
+
+// The fields of WIDTH bits where LANES lanes, 1, 2 or 4, have all codes of a word.
+template <class C, int WIDTH, int LANES>
+INLINE void pack_own(const u32 (&codes)[Tile<C>::CHUNKS][2], const Target* targets, int rows) {
+  constexpr int CHUNKS = Tile<C>::CHUNKS, PLANES = 16 / WIDTH, LOW = C::BITS & ~(2 * WIDTH - 1);
+  constexpr int START = C::PADDED * LOW / 8, ALIGN = (C::ALIGN | START) & -(C::ALIGN | START);
+  constexpr int EACH = LANES == 1 ? CHUNKS / PLANES : 1;  // pairs of pairs of words
+  int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+#pragma unroll
+  for (int c = 0; c < EACH; ++c) {
+    u32 half[2][2] = {};  // row; low and high bytes of words
+#pragma unroll
+    for (int k = 0; k < 2; ++k)
+#pragma unroll
+      for (int q = c; q < CHUNKS; q += EACH) {
+        int plane = q / EACH * LANES;  // of lanes with the lowest g
+        u32 x = codes[q][k] >> LOW;
+        if (WIDTH != C::BITS) x &= 0x01010101u * ((1 << WIDTH) - 1);
+        half[k][plane / (PLANES / 2)] |= x << WIDTH * (plane % (PLANES / 2));
+      }
+    if constexpr (LANES == 1) {
+#pragma unroll
+      for (int k = 0; k < 2; ++k)
+        if (2 * t + k < rows)
+          store<ALIGN>(targets[2 * t + k].words + START + 64 * c + 8 * g,
+                       {prmt(half[k][0], half[k][1], 0x5140), prmt(half[k][0], half[k][1], 0x7362)});
+    } else {
+      int own = g / 4, row = 2 * t + own;
+      u32 mine[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        u32 give = half[0][i], keep = half[1][i];
+        if (!own) give = half[1][i], keep = half[0][i];
+        int shift = WIDTH * (g * LANES / 8);
+        mine[i] = keep << shift | __shfl_xor_sync(~0u, give << shift, 16);
+        if (LANES == 4) mine[i] |= __shfl_xor_sync(~0u, mine[i], 8);
+      }
+      if (row < rows && (LANES == 2 || !(g & 2)))
+        store<ALIGN>(targets[row].words + START + 8 * (g % (8 / LANES)),
+                     {prmt(mine[0], mine[1], 0x5140), prmt(mine[0], mine[1], 0x7362)});
+    }
+  }
+}
+
+template <class C, int WIDTH>
+constexpr int lanes_of_word() {  // 0: a word's codes are spread otherwise, or registers do not suffice for all codes
+  constexpr int SIZE = C::PADDED * WIDTH;
+  if (C::PADDED > (Tile<C>::BYTES ? 4 : 1) * C::GROUP) return 0;
+  return SIZE % 512 == 0 ? 1 : SIZE == 256 && WIDTH <= 4 ? 2 : SIZE == 128 && WIDTH <= 2 ? 4 : 0;
+}
+
+template <class C, int WIDTH>
+INLINE void pack_field(const u32 (&codes)[Tile<C>::CHUNKS][2], const char* bytes, const Target* targets, int rows) {
+  constexpr int LANES = lanes_of_word<C, WIDTH>();
+  if constexpr ((C::BITS & WIDTH) == 0) return;
+  else if constexpr (LANES) pack_own<C, WIDTH, LANES>(codes, targets, rows);
+  else pack<C, WIDTH, OfWarp<C>>(bytes, targets, rows);
+}
+
+// Whether some field of a code is packed from registers, and some from bytes in shared memory.
+template <class C>
+struct Fields {
+  template <int WIDTH>
+  static constexpr bool has(bool own) { return (C::BITS & WIDTH) && (lanes_of_word<C, WIDTH>() > 0) == own; }
+  static constexpr bool OWN = has<8>(true) || has<4>(true) || has<2>(true) || has<1>(true);
+  static constexpr bool BYTES = has<8>(false) || has<4>(false) || has<2>(false) || has<1>(false);
+};
+
+// The codes of the chunks from `first` on, a byte each, to shared memory.
+template <class C, int CHUNKS>
+INLINE void put(char* bytes, int first, const u32 (&codes)[CHUNKS][2]) {
+  int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+#pragma unroll
+  for (int q = 0; q < CHUNKS; ++q)
+#pragma unroll
+    for (int k = 0; k < 2; ++k) *(u32*)(bytes + (2 * t + k) * Tile<C>::PITCH + (first + q) * 32 + 4 * g) = codes[q][k];
+}
+
+template <class C>
+INLINE void append_tiles(const Append& p, const Source& source, const Store& target, const char* table, u32 block,
+                         u32 blocks) {
+  using T = Tile<C>;
+  extern __shared__ __align__(16) char shared[];
+  if (threadIdx.x < 32 * T::WARPS) {
+    for (int i = threadIdx.x; i < T::SQUARES_AT / 16; i += 32 * T::WARPS)
+      copy_async_cached<16>(shared_address(shared) + 16 * i, table + 16 * i);
+#pragma unroll 16
+    for (int i = threadIdx.x; i < T::SQUARES_BYTES / 8; i += 32 * T::WARPS)
+      *(float*)(shared + T::SQUARES_AT + i / 32 * 256 + i % 32 * 4) = ((const float*)(table + T::SQUARES_AT))[i / 32];
+  }
+  commit_copies();
+  wait_copies<0>();
+  __syncthreads();
+  wait_for_earlier_kernels();  // not for the table, which none of them writes
+  u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  u32 batch = block * T::WARPS + warp, batches = (p.rows + p.batch - 1) / p.batch;  // of rows
+  if (warp >= T::WARPS || batch >= batches) return;
+  char* own = shared + T::WARPS_AT + warp * T::WARP_BYTES;
+  Target* targets = (Target*)own;
+  char* bytes = own + T::CODES_AT;
+  Turn<C> turn(shared);
+  Pieces<C> pieces;
+  pieces.shared = own + T::VALUES_AT + lane * 16;
+  const char* from;
+  auto locate = [&](u32 batch, Target* rows) {  // a row per lane
+    u32 row = batch * p.batch + lane;
+    Address address;
+    address.find(p, row < p.rows ? row : p.rows - 1);
+    from = address.from(source);
+    if (lane < p.batch) address.to(p, target, rows[lane]);
+  };
+  auto row_of = [&](u32 tile) {
+    return (const char*)__shfl_sync(~0u, (u64)from, tile * T::ROWS + lane / 4) + lane % 4 * 16;
+  };
+  locate(batch, targets);
+#pragma unroll
+  for (int group = 0; group < T::GROUPS; ++group) pieces.fetch(row_of(0), group);
+  for (u32 next, side = 0; batch < batches; batch = next, side ^= 32) {
+    next = batch + blocks * T::WARPS;
+#pragma unroll 1
+    for (u32 tile = 0; tile < p.batch / T::ROWS; ++tile) {
+      const char* then = nullptr;
+      if (tile + 1 < p.batch / T::ROWS) {
+        then = row_of(tile + 1);
+      } else if (next < batches) {
+        locate(next, targets + (side ^ 32));
+        then = row_of(0);
+      }
+      __syncwarp();
+      const Target* to = targets + side + tile * T::ROWS;
+      int left = p.rows - batch * p.batch - tile * T::ROWS, rows = left < T::ROWS ? left : T::ROWS;
+      u32 codes[T::CHUNKS][2];
+      if constexpr (Fields<C>::OWN) {
+#pragma unroll
+        for (int group = 0; group < T::GROUPS; ++group) {
+          if (!T::HELD) wait_copies<T::GROUPS - 1>();
+          encode_group<C>(shared, turn, pieces, then, codes + group * T::GROUP_CHUNKS, to, rows, group);
+        }
+        if constexpr (Fields<C>::BYTES) put<C>(bytes, 0, codes);
+      } else {
+#pragma unroll 1
+        for (int group = 0; group < T::GROUPS; ++group) {
+          u32 part[T::GROUP_CHUNKS][2];
+          if (!T::HELD) wait_copies<T::GROUPS - 1>();
+          encode_group<C>(shared, turn, pieces, then, part, to, rows, group);
+          put<C>(bytes, group * T::GROUP_CHUNKS, part);
+        }
+      }
+      if constexpr (Fields<C>::BYTES) __syncwarp();
+      pack_field<C, 8>(codes, bytes, to, rows);
+      pack_field<C, 4>(codes, bytes, to, rows);
+      pack_field<C, 2>(codes, bytes, to, rows);
+      pack_field<C, 1>(codes, bytes, to, rows);
+      __syncwarp();
+    }
+  }
+}

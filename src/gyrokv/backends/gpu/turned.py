@@ -1,0 +1,109 @@
+"""What csrc/turned.cuh is compiled with: rotated rows of 16-bit values with symmetric levels, by tensor cores."""
+
+from __future__ import annotations
+
+import math
+import struct
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...formats import KVFormat
+from ...rotation import ROTATIONS, sign_table
+
+TILE = 8  # rows that a warp takes at once
+_CHUNK = 32  # values that are turned by products alone
+_WARPS = 4  # of a block, about
+_HELD = 128  # values of a row that lanes hold in registers
+_RESIDENT = 512  # threads of a processor with 128 registers each
+_TARGET_BYTES = 24  # of shared memory for a row's addresses, 32 rows twice
+_BIG_TABLE = 16 * 1024  # bytes of squares from which on more warps share them
+
+
+class Steps(NamedTuple):
+    """What is looked up for normalised values |z|, as M = 1 + |z| * scale, float32.
+
+    ``table``: int32, for the cells ``round(|z| * scale * near)`` from 0 on, what to add to the bits of M: byte 3 of the sum
+    is the index of the level's magnitude.
+    """
+
+    scale: float
+    near: int
+    table: Tensor
+
+
+@cache
+def steps(fmt: KVFormat, most: float) -> Steps | None:
+    """For |z| up to ``most``; None if levels are not symmetric or lie closer together than 1/1023 of the largest."""
+    half = 2 ** (fmt.bits - 1)
+    levels, boundaries = fmt.level_values, fmt.boundaries
+    if not (torch.equal(levels, -levels.flip(0)) and torch.equal(boundaries, -boundaries.flip(0))):
+        return None
+    positive = boundaries[half:].double()  # after each magnitude but the last
+    scale = 0.999 / float(positive[-1]) if half > 1 else 1.0 / most
+    grids = ((n, (positive * (scale * n)).round()) for n in range(1, 1024))
+    near, at = next(((n, at.long()) for n, at in grids if bool((at.diff() > 0).all())), (0, None))
+    if at is None:
+        return None
+    cell = torch.arange(round(1.01 * most * scale * near) + 1)
+    below = torch.searchsorted(at, cell)  # boundaries in earlier cells
+    bits = (1.0 + positive * scale).float().view(torch.int32).long()
+    inside = torch.isin(cell, at)
+    start = (1.0 + (cell - 0.6).clamp(min=0) / near).float().view(torch.int32).long()
+    add = torch.where(inside, (below + 1 << 24) - torch.cat((bits, bits.new_zeros(1)))[below], (below << 24) - start)
+    return Steps(scale, near, torch.where(add >= 2**31, add - 2**32, add).to(torch.int32))
+
+
+def _bits(value: float) -> int:
+    return struct.unpack("<I", struct.pack("<f", value))[0]
+
+
+class Turned(NamedTuple):
+    """``rows``: of a block at once. ``shared``: bytes. ``resident``: threads of a processor that registers suffice for."""
+
+    defines: dict[str, int]
+    rows: int
+    threads: int
+    shared: int
+    resident: int
+    table: Tensor
+
+
+OTHER = dict.fromkeys(("TURNED", "NEAR", "STEPS", "INDEX", "BYTES", "LEVELS_LOW", "LEVELS_HIGH", "REACH"), 0)
+
+
+def side(fmt: KVFormat, padded: int, group: int, span: int, rotation: str) -> Turned | None:
+    """For rows of 16-bit values; None if the kernel does not take them."""
+    row = ROTATIONS[rotation]
+    ours = fmt.kind == "codebook" and row.mixes and fmt.corrected and fmt.scale_dtype == "float16" and fmt.ties == "up"
+    rule = fmt.scale == "l2" or fmt.scale == "rms" and not row.signs[1]
+    if not (ours and rule and group % _CHUNK == 0 and span == group):
+        return None
+    unit = fmt.unit if fmt.scale == "l2" else 1.0  # of z, where norms are 1 per value
+    found = steps(fmt, math.sqrt(group) * unit)
+    if found is None:
+        return None
+    before, after = (sign_table(table, group) for table in row.signs)
+    signs = [torch.where(before < 0, -0x8000, 0).to(torch.int16).view(torch.int32)]
+    signs += [after.view(torch.int32)] if fmt.scale == "l2" else []
+    table = torch.cat((*signs, found.table))
+    table = torch.nn.functional.pad(table, (0, -len(table) % 4))
+    positive = fmt.levels[len(fmt.levels) // 2 :]
+    narrow = group > _CHUNK and len(positive) <= 8 and all(x == int(x) <= 127 for x in positive)
+    squares = 0 if narrow else 256 * len(positive)
+    warps = 2 * _WARPS if squares >= _BIG_TABLE and padded <= 128 else _WARPS
+    shared = (
+        4 * len(table)
+        + squares
+        + warps * (64 * _TARGET_BYTES + TILE * (padded + 16) + (0 if padded == group <= _HELD else 16 * padded))
+    )
+    low, high = (sum(int(x) << 8 * i for i, x in enumerate(positive[j : j + 4]) if narrow) for j in (0, 4))
+    names = OTHER | {
+        "TURNED": 1, "NEAR": found.near, "STEPS": len(found.table), "BYTES": int(narrow),
+        "INDEX": int(fmt.coding == "index"), "LEVELS_LOW": low, "LEVELS_HIGH": high, "REACH": _bits(unit * found.scale),
+    }  # fmt: skip
+    resident = _RESIDENT if padded <= 128 else 256 if group >= 512 else 384
+    table = torch.cat((table, (fmt.level_values**2)[len(positive) :].view(torch.int32)))
+    return Turned(names, TILE * warps, 32 * warps, shared, resident, table)

@@ -1,0 +1,222 @@
+"""Rotated rows of 16-bit values by tensor cores (csrc/turned.cuh): the table of levels, the codes, planted mistakes."""
+
+from __future__ import annotations
+
+import math
+from itertools import product
+
+import gpu_rows
+import pytest
+import torch
+from test_cpu import bits, hard_rows
+
+from gyrokv import Codec
+from gyrokv.backends.gpu import encode, nvrtc, turned
+from gyrokv.cases import fits
+from gyrokv.formats import FORMATS, KVFormat
+from gyrokv.quant import Packed
+from gyrokv.spec import HEAD_DIMS
+
+DEVICE = "cuda"
+TURNED = [f for f in FORMATS.values() if gpu_rows.is_turned(Codec(f, 128), torch.bfloat16)]
+DTYPES = (torch.bfloat16, torch.float16)
+
+
+def encoded(x: torch.Tensor, codec: Codec) -> Packed:
+    """Rows of ``x [B, H, T, D]`` by the kernel; K and V alike."""
+    stores = [encode.empty_rows(x, codec).map(torch.zeros_like) for _ in "kv"]
+    encode.append(x, x, (codec, codec), tuple(stores), encode.Place())
+    assert all(bits(a.cpu()) == bits(b.cpu()) for a, b in zip(*stores))
+    return stores[0]
+
+
+def random_rows(dim: int, dtype: torch.dtype, count: int, device: str = "cpu", seed: int = 0) -> torch.Tensor:
+    """``[1, 2, count, dim]``: of several sizes, a third of them with some values far larger than the others."""
+    random = torch.Generator(device).manual_seed(seed)
+    x = torch.randn(1, 2, count, dim, generator=random, device=device)
+    x[:, :, ::3] *= (2.0 * torch.randn(dim, generator=random, device=device)).exp()
+    x[:, :, 1::3, dim // 3] *= 100.0
+    x *= 10.0 ** torch.randint(-3, 4, (1, 2, count, 1), generator=random, device=device)
+    return x.clamp(-6e4, 6e4).to(dtype)
+
+
+# -- without a GPU
+
+
+def test_the_formats_that_are_turned():
+    """One more or less is meant, or it is a mistake: bytes of these may differ from the definition's."""
+    names = {f.name for f in TURNED}
+    assert names == {"turbo2", "turbo3", "turbo4", "turbo2.v2", "turbo3.v2", "turbo4.v2", "tq5", "tq6", "tq8"}
+
+
+@pytest.mark.parametrize("group", [32, 128, 512])
+@pytest.mark.parametrize("fmt", TURNED, ids=str)
+def test_steps_lead_to_the_nearest_level(fmt: KVFormat, group: int):
+    """What the kernel computes of |z|, step by step, at boundaries, beside them and anywhere up to the largest."""
+    unit = fmt.unit if fmt.scale == "l2" else 1.0
+    most, half = math.sqrt(group) * unit, 2 ** (fmt.bits - 1)
+    found = turned.steps(fmt, most)
+    edges = fmt.boundaries[half:]
+    edges = edges[edges < most]
+    random = torch.rand(40000, generator=torch.Generator().manual_seed(0))
+    z = torch.cat((edges, edges * (1 + 2e-6), edges * (1 - 2e-6), random * most, random * unit, torch.tensor([0.0, most])))
+    scaled = (z.double() * found.scale).float()
+    m = (scaled.double() + 1.0).float().view(torch.int32).long()
+    cell = (scaled.double() * found.near).round().long()
+    magnitude = (m + found.table[cell].long()) % 2**32 >> 24
+    off = magnitude != torch.bucketize(z, fmt.boundaries[half:], right=True)
+    distance = (z[:, None] - fmt.boundaries[half:]).abs().min(1).values if half > 1 else z
+    assert float(distance[off].max() if off.any() else 0.0) <= 4e-7 * float(fmt.boundaries.abs().max())
+
+
+def test_rows_of_other_shapes_are_not_turned():
+    """Ties that go down, scales that are not corrected, 32-bit values, own rotations: to the other kernel."""
+    for name in ("tq4.v1", "tq8.v1", "q8_0", "q4_0", "bf16", "fp8_e4m3"):
+        assert not gpu_rows.is_turned(Codec(name, 128), torch.bfloat16), name
+    assert not gpu_rows.is_turned(Codec("turbo4", 128), torch.float32)
+    assert not gpu_rows.is_turned(Codec("turbo4", 128, rotation="hadamard"), torch.bfloat16)
+
+
+# -- the bytes, on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fmt", TURNED, ids=str)
+def test_codes_differ_at_boundaries_alone(fmt: KVFormat):
+    """Hard rows and random ones at every head size: nothing but what lies on a boundary may be another level."""
+    for i, dim in enumerate(d for d in HEAD_DIMS if fits(fmt, d)):
+        codec, dtype = Codec(fmt, dim), DTYPES[i % 2]
+        for x in (hard_rows(dim, dtype, 75, i), random_rows(dim, dtype, 65, seed=i)):
+            got = encoded(x.to(DEVICE), codec)
+            gpu_rows.differences(got.map(torch.Tensor.cpu), codec.encode(x), x, codec)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fmt", TURNED, ids=str)
+def test_share_of_codes_that_differ(fmt: KVFormat):
+    """Of more than 10**7 codes; rare means rare."""
+    dims = [d for d in (128, 96, 256, 512) if fits(fmt, d)]
+    for dim, dtype in product(dims, DTYPES):
+        codec = Codec(fmt, dim)
+        x = random_rows(dim, dtype, 1_600_000 // dim, DEVICE, dim)
+        found = gpu_rows.differences(encoded(x, codec), codec.encode(x), x, codec)
+        assert found.codes <= gpu_rows.SHARE and found.scales <= gpu_rows.SCALES, (dim, dtype, found)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fmt", TURNED, ids=str)
+def test_bytes_depend_on_no_other_row(fmt: KVFormat):
+    """A token alone, a few, as many as a warp takes at once: the same bytes, whatever lies beside it."""
+    for dim in (d for d in (128, 96, 512) if fits(fmt, d)):
+        codec, x = Codec(fmt, dim), random_rows(dim, torch.bfloat16, 67, DEVICE)
+        whole = encoded(x, codec)
+        for start, stop in ((0, 1), (13, 14), (20, 29), (5, 67)):
+            part = encoded(x[:, :, start:stop].contiguous(), codec)
+            assert all(bits(a.cpu()) == bits(b[:, :, start:stop].cpu()) for a, b in zip(part, whole)), (dim, start, stop)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fmt", TURNED, ids=str)
+def test_zeros_and_what_is_tiny_or_huge(fmt: KVFormat):
+    """Norms below the smallest, subnormal numbers, norms whose square overflows."""
+    for dim, dtype in product((128, 256), DTYPES):
+        codec = Codec(fmt, dim)
+        x = torch.randn(1, 2, 12, dim, generator=torch.Generator().manual_seed(0))
+        x[:, :, 0], x[:, :, 1], x[:, :, 2] = 0.0, -0.0, 1e-30
+        x[:, :, 3] *= 6e-8
+        x[:, :, 4], x[:, :, 5, 7] = 65504.0, 65504.0
+        x[:, :, 6] *= 1e-5
+        x[:, :, 7] *= 1e4
+        x[:, :, 8, 1::2], x[:, :, 9, : dim - 1] = 0.0, 0.0
+        x = x.clamp(-65504.0, 65504.0).to(dtype)
+        gpu_rows.differences(encoded(x.to(DEVICE), codec).map(torch.Tensor.cpu), codec.encode(x), x, codec)
+    x = torch.full((1, 2, 3, 128), 3e38).to(torch.bfloat16)
+    x[:, :, 1, ::2] = 1e30
+    rows = encoded(x.to(DEVICE), Codec(fmt, 128)).map(torch.Tensor.cpu)
+    assert bool((rows.scale == 65504.0).all()), "a norm that overflows saturates"
+
+
+# -- planted mistakes: none makes a value larger than its table is long
+
+FAULTS = [
+    ("the rows g and g + 8 of the transform alike", "minus + i % 2 & 1) << 31", "minus & 1) << 31"),
+    ("two bits of an index that change places", "lane >> 3 & lane & 3 |", "lane >> 2 & lane & 3 |"),
+    ("signs before the transform of the next chunk", "[q * 4 + threadIdx.x % 4]", "[(q ^ 1) * 4 + threadIdx.x % 4]"),
+    ("signs after the transform of other values", "[q * 8 + threadIdx.x % 32 / 4]", "[q * 8 + threadIdx.x % 8]"),
+    ("no sums of bit 1", "h[3] ^ MINUS, u.y, u.w", "h[3], u.y, u.w"),
+    ("no differences of chunks", "y[q + h][i] = a - b", "y[q + h][i] = a + b"),
+    ("a norm that is too large", "sum_of_rows(sum[0], sum[1]) *", "sum_of_rows(sum[0], sum[1]) * 1.01f *"),
+    ("the next cell", "near[k], 8388608.0f", "near[k], 8388609.0f"),
+    ("squares of odd levels", "T::SQUARES_AT + prmt(m,", "T::SQUARES_AT + prmt(m | 1 << 24,"),
+    ("a root of few bits", "__fmaf_rn(-x * root, root, 1.0f), root)", "__fmaf_rn(-x * root, root, 1.0001f), root)"),
+    ("zeros with a sign", "x = __fmaf_rn(x, s[i], 0.0f)", "x = x * s[i]"),
+    ("signs of groups that are zero", "sign_bit[k] = live ? 0x80000000 : 0", "sign_bit[k] = 0x80000000"),
+    ("squares of four levels of eight", "__dp4a((int)y, (int)y, __dp4a", "__dp4a((int)x, (int)x, __dp4a"),
+    ("scales of the other row", "int k = g & 1, row = 2 * t + k;", "int k = g & 1, row = 2 * t + 1 - k;"),
+    ("values in another order", "prmt(x[2], x[3], 0x0073), 0x5410)", "prmt(x[2], x[3], 0x0037), 0x5410)"),
+    ("planes that change places", "WIDTH * (plane % (PLANES / 2))", "WIDTH * (plane % 2)"),
+    ("a word without the codes of another lane", "keep << shift | __shfl_xor_sync(~0u, give << shift, 16)", "keep << shift"),
+    ("the words of another lane", "START + 8 * (g % (8 / LANES))", "START + 8 * (g / LANES)"),
+    ("the last tile's rows again", "then = row_of(tile + 1)", "then = row_of(tile)"),
+    ("the addresses of the batch before", "side ^= 32)", "side ^= 0)"),
+]  # fmt: skip
+CASES = [
+    ("turbo4", 128),
+    ("tq8", 256),
+    ("turbo3", 128),
+    ("turbo2", 64),
+    ("tq6", 128),
+    ("turbo4", 512),
+    ("turbo3", 96),
+    ("tq5", 512),
+]
+
+
+@pytest.fixture
+def few_warps(monkeypatch):
+    """One block per side, whose warps take 32 rows at once and go on to others."""
+    monkeypatch.setattr(encode, "_most_blocks", lambda device, resident: 1)
+    encode._launchers.clear()
+    yield
+    encode._launchers.clear()
+
+
+def wrong(name: str, dim: int) -> str:
+    """What is wrong with rows of a format; empty if nothing is."""
+    codec = Codec(name, dim)
+    x = random_rows(dim, torch.bfloat16, 170)
+    x[:, :, 6] = x[:, :, 0] / float(x[:, :, 0].float().norm()) * 1e-11  # less than what counts
+    x[:, :, 7], x[:, :, 8] = 0.0, 0.0
+    x[:, :, 8, 1], x[:, :, 8, 5] = 2.0, 2.0  # half of the turned values are 0
+    got, want = encoded(x.to(DEVICE), codec).map(torch.Tensor.cpu), codec.encode(x)
+    try:
+        found = gpu_rows.differences(got, want, x, codec)
+    except AssertionError as error:
+        return str(error)
+    return "" if found.codes <= 5e-4 and found.scales <= 0.02 else f"too much differs: {found}"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("name", "dim"), CASES)
+def test_rows_without_a_fault(name, dim, few_warps):
+    """The comparison itself: what it notices below is the fault."""
+    assert not wrong(name, dim)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("fault", "old", "new"), FAULTS, ids=[f[0] for f in FAULTS])
+def test_faults_are_noticed(fault, old, new, few_warps):
+    """Each mistake must change the rows of some format by more than what may differ."""
+    with nvrtc.sources([("turned.cuh", old, new)]):
+        for name, dim in CASES:
+            if wrong(name, dim):
+                return
+            encode._launchers.clear()
+    pytest.fail(f"nobody noticed: {fault}")
+
+
+@pytest.mark.parametrize(("fault", "old", "new"), FAULTS, ids=[f[0] for f in FAULTS])
+def test_faults_have_their_place(fault, old, new):
+    """Each is planted in a piece of source that is there once."""
+    with nvrtc.sources([("turned.cuh", old, new)]):
+        pass
