@@ -31,7 +31,7 @@ LEVELS = pytest.mark.parametrize("level", known_levels(), indirect=True)
 STEPS = {
     "head_sizes": (4, 0), "pairs": (17, 3), "features": (7, 0), "feature_pairs": (5, 2), "lengths": (7, 3),
     "many_tiles": (3, 0), "head_groups": (5, 2), "dtypes": (4, 0), "masks": (1, 0), "storage": (3, 0),
-    "pages": (5, 0),
+    "pages": (5, 0), "many_queries": (11, 4),
 }  # fmt: skip
 THIN = [c for name, group in groups().items() for c in group[STEPS[name][1] :: STEPS[name][0]] if not cpu.why_not(c.spec)]
 
