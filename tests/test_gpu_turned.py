@@ -22,6 +22,12 @@ TURNED = [f for f in FORMATS.values() if gpu_rows.is_turned(Codec(f, 128), torch
 DTYPES = (torch.bfloat16, torch.float16)
 
 
+@pytest.fixture(autouse=True)
+def _where_there_is_a_gpu(request, backend_here):
+    if request.node.get_closest_marker("gpu"):
+        backend_here("gpu")
+
+
 def encoded(x: torch.Tensor, codec: Codec) -> Packed:
     """Rows of ``x [B, H, T, D]`` by the kernel; K and V alike."""
     stores = [encode.empty_rows(x, codec).map(torch.zeros_like) for _ in "kv"]
