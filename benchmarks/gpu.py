@@ -47,7 +47,8 @@ PARTS = ("decode", "stock", "append")
 COLD = 220 * 10**6  # bytes over which calls rotate, at least
 LIMIT = 3e-3  # relative error that the gate allows: outputs are bfloat16
 GATE_TOKENS = 777
-LAYERS, BULK = 32, 4096  # of the graph that appends a token; tokens of a long append
+LAYERS = 32  # of the graph that appends a token
+APPENDS = ((128, 1), (512, 1), (128, 4096), (128, 32768), (256, 32768), (512, 32768))  # head_dim, tokens
 
 
 @dataclass(frozen=True)
@@ -237,10 +238,10 @@ class Bench:
         own = hasattr(gpu, "append")
         if not own:
             self.left_out["append"] = "the gpu backend has no append of its own"
-        for name, tokens in product(formats if own else (), (1, BULK)):
-            if not self.room(f"append {name} {tokens}"):
+        for name, (dim, tokens) in product(formats if own else (), APPENDS):
+            if not self.room(f"append {name} d{dim} {tokens}"):
                 continue
-            made, dim = codecs(name, 128), 128
+            made = codecs(name, dim)
             nbytes = KV_HEADS * tokens * (4 * dim + sum(c.format.bytes_per_head(dim) for c in made))
             count = LAYERS if tokens == 1 else -(-COLD // nbytes)
             k, v = torch.randn(2, count, 1, KV_HEADS, tokens, dim, device="cuda").bfloat16()
