@@ -5,7 +5,7 @@ that leaves something out writes ``build/gpu.json`` unless ``--out`` says otherw
 
 Before anything is timed, every configuration is compared with float64 on a small problem (the gate), in several
 processes, which also compile the kernels; one that is wrong ends the run without a number. Times are of replayed CUDA
-graphs: ``kernel_us`` of attention alone, ``call_us`` with the rotations of q and of the output, as ``attend`` does it.
+graphs of whole calls of ``attend``, with the rotations of q and of the output.
 Calls rotate over data of more than 200 MB, so that no cache helps. Rows are random words with plausible scales: a
 kernel's time does not depend on values. The share of the ceiling counts the bytes of live rows, which are read once.
 """
@@ -200,13 +200,11 @@ class Bench:
             if why := reasons(gpu, spec):
                 self.left_out[f"decode {point}"] = "; ".join(why)
                 continue
-            turned = data[0].k_codec.query(q)
-            kernel = gpu_stock.timed(lambda i, q=turned, d=data, s=spec: gpu.attend(q, d[i], s, None, None, None), len(data))
-            call = gpu_stock.timed(lambda i, q=q, d=data: attend(q, d[i], backend="gpu"), len(data))
+            kernel = gpu_stock.timed(lambda i, q=q, d=data: attend(q, d[i], backend="gpu"), len(data))
             self.add(
                 str(point), part="decode", formats=point.formats, head_dim=point.head_dim, groups=point.groups,
                 batch=point.batch, kv_len=point.kv_len, bytes=nbytes, copies=len(data), kernel_us=kernel["us"],
-                kernel_us_least=kernel["us_least"], kernel_us_most=kernel["us_most"], call_us=call["us"],
+                kernel_us_least=kernel["us_least"], kernel_us_most=kernel["us_most"],
                 gb_s=nbytes / kernel["us"] / 1e3, ceiling_share=nbytes / kernel["us"] / 1e3 / self.ceiling,
             )  # fmt: skip
 
