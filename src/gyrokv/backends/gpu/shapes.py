@@ -162,9 +162,11 @@ class Portable:
         if "ROWS" not in form:
             dk, dv = self._padded(False)
             return 32 * form["TALL"] * form["WARPS"] * dk + 2 * form["STAGES"] * keys * (dk + dv)
-        dk, rows = self._padded(True)[0], form["ROWS"]
+        dk, dv = self._padded(True)
+        rows = form["ROWS"]
         sums = 0 if rows == 128 else _threads(form) * keys // form["ROUNDS"]
-        return 2 * (rows + keys) * dk + 2 * rows * keys + sums + 12 * rows  # values are not kept there
+        held = max(dk, dv) if form["TURNS"] else dk + dv
+        return 2 * rows * dk + 2 * keys * held + 2 * rows * keys + sums + 12 * rows
 
     @property
     def rows(self) -> int:
@@ -195,8 +197,8 @@ class Portable:
         return "prefill_portable_wide" if self.wide else "prefill_portable"
 
 
-def _wide(rows: int, keys: int, rounds: int = 1) -> tuple[tuple[str, int], ...]:
-    return ("ROWS", rows), ("KEYS", keys), ("ROUNDS", rounds)
+def _wide(rows: int, keys: int, rounds: int = 1, turns: int = 0) -> tuple[tuple[str, int], ...]:
+    return ("ROWS", rows), ("KEYS", keys), ("ROUNDS", rounds), ("TURNS", turns)
 
 
 def _tall(tall: int, warps: int, keys: int, stages: int) -> tuple[tuple[str, int], ...]:
@@ -209,8 +211,10 @@ def _threads(form: dict[str, int]) -> int:
 
 def _forms(dk: int, dv: int) -> list[tuple[tuple[str, int], ...]]:
     """Forms of a tile for rows of K and V of so many values, the fastest first."""
+    if dv > 320:
+        return [_wide(64, 64), _wide(64, 64, 2), _wide(64, 32), _wide(32, 32, 1, 1)]
     if dv > 256:
-        return [_wide(128, 64)] * (dv <= 320) + [_wide(64, 64), _wide(64, 64, 2), _wide(32, 32)]
+        return [_wide(128, 64), _wide(64, 64), _wide(64, 32)]
     if dv > 128:
         return [_wide(128, 64)] * (dv > 192) + [_tall(1, 4, 64, 1), _tall(1, 4, 32, 1)]
     return [_tall(2, 4, 64, 2)] * (dv > 112) + [_tall(2, 4, 64, 1), _tall(2, 4, 32, 1)]

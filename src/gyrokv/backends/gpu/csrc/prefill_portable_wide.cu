@@ -3,92 +3,31 @@
 //
 // The two products are shared out differently. Scores: a warp takes 32 rows, half of a block's keys and, with PARTS 2, half of
 // the head; warps of the two halves exchange sums through shared memory, and each goes on with 16 of the 32 rows. Values: a warp
-// takes up to 64 rows and its own columns; weights reach it through shared memory, in 16 bits. Values go from memory to
-// registers, because no other warp needs them: shared memory has as much to do as the tensor cores already.
+// takes up to 64 rows and its own columns, so that values are read once; weights reach it through shared memory, in 16 bits.
+// Both cost about as many cycles of shared memory as of products: what two warps read, each reads for itself.
 //
 // Weights are made with the reference that a row had before this block. Only if a maximum has passed it by 2^8, which the
 // barrier after the weights tells all warps, weights are made again: maxima need no barrier of their own.
 //
-// The host defines DK, DV (multiples of 64; rows of values have no fewer), ROWS (32, 64, 128), KEYS (32, 64), ROUNDS (1, 2: of
-// exchanging sums, where memory is short), and the types and features that prefill.cu asks for. Launch: grid batches * q_heads
-// * ceil(q_len / ROWS), block THREADS (128 for ROWS 32, else 256), shared memory BYTES.
+// The host defines DK, DV (multiples of 64), ROWS (32, 64, 128), KEYS (32, 64), ROUNDS (1, 2: of exchanging sums, each of which
+// needs less memory), TURNS (1: keys and values take turns in one place, where memory is short), and the types and features
+// that prefill.cu asks for. Launch: grid batches * q_heads * ceil(q_len / ROWS), block THREADS (128 for ROWS 32, else 256),
+// shared memory BYTES.
 constexpr int BLOCKS = 1, SPAN = KEYS / 2;
 #include "portable.cuh"
 
 constexpr int WARPS = ROWS == 32 ? 4 : 8, THREADS = 32 * WARPS;
 constexpr int PARTS = ROWS == 128 ? 1 : 2, TALL = 2 / PARTS;  // tiles of 16 rows that a warp weighs
 constexpr int BANDS = ROWS == 128 ? 2 : 1, TILES = ROWS / BANDS / 16, ACROSS = WARPS / BANDS;  // of the output; warps per band
-constexpr int COLUMNS = DV / ACROSS;  // of a warp
-constexpr int K_AT = ROWS * DK * 2, P_AT = K_AT + KEYS * DK * 2, SUMS_AT = P_AT + ROWS * KEYS * 2;
+constexpr int WIDE = DV / (16 * ACROSS), HALF = DV / (8 * ACROSS) % 2;  // 16 columns; 8 more
+constexpr int K_AT = ROWS * DK * 2, K_BYTES = KEYS * DK * 2, V_BYTES = KEYS * DV * 2, V_AT = K_AT + (TURNS ? 0 : K_BYTES);
+constexpr int P_AT = TURNS ? K_AT + (K_BYTES > V_BYTES ? K_BYTES : V_BYTES) : V_AT + V_BYTES, SUMS_AT = P_AT + ROWS * KEYS * 2;
 constexpr int SUM_BYTES = PARTS == 2 ? 16 * SPAN * 4 / ROUNDS : 0;  // of a warp
 constexpr int TOPS_AT = SUMS_AT + WARPS * SUM_BYTES, FACTORS_AT = TOPS_AT + 2 * ROWS * 4, BYTES = FACTORS_AT + ROWS * 4;
 static_assert(BYTES <= 232448, "shared memory of a block");
 static_assert(DK % 64 == 0 && DV % (8 * ACROSS) == 0, "columns");
 
 extern __shared__ __align__(1024) char memory[];
-
-#ifndef DEPTH
-#define DEPTH 1
-#endif
-// 16 rows of values, from memory to operands: a lane takes N columns side by side of rows 2 t, 2 t + 1, 2 t + 8, 2 t + 9, so that
-// a product has every N-th column
-template <int N>
-struct Values {
-  static constexpr int WORDS = N > 1 ? N / 2 : 1;
-  u32 x[4][WORDS];
-
-  INLINE void load(const char* const (&at)[4], int byte) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) load_global<N>(at[i] + byte, x[i]);
-  }
-  template <class O>
-  INLINE void multiply(O& o, const u32 (&w)[TILES][4], int first) const {
-#pragma unroll
-    for (int j = 0; j < N; ++j) {
-      const u32 which = j % 2 ? 0x7632 : 0x5410;
-      u32 low = prmt(x[0][j / 2], x[1][j / 2], which), high = prmt(x[2][j / 2], x[3][j / 2], which);
-#pragma unroll
-      for (int m = 0; m < TILES; ++m) mma<V_BF16>(quad(o[m] + 4 * (first + j)), w[m][0], w[m][1], w[m][2], w[m][3], low, high);
-    }
-  }
-};
-
-// a warp's columns of 16 rows: as many eights of them as there are lanes, then what is left
-struct Unit {
-  static constexpr int EIGHTS = COLUMNS / 64, REST = COLUMNS % 64 / 8;
-  Values<8> eights[EIGHTS ? EIGHTS : 1];
-  Values<4> four;
-  Values<2> two;
-  Values<1> one;
-
-  INLINE void load(const char* v, i64 step, int key, int stop, int g, int t) {
-    const char* at[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) at[i] = v + min(key + 2 * t + i % 2 + i / 2 * 8, stop - 1) * step;
-#pragma unroll
-    for (int e = 0; e < EIGHTS; ++e) eights[e].load(at, 128 * e + 16 * g);
-    if constexpr (REST & 4) four.load(at, 128 * EIGHTS + 8 * g);
-    if constexpr (REST & 2) two.load(at, 128 * EIGHTS + (REST & 4) * 16 + 4 * g);
-    if constexpr (REST & 1) one.load(at, 128 * EIGHTS + (REST & 6) * 16 + 2 * g);
-  }
-  template <class O>
-  INLINE void multiply(O& o, const u32 (&w)[TILES][4]) const {
-#pragma unroll
-    for (int e = 0; e < EIGHTS; ++e) eights[e].multiply(o, w, 8 * e);
-    if constexpr (REST & 4) four.multiply(o, w, 8 * EIGHTS);
-    if constexpr (REST & 2) two.multiply(o, w, 8 * EIGHTS + (REST & 4));
-    if constexpr (REST & 1) one.multiply(o, w, 8 * EIGHTS + (REST & 6));
-  }
-  // column that a lane has of product i: of the warp's
-  INLINE static int column(int i, int lane) {
-    int rest = i - 8 * EIGHTS;
-    if (rest < 0) return i / 8 * 64 + 8 * lane + i % 8;
-    if ((REST & 4) && rest < 4) return 64 * EIGHTS + 4 * lane + rest;
-    rest -= REST & 4;
-    if ((REST & 2) && rest < 2) return 64 * EIGHTS + (REST & 4) * 8 + 2 * lane + rest;
-    return 64 * EIGHTS + (REST & 6) * 8 + lane;
-  }
-};
 
 extern "C" __global__ void __launch_bounds__(THREADS)
     prefill_portable_wide(const __grid_constant__ Prefill p, const __grid_constant__ Operands from) {
@@ -102,33 +41,38 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   const int part = warp % PARTS, half = warp / PARTS % 2, rows = warp / (2 * PARTS) * 32;
   const int own = rows + (PARTS == 2 ? 16 * part : 0) + lane / 4, keys = half * SPAN;  // first row and keys that it weighs
   // of values
-  const int band = warp / ACROSS * (ROWS / BANDS), column = warp % ACROSS * COLUMNS;
+  const int band = warp / ACROSS * (ROWS / BANDS), column = warp % ACROSS;
   float slope = ALIBI ? p.slopes[tile.head] : 1.0f, scale = p.scale * LOG2E;
   const char* k = from.k + tile.batch * from.k_batch + tile.kv_head * from.k_head;
-  const char* v = from.v + tile.batch * from.v_batch + tile.kv_head * from.v_head + 2 * column;
+  const char* v = from.v + tile.batch * from.v_batch + tile.kv_head * from.v_head;
   auto load_k = [&](int block) {
     load_rows<KEYS, DK, THREADS>(shared + K_AT, k, from.k_token, block * KEYS, p.kv_len, from.dk);
     commit_copies();
   };
+  auto load_v = [&](int block) {
+    load_rows<KEYS, DV, THREADS>(shared + V_AT, v, from.v_token, block * KEYS, p.kv_len, from.dv);
+    commit_copies();
+  };
   const Place<DK> a(shared, rows + a_row(lane), a_piece(lane)), b(shared + K_AT, keys + b_row(lane), b_piece(lane));
   const Place<KEYS> to(shared + P_AT, own), w(shared + P_AT, band + a_row(lane), a_piece(lane));
+  const Place<DV> c(shared + V_AT, a_row(lane), a_piece(lane)), narrow(shared + V_AT, a_row(lane), column);
   auto tops = [&](int side, int row) { return shared + TOPS_AT + (side * ROWS + row) * 4; };
   auto factors = [&](int row) { return shared + FACTORS_AT + row * 4; };
 
   Softmax softmax[TALL];
-  float s[2][SCORES], o[TILES][COLUMNS / 2];
+  float s[2][SCORES], o[TILES][WIDE * 8 + HALF * 4];
   auto scale_output = [&] {
 #pragma unroll
     for (int m = 0; m < TILES; ++m) {
       float f[2] = {load_shared_f32(factors(band + 16 * m + lane / 4)), load_shared_f32(factors(band + 16 * m + lane / 4 + 8))};
 #pragma unroll
-      for (int i = 0; i < COLUMNS / 2; ++i) o[m][i] *= f[i / 2 % 2];
+      for (int i = 0; i < WIDE * 8 + HALF * 4; ++i) o[m][i] *= f[i / 2 % 2];
     }
   };
 #pragma unroll
   for (int m = 0; m < TILES; ++m)
 #pragma unroll
-    for (int i = 0; i < COLUMNS / 2; ++i) o[m][i] = 0.0f;
+    for (int i = 0; i < WIDE * 8 + HALF * 4; ++i) o[m][i] = 0.0f;
 
   int block = tile.block;
   if (block >= 0) {
@@ -139,6 +83,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   while (block >= 0) {
     wait_copies<0>();
     __syncthreads();  // keys are here; weights and values have been used
+    if (!TURNS) load_v(block);
     Mask mask[TALL];
     if constexpr (MASK > 0)
 #pragma unroll
@@ -164,9 +109,10 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         }
       }
     }
-    Unit values[DEPTH + 1];
-#pragma unroll
-    for (int u = 0; u < DEPTH; ++u) values[u].load(v, from.v_token, block * KEYS + 16 * u, p.kv_len, lane / 4, t);
+    if (TURNS) {
+      __syncthreads();
+      load_v(block);
+    }
     if constexpr (PARTS == 2) {  // each keeps 16 rows and adds the other's sums
       u32 sums = shared + SUMS_AT + lane * 16;
 #pragma unroll
@@ -199,9 +145,11 @@ extern "C" __global__ void __launch_bounds__(THREADS)
       for (int unit = 0; unit < UNITS; ++unit) {
         u32 x[4];
         softmax[m].weights(s[m], unit, scale, x);
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-          store_shared(to.at(2 * keys + 32 * unit + i / 2 * 16) + m * 32 * KEYS + i % 2 * 16 * KEYS + 4 * t, x[i]);
+        u32 left = to.at(2 * keys + 32 * unit) + m * 32 * KEYS + 4 * t, right = to.at(2 * keys + 32 * unit + 16) + m * 32 * KEYS + 4 * t;
+        store_shared(left, x[0]);
+        store_shared(left + 16 * KEYS, x[1]);
+        store_shared(right, x[2]);
+        store_shared(right + 16 * KEYS, x[3]);
       }
     };
 #pragma unroll
@@ -214,9 +162,10 @@ extern "C" __global__ void __launch_bounds__(THREADS)
       }
       weigh(m);
     }
-    grows = __syncthreads_or(grows);  // weights are here; keys have been used
+    wait_copies<0>();
+    grows = __syncthreads_or(grows);  // values and weights are here; keys have been used
     int next = tile.seen(block - 1);
-    if (next >= 0) load_k(next);
+    if (!TURNS && next >= 0) load_k(next);
     if (grows) {
       float most[2 * TALL];
 #pragma unroll
@@ -242,12 +191,29 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     }
 #pragma unroll
     for (int unit = 0; unit < KEYS / 16; ++unit) {
-      if (unit + DEPTH < KEYS / 16)
-        values[(unit + DEPTH) % (DEPTH + 1)].load(v, from.v_token, block * KEYS + 16 * (unit + DEPTH), p.kv_len, lane / 4, t);
       u32 x[TILES][4];
 #pragma unroll
       for (int m = 0; m < TILES; ++m) load_matrices(w.at(32 * unit) + m * 32 * KEYS, x[m]);
-      values[unit % (DEPTH + 1)].multiply(o, x);
+#pragma unroll
+      for (int j = 0; j < WIDE; ++j) {
+        u32 y[4];
+        load_transposed(c.at(32 * column) + 32 * ACROSS * j + unit * 32 * DV, y);
+#pragma unroll
+        for (int m = 0; m < TILES; ++m) {
+          mma<V_BF16>(quad(o[m] + 8 * j), x[m][0], x[m][1], x[m][2], x[m][3], y[0], y[1]);
+          mma<V_BF16>(quad(o[m] + 8 * j + 4), x[m][0], x[m][1], x[m][2], x[m][3], y[2], y[3]);
+        }
+      }
+      if constexpr (HALF) {
+        u32 y[2];
+        load_transposed(narrow.at(32 * ACROSS * WIDE) + unit * 32 * DV, y);
+#pragma unroll
+        for (int m = 0; m < TILES; ++m) mma<V_BF16>(quad(o[m] + 8 * WIDE), x[m][0], x[m][1], x[m][2], x[m][3], y[0], y[1]);
+      }
+    }
+    if (TURNS && next >= 0) {
+      __syncthreads();
+      load_k(next);
     }
     block = next;
   }
@@ -267,16 +233,12 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     for (int m = 0; m < TALL; ++m) {
       float last[2], before[2];
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        int row = own + 16 * m + 8 * r;
-        softmax[m].total[r] = t == 0 ? load_shared_f32(tops(0, row)) + load_shared_f32(tops(1, row)) : 0.0f;
-      }
+      for (int r = 0; r < 2; ++r)
+        softmax[m].total[r] = t == 0 ? load_shared_f32(tops(0, own + 16 * m + 8 * r)) + load_shared_f32(tops(1, own + 16 * m + 8 * r)) : 0.0f;
       softmax[m].finish(last, before, p, tile, tile.row + own + 16 * m, t);
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        int row = own + 16 * m + 8 * r;
-        if (t == 0) store_shared(factors(row), last[r]), store_shared(tops(0, row), before[r]);
-      }
+      for (int r = 0; r < 2; ++r)
+        if (t == 0) store_shared(factors(own + 16 * m + 8 * r), last[r]), store_shared(tops(0, own + 16 * m + 8 * r), before[r]);
     }
   __syncthreads();
   scale_output();
@@ -286,13 +248,15 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     for (int r = 0; r < 2; ++r) {
       int row = tile.row + band + 16 * m + 8 * r + lane / 4;
       float before = JOINS && p.joined ? load_shared_f32(tops(0, band + 16 * m + 8 * r + lane / 4)) : 0.0f;
-      i64 at = tile.batch * p.out_batch + tile.head * p.out_head + row * p.out_token + column;
-      if (row >= p.q_len) break;
+      i64 at = tile.batch * p.out_batch + tile.head * p.out_head + row * p.out_token + 2 * t;
+      auto put = [&](int from_column, int i) {
+        if (row < p.q_len && from_column < p.dv) store(p, at + from_column, o[m][i + 2 * r], o[m][i + 2 * r + 1], before);
+      };
 #pragma unroll
-      for (int j = 0; j < COLUMNS / 8 / 2 * 2; j += 2)
-#pragma unroll
-        for (int e = 0; e < 2; ++e) store(p, at + Unit::column(j, 2 * t + e), o[m][4 * j + 2 * r + e], o[m][4 * j + 4 + 2 * r + e], before);
-      if constexpr (COLUMNS / 8 % 2)
-        store(p, at + Unit::column(COLUMNS / 8 - 1, 2 * t), o[m][COLUMNS / 2 - 4 + 2 * r], o[m][COLUMNS / 2 - 3 + 2 * r], before);
+      for (int j = 0; j < WIDE; ++j) {
+        put(16 * (column + ACROSS * j), 8 * j);
+        put(16 * (column + ACROSS * j) + 8, 8 * j + 4);
+      }
+      if constexpr (HALF) put(16 * ACROSS * WIDE + 8 * column, 8 * WIDE);
     }
 }

@@ -37,17 +37,22 @@ INLINE constexpr int dim_of(int tile, int half, int g) {
   return V::dim(word_of(tile, half, g), kind_of(tile, half) + (V_FOLD > 1 ? g / 4 * KINDS : 0));
 }
 INLINE constexpr bool exists(int tile, int half, int g) { return kind_of(tile, half) < KINDS && word_of(tile, half, g) < V::WORDS; }
-// how many of a half's dims are of this group
-INLINE constexpr int count_of(int tile, int half, int group) {
-  int count = 0;
-  for (int g = 0; g < 8; ++g) count += exists(tile, half, g) && dim_of(tile, half, g) / V::SPAN == group;
-  return count;
+// does one of a part's dims, those of lanes from `from` on, belong to this group? Plain arithmetic: a loop would not fold
+INLINE constexpr int last_of(int tile, int half) {
+  int rest = V::WORDS - 8 * eight_of(tile, half), most = 8 / V_FOLD;
+  return (rest < most ? rest : most) - 1;
 }
-INLINE constexpr bool touches(int tile, int half, int group) { return count_of(tile, half, group) > 0; }
+INLINE constexpr bool within(int tile, int half, int group, int from) {
+  return dim_of(tile, half, from) / V::SPAN <= group && group <= dim_of(tile, half, from + last_of(tile, half)) / V::SPAN;
+}
+INLINE constexpr bool touches(int tile, int half, int group) {
+  return exists(tile, half, 0) && (within(tile, half, group, 0) || (V_FOLD > 1 && within(tile, half, group, 4)));
+}
 // is lane g's dim of this group?
 INLINE bool of_group(int tile, int half, int group, int g) {
   if (!touches(tile, half, group)) return false;
-  return V::GROUPS == 1 || count_of(tile, half, group) == 8 || dim_of(tile, half, g) / V::SPAN == group;
+  int low = dim_of(tile, half, 0) / V::SPAN, high = dim_of(tile, half, (V_FOLD > 1 ? 4 : 0) + last_of(tile, half)) / V::SPAN;
+  return low == high || dim_of(tile, half, g) / V::SPAN == group;
 }
 
 struct Running {  // of a warp: the softmax so far
