@@ -206,6 +206,7 @@ def gpu_table() -> str:
         for name in dict.fromkeys(r["formats"] for r in here):
             found = [next((r for r in here if r["formats"] == name and r["head_dim"] == d), None) for d in dims]
             lines.append(f"| `{name}` | {' | '.join('–' if r is None else _gpu_cell(r) for r in found)} |")
+    lines += ["", *(f"Not measured, {what}: {why}." for what, why in record.get("not_measured", {}).items())]
     lines += [
         "",
         f"Measured {record['when'][:10]} on {machine['devices']['cuda']}, driver {machine['driver']}, torch "
@@ -263,8 +264,8 @@ def gpu_line() -> str:
     counts = ", ".join(f"{record[outcome]} {outcome}" for outcome in ("passed", "failed", "skipped"))
     return (
         f"The tests that use an accelerator (`make test-gpu`) last ran {record['when'][:10]} on "
-        f"{machine['devices']['cuda']}, {versions}, commit `{machine['commit'][:10]}`: {counts}."
-    )
+        f"{machine['devices']['cuda']}, {versions}, commit `{machine['commit'][:10]}`: {counts}. {record.get('note', '')}"
+    ).rstrip()
 
 
 SECTIONS = {

@@ -56,7 +56,9 @@ def differences(got: Packed, want: Packed, x: Tensor, codec: Codec) -> Differenc
     assert int((units * same).max()) <= 1, "a scale differs by more than one unit"
     levels = fmt.level_values.to(a.device)
     norms = [p.scale.float() * levels[i].unflatten(-1, (-1, codec.group)).norm(dim=-1) for p, i in ((got, a), (want, b))]
-    torch.testing.assert_close(*norms, rtol=2e-3, atol=1e-6)
+    largest = torch.finfo(got.scale.dtype).max
+    kept = (got.scale < largest) & (want.scale < largest)  # a scale that saturates keeps no norm
+    torch.testing.assert_close(*(n[kept] for n in norms), rtol=2e-3, atol=1e-6)
     return Differences(float(other.double().mean()), float((units * same > 0).double().mean()))
 
 
