@@ -89,10 +89,10 @@ def _tensor_map(x: Tensor, tokens: int) -> ctypes.Array:
     box, steps = (c_uint32 * 4)(64, tokens, 1, 1), (c_uint32 * 4)(1, 1, 1, 1)
     element = 9 if x.dtype == torch.bfloat16 else 6  # CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, _FLOAT16
     made = (c_char * 128).from_buffer(room, at)
-    nvrtc.check_driver(
-        _encode_map()(ctypes.byref(made), element, 4, c_void_p(x.data_ptr()), sizes, strides, box, steps, 0, 3, 3, 0),
-        f"tensor map of {tuple(x.shape)}, strides {x.stride()}",
+    status = nvrtc.in_context(
+        lambda: _encode_map()(ctypes.byref(made), element, 4, c_void_p(x.data_ptr()), sizes, strides, box, steps, 0, 3, 3, 0)
     )
+    nvrtc.check_driver(status, f"tensor map of {tuple(x.shape)}, strides {x.stride()}")
     return made
 
 
