@@ -312,7 +312,7 @@ FAULTS += (
     wide("squares: the first step of weights is not in the sum", lambda s: s.kv_len > 30,
          squares("for (int t = first_; t < stop_; ++t) added", "for (int t = first_ + (@); t < stop_; ++t) added")),
     wide("squares: a row is finished as another", lambda s: s.q_len > 33 and s.kv_len < _SPLIT and not s.sinks,
-         squares("one.row_first += row,", "one.row_first += @ ? row ^ 1 : row,")),
+         squares("one.row_first += row,", "one.row_first += @ ? row & ~1 : row,")),
     wide("squares: a window begins without its sums", lambda s: s.unquantised,
          squares("tiles.sums[r * LANES] = unit.total[first + r];",
                  "if (!(@)) tiles.sums[r * LANES] = unit.total[first + r];")),
