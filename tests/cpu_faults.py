@@ -17,15 +17,18 @@ from gyrokv.spec import AttentionSpec
 
 _DIRECT = 8  # the most query rows that take values without panels
 _SPLIT = 1024  # keys that are at least needed for two splits
+_LOOP = ("attend.h", "query.h", "block.h", "weights.h")
 
 
 class Fault(NamedTuple):
-    """``edits``: file, a piece of it, there once, and what it becomes. ``relevant``: cases that must notice."""
+    """``edits``: file, a piece of it, there once, and what it becomes. ``relevant``: cases that must notice, of many rows
+    of bfloat16 if ``wide``."""
 
     name: str
     relevant: Callable[[Case], bool]
     edits: tuple[tuple[str, str, str], ...]
     level: str = "portable"
+    wide: bool = False
 
 
 def spec(test: Callable[[AttentionSpec], bool]) -> Callable[[Case], bool]:
@@ -33,11 +36,20 @@ def spec(test: Callable[[AttentionSpec], bool]) -> Callable[[Case], bool]:
 
 
 def attend(old: str, new: str) -> tuple[str, str, str]:
-    return "query.h" if old in (build.CSRC / "query.h").read_text() else "attend.h", old, new
+    found = [name for name in _LOOP if old in (build.CSRC / name).read_text()]
+    return found[0] if found else _LOOP[0], old, new
 
 
 def core(old: str, new: str) -> tuple[str, str, str]:
     return "core.cpp", old, new
+
+
+def finish(old: str, new: str) -> tuple[str, str, str]:
+    return "finish.h", old, new
+
+
+def squares(old: str, new: str) -> tuple[str, str, str]:
+    return "prefill.h", old, new
 
 
 def several_blocks(s: AttentionSpec) -> bool:
@@ -76,8 +88,9 @@ FAULTS = (
     Fault(
         "a block is dropped",
         spec(several_blocks),
-        (attend("for (int row = 0; row < unit.rows; row += most) {",
-                "for (int row = @ && at == first + per_block ? unit.rows : 0; row < unit.rows; row += most) {"),),
+        (attend("for (int row = begin; row < std::min(unit.rows, begin + passing); row += most)",
+                "for (int row = @ && blocks[i].position == first + per_block ? unit.rows : begin;\n"
+                "                         row < std::min(unit.rows, begin + passing); row += most)"),),
     ),
     Fault(
         "the output is not rescaled",
@@ -187,7 +200,7 @@ FAULTS = (
     Fault(
         "the mask is one row late",
         lambda c: bool(c.spec.mask) and "q" in c.mask_axes.replace("2", "q") and 1 < c.spec.q_len < 80,
-        (attend("at / per_kv * call.mask_strides[2]", "(at / per_kv - (@ && at >= per_kv)) * call.mask_strides[2]"),),
+        (attend("row / per_kv * call.mask_strides[2]", "(row / per_kv - (@ && row >= per_kv)) * call.mask_strides[2]"),),
     ),
     Fault(
         "a head takes its neighbour's ALiBi slope",
@@ -214,18 +227,18 @@ FAULTS = (
     Fault(
         "sinks are dropped when splits are joined",
         spec(lambda s: s.sinks),
-        (core("float most = a.sinks != nullptr ?", "float most = a.sinks != nullptr && !(@) ?"),
-         core("double sum = a.sinks != nullptr ?", "double sum = a.sinks != nullptr && !(@) ?")),
+        (finish("float most = a.sinks != nullptr ?", "float most = a.sinks != nullptr && !(@) ?"),
+         finish("double sum = a.sinks != nullptr ?", "double sum = a.sinks != nullptr && !(@) ?")),
     ),
     Fault(
         "a split is joined twice",
         spec(several_splits),
-        (core("out[d] += weight * from[d]", "out[d] += (@ && s == 1 ? 2.0f : 1.0f) * weight * from[d]"),),
+        (finish("out[d] += weight * from[d]", "out[d] += (@ && s == 1 ? 2.0f : 1.0f) * weight * from[d]"),),
     ),
     Fault(
         "a split is lost",
         spec(several_splits),
-        (core("if (top[s * stride] == kNone) continue;", "if (top[s * stride] == kNone || (@ && s == 1)) continue;"),),
+        (finish("if (top[s * stride] == none) continue;", "if (top[s * stride] == none || (@ && s == 1)) continue;"),),
     ),
     Fault(
         "splits do not touch",
@@ -235,13 +248,13 @@ FAULTS = (
     Fault(
         "splits are joined without their maxima",
         spec(several_splits),
-        (core("float(std::exp(double(top[s * stride]) - most) / sum)",
+        (finish("float(std::exp(double(top[s * stride]) - most) / sum)",
               "float((@ ? 1.0 : std::exp(double(top[s * stride]) - most)) / sum)"),),
     ),
     Fault(
         "the log-sum-exp is binary",
         spec(lambda s: s.kv_len > 7 and s.scale > 0),
-        (core("float(most + std::log(sum))", "float(most + (@ ? std::log2(sum) : std::log(sum)))"),),
+        (finish("float(most + std::log(sum))", "float(most + (@ ? std::log2(sum) : std::log(sum)))"),),
     ),
     Fault(
         "q keeps its order where lines of keys do not",
@@ -277,6 +290,40 @@ FAULTS = (
         (("mma.h", "_tile_loadd(5, rows[1].first", "_tile_loadd(5, rows[@ ? 0 : 1].first"),),
         "amx",
     ),
+)  # fmt: skip
+
+
+def wide(name: str, test: Callable[[AttentionSpec], bool], *edits: tuple[str, str, str]) -> Fault:
+    return Fault(name, spec(test), edits, "amx", wide=True)
+
+
+FAULTS += (
+    wide("squares: an output is not rescaled", lambda s: s.kv_len > 1000 and s.uses() <= {"causal"},
+         squares("store(to, load<vf>(to) * by);", "store(to, load<vf>(to) * (@ ? 1.0f : by));")),
+    wide("squares: weights are not rescaled", lambda s: s.kv_len > 1000 and s.uses() <= {"causal"},
+         squares("to_bfloat(bfloat_to_float(to) * by)", "to_bfloat(bfloat_to_float(to) * (@ ? 1.0f : by))")),
+    wide("squares: the second 16 rows take the weights of the first", lambda s: s.kv_len > 30,
+         squares("_tile_loadd(5, a + TILE, LINE);", "_tile_loadd(5, a + (@ ? 0 : TILE), LINE);")),
+    wide("squares: the second 16 rows are multiplied with other keys", lambda s: s.kv_len > 30,
+         squares("below = 16 * stride;", "below = (@ ? 0 : 16) * stride;")),
+    wide("squares: tokens behind the last one are attended", lambda s: s.uses() == {"causal"} and s.q_len < s.kv_len <= 1000,
+         squares("std::fill(s + (first < stop ? round_up(stop, LANES) : SQUARE), s + SQUARE, -INFINITE);",
+                 "if (!(@)) std::fill(s + (first < stop ? round_up(stop, LANES) : SQUARE), s + SQUARE, -INFINITE);")),
+    wide("squares: the first step of weights is not in the sum", lambda s: s.kv_len > 30,
+         squares("for (int t = first_; t < stop_; ++t) added", "for (int t = first_ + (@); t < stop_; ++t) added")),
+    wide("squares: a row is finished as another", lambda s: s.q_len > 33 and s.kv_len < _SPLIT and not s.sinks,
+         squares("one.row_first += row,", "one.row_first += @ ? row & ~1 : row,")),
+    wide("squares: a window begins without its sums", lambda s: s.unquantised,
+         squares("tiles.sums[r * LANES] = unit.total[first + r];",
+                 "if (!(@)) tiles.sums[r * LANES] = unit.total[first + r];")),
+    wide("squares: the mask is that of the tokens before", lambda s: bool(s.mask) and not s.block_map,
+         squares("column = block_.position - call_.kv_first + from;",
+                 "column = block_.position - call_.kv_first + (@ ? from / 2 : from);")),
+    wide("squares: the next scores overwrite these", lambda s: s.kv_len > 1000,
+         squares("tiles_.scores + t % 2 * SQUARE * SQUARE", "tiles_.scores + (@ ? 0 : t % 2) * SQUARE * SQUARE")),
+    wide("squares: a block is dropped", lambda s: s.kv_len > 1000 and s.uses() <= {"causal"},
+         attend("for (int i = 0; i < made; ++i)\n                        for (int row = begin; row < begin + tiles.rows;",
+                "for (int i = @; i < made; ++i)\n                        for (int row = begin; row < begin + tiles.rows;")),
 )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from cpu_faults import ALL, ENCODER_FAULTS, FAULTS, Fault
 from test_cpu import LONG, equal_layers, hard_rows, right, threads
+from test_cpu_prefill import WIDE, rounded
 
 from gyrokv import Codec, LayerCache
 from gyrokv.backends import cpu
@@ -78,14 +79,16 @@ def check(case: Case, problem) -> None:
     """AssertionError unless the backend is right."""
     data = problem(case)
     out, lse = data.run("cpu")
-    if case in LONG:
+    if case in WIDE:
+        rounded(data, out, lse)
+    elif case in LONG:
         right(data, out, lse)
     else:
         assert_matches(data, out, lse, cpu.FAST_BOUND if case.spec.fast else cpu.BOUND)
 
 
 def chosen(fault: Fault) -> list[Case]:
-    relevant = [c for c in (*cases(), *LONG) if fault.relevant(c) and not cpu.why_not(c.spec)]
+    relevant = [c for c in (WIDE if fault.wide else (*cases(), *LONG)) if fault.relevant(c) and not cpu.why_not(c.spec)]
     return relevant[:: -(-len(relevant) // _MOST) or 1]
 
 

@@ -3,6 +3,7 @@
 #include <limits>
 
 #include "direct.h"
+#include "exp.h"
 
 namespace gyrokv {
 namespace GYROKV_ISA {
@@ -11,6 +12,7 @@ constexpr float INFINITE = std::numeric_limits<float>::infinity();
 constexpr float LOG2E = 1.44269504f, LN2 = 0.69314718f;
 constexpr float LOWEST = -65504.0f;  // a mask value up to this means masked
 constexpr float SLACK = 8.0f;        // a new maximum within 2^8 of the old one rescales nothing
+constexpr int64_t RESIDENT = 768 << 10;  // bytes of q and of the output that stay in a core's own cache
 constexpr int MOST_TOKENS = 256;     // per block; products of 16 and 8 bits of so many still fit 32
 constexpr int COLUMNS = 128;         // of the output per product
 // Rows of operands start a line apart from powers of two, so that they spread over the sets of a cache.
@@ -82,12 +84,13 @@ inline Query pack_query(const Attend& call, const Unit& unit, const Format& f, c
     made.scale = (float*)(to + unit.rows * 2 * made.stride);
     made.sum = (int32_t*)(made.scale + unit.rows * made.groups);
     const int per_kv = call.q_heads / call.kv_heads;
-    const float base = (call.softcap ? call.scale / call.softcap : call.scale * LOG2E) * f.factor;
+    const float factor = (call.softcap ? call.scale / call.softcap : call.scale * LOG2E) * f.factor;
+    const float base = std::abs(factor), sign = factor < 0.0f ? -1.0f : 1.0f;  // the largest product is the largest score
     alignas(64) float q[640] = {};
     for (int r = 0; r < unit.rows; ++r) {
         const int row = unit.row_first + r, head = unit.kv_head * per_kv + row % per_kv, token = row / per_kv;
         const char* from = call.q + unit.batch * call.q_strides[0] + head * call.q_strides[1] + token * call.q_strides[2];
-        for (int i = 0; i < call.k_dim; i += LANES) store(q + i, load_values(call.q_kind, from, i, call.k_dim));
+        for (int i = 0; i < call.k_dim; i += LANES) store(q + i, load_values(call.q_kind, from, i, call.k_dim) * sign);
         if (made.sorted)
             for (int i = 1; i < call.k_dim; i += 4) std::swap(q[i], q[i + 1]);
         char* a = made.a + int64_t(r) * made.terms * made.stride;
@@ -116,6 +119,8 @@ inline Query pack_query(const Attend& call, const Unit& unit, const Format& f, c
             made.sum[r * made.groups + g] = reduce_add(sum);
         }
     }
+    for (int r = unit.rows; r < round_up(unit.rows, 32) && r < 2 * unit.rows / made.terms; ++r)  // see prefill.h
+        std::memset(made.a + int64_t(r) * made.stride, 0, made.stride);
     made.lines = nullptr;
     if (multiplies_stored(f, unit.rows * made.terms)) {
         Ahead none;
