@@ -16,6 +16,7 @@ from gyrokv.cases import Case
 from gyrokv.spec import AttentionSpec
 
 _DIRECT = 8  # the most query rows that take values without panels
+_STORED = 16  # the most query rows that take rows as they are stored, with a matrix unit
 _SPLIT = 1024  # keys that are at least needed for two splits
 
 
@@ -66,6 +67,11 @@ def plain(s: AttentionSpec) -> bool:
 def rows(s: AttentionSpec) -> int:
     """Query rows of a KV head."""
     return s.q_len * s.groups
+
+
+def stored(fmt, dim: int) -> bool:
+    """Some of the formats whose rows are multiplied as they are stored, by a matrix unit for four query rows."""
+    return dim % 64 == 0 and fmt.name in ("q8_0", "tq6", "tq8")
 
 
 def two_fields(fmt) -> bool:
@@ -267,14 +273,83 @@ FAULTS = (
     ),
     Fault(
         "the second tile of query rows is the first",
-        spec(lambda s: plain(s) and s.k_format.has_levels and s.v_format.has_levels and rows(s) > _DIRECT),
+        spec(lambda s: plain(s) and s.k_format.has_levels and s.v_format.has_levels and rows(s) > _STORED),
         (("mma.h", "below = 16 * p.a_stride", "below = (@ ? 0 : 16) * p.a_stride"),),
         "amx",
     ),
     Fault(
         "a tile of keys is the one before",
         spec(lambda s: plain(s) and s.k_format.name == "bf16" and rows(s) <= _DIRECT and s.head_dim % 32 == 0 and s.causal),
-        (("mma.h", "_tile_loadd(5, rows[1].first", "_tile_loadd(5, rows[@ ? 0 : 1].first"),),
+        (("stored.h", "_tile_loadd(5, at[1] + line", "_tile_loadd(5, at[@ ? 0 : 1] + line"),),
+        "amx",
+    ),
+    Fault(
+        "the second four query rows are the first",
+        spec(lambda s: plain(s) and s.k_format.name == "bf16" and 4 < rows(s) <= _STORED and s.head_dim % 32 == 0),
+        (("stored.h", "memory + rows_before / STORED_ROWS *", "memory + (@ ? 0 : rows_before) / STORED_ROWS *"),),
+        "amx",
+    ),
+    Fault(
+        "the offset of keys in lines is left in",
+        spec(lambda s: plain(s) and stored(s.k_format, s.head_dim) and rows(s) <= 4),
+        (("stored.h", "made.start[16 * u + column] -= ZERO * sum", "made.start[16 * u + column] -= (@ ? 0 : ZERO) * sum"),),
+        "amx",
+    ),
+    Fault(
+        "the offset of values in lines is left in",
+        spec(lambda s: plain(s) and stored(s.v_format, s.head_dim_v) and rows(s) <= 4),
+        (("stored.h", "made.offset[side][r] = ZERO *", "made.offset[side][r] = (@ ? 0 : ZERO) *"),),
+        "amx",
+    ),
+    Fault(
+        "odd bytes of keys take the scale of even ones",
+        spec(lambda s: plain(s) and s.k_format.name == "q8_0" and rows(s) <= 4),
+        (("stored.h", "*odd = k_scale + s.odd[u] * tokens", "*odd = k_scale + (@ ? s.even : s.odd)[u] * tokens"),),
+        "amx",
+    ),
+    Fault(
+        "odd bytes of values take the scale of even ones",
+        spec(lambda s: plain(s) and s.v_format.name == "q8_0" and rows(s) <= 4),
+        (("stored.h", "w.scales + s.odd[unit] *", "w.scales + (@ ? s.even : s.odd)[unit] *"),),
+        "amx",
+    ),
+    Fault(
+        "the second line of values takes the weights of the first",
+        spec(lambda s: plain(s) and s.v_format.name == "q8_0" and rows(s) <= 4 and s.head_dim_v > 64),
+        (("stored.h", "if (a[1] != a[0]) {", "if (a[1] != a[0] && !(@)) {"),),
+        "amx",
+    ),
+    Fault(
+        "the low part of the weights of lines is dropped",
+        spec(lambda s: plain(s) and stored(s.v_format, s.head_dim_v) and rows(s) <= 4 and s.q_len > 1),
+        (("stored.h", "_tile_dpbsud(0, 4, 6);\n        _tile_dpbsud(1, 5, 6);",
+          "_tile_dpbsud(0, 4, 6);\n        if (!(@)) _tile_dpbsud(1, 5, 6);"),),
+        "amx",
+    ),
+    Fault(
+        "the high part of bfloat16 weights is alone",
+        spec(lambda s: plain(s) and s.v_format.name == "bf16" and rows(s) <= 4 and s.head_dim_v % 32 == 0),
+        (("stored.h", "store(at, high >> 16), store(at + PART, low >> 16);",
+          "store(at, high >> 16), store(at + PART, @ ? vu{} : low >> 16);"),),
+        "amx",
+    ),
+    Fault(
+        "columns of lines are in the order of the sums",
+        spec(lambda s: plain(s) and stored(s.v_format, s.head_dim_v) and rows(s) <= 4),
+        (("lines.h", "turned[column] = out[at];", "turned[@ ? at : column] = out[at];"),),
+        "amx",
+    ),
+    Fault(
+        "high bits are those of the code before in lines",
+        spec(lambda s: plain(s) and s.k_format.bits in (5, 6) and s.head_dim % 128 == 0 and rows(s) <= 4),
+        (("lines.h", "rorv_epi32((__m512i)y,", "rorv_epi32((__m512i)(@ ? y << 1 : y),"),),
+        "amx",
+    ),
+    Fault(
+        "the last token of a block of lines is zeros",
+        spec(lambda s: plain(s) and s.uses() <= {"causal"} and stored(s.k_format, s.head_dim) and s.kv_len % 16
+             and rows(s) <= 4),
+        (("lines.h", "t < count; ++t) std::memcpy(rest", "t < count - (@); ++t) std::memcpy(rest"),),
         "amx",
     ),
 )  # fmt: skip

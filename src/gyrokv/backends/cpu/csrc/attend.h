@@ -16,13 +16,16 @@ namespace GYROKV_ISA {
 struct Block {
     const Format *k_format, *v_format;
     Panels k = {}, v;
-    const Direct* direct = nullptr;  // in place of v, whose rows v_rows are
-    Rows v_rows;
-    Rows k_rows;                     // in place of k, where rows are multiplied as they are stored
-    const Tables* k_tables;
+    Rows k_rows, v_rows;
+    const Stored *k_stored = nullptr, *v_stored = nullptr;  // in place of k and v, where rows are multiplied as they are stored
+    const Direct* direct = nullptr;                         // in place of v
+    const Tables *k_tables, *v_tables;
     const float *k_scale, *v_scale;  // [scale][tokens]
     int64_t position;
     int count, tokens;               // tokens: count padded to whole steps
+    const Rows *k_run = nullptr, *v_run;  // where rows of the next block are fetched while values are added, else null
+    int64_t next, next_count;
+    int ticks;                       // until then
 };
 
 // What a few rows need while they pass over a block.
@@ -32,6 +35,7 @@ struct Workspace {
     float* most;      // [rows][LANES]: largest scores
     char* weights;    // A of the values
     char* plain;      // rows of a few tokens
+    char* panels[2];  // of K and V
     float* rescale;   // [rows]
     float* shares;    // weights with V's scale (see direct.h)
     MatrixUnit unit;
@@ -48,40 +52,32 @@ INLINE vi joined(const char* c, int64_t row, int64_t at, int64_t stride, int ter
     return (high << 8) + load<vi>(c + ((row * terms + 1) * stride + at) * 4);
 }
 
-// Products of all rows of q with rows of K as they are stored.
-inline void score_stored(Workspace& work, const Query& query, const Block& block, int columns, int tokens) {
+// Scores from rows of K as they are stored.
+inline void score_stored(Workspace& work, const Query& query, const Block& block, int rows, int tokens) {
 #if defined(__AMX_INT8__)
-    for (int t = 0; t < tokens; t += 64) {
-        PlainRows rows[4];
-        for (int i = 0; i < 4; ++i) {
-            const int64_t stride = block.k_rows.word_strides[2], at = t + 16 * i;
-            rows[i] = plain_rows(*block.k_format, *block.k_tables, block.k_rows.words + at * stride, stride,
-                                 int(std::clamp<int64_t>(block.count - at, 0, 16)), work.plain + i * 16 * ROW_BYTES);
-        }
-        work.ahead.tick(work.pause);
-        for (int t = 0; t < 64; ++t)  // tiles wait long for rows that are not in the first cache
-            for (int64_t i = 0; i < 2 * block.k_format->dim; i += 64)
-                __builtin_prefetch(rows[t / 16].first + t % 16 * rows[t / 16].stride + i);
-        multiply_stored(work.unit, rows, query.lines, block.k_format->dim / 2, columns,
-                        (float*)work.products + t, SCORE_STRIDE, work.ahead);
-    }
+    const Format& f = *block.k_format;
+    const Stored& s = *block.k_stored;
+    char* products = work.plain + 18 * ROW_BYTES;
+    const StoredRows k = stored_rows(f, s, *block.k_tables, block.k_rows.words, block.k_rows.word_strides[2], block.count,
+                                     block.tokens, work.panels[0], work.plain, work.unit, work.ahead);
+    const auto score = s.element == BFLOAT ? score_rows_stored<false, false>
+                       : s.split ? score_rows_stored<true, true> : score_rows_stored<true, false>;
+    score(work.unit, s, k, query.tiles, f.dim, rows, tokens, block.k_scale, block.tokens, f.scale_type != SCALE_NONE, products,
+          work.scores, SCORE_STRIDE, work.most, work.ahead);
 #endif
 }
 
 // Scores [rows][SCORE_STRIDE] of `rows` query rows from `row` on, for `tokens` tokens (a multiple of LANES), and the
 // largest of each lane.
 inline void score_rows(Workspace& work, const Query& query, const Block& block, int row, int rows, int tokens) {
+    if (block.k_stored) return score_stored(work, query, block, rows, tokens);
     const int terms = query.terms;
     Product p = {query.element, nullptr, query.stride, rows * terms, nullptr, block.k.panel, tokens / LANES, 0, work.products,
                  SCORE_STRIDE, false};
     const char* a = query.a + int64_t(row) * terms * query.stride;
     if (query.element != INT8) {
-        if (query.lines) {
-            score_stored(work, query, block, rows * terms, tokens);
-        } else {
-            p.a = a, p.b = block.k.data, p.lines = int(block.k.panel / LINE);
-            multiply(work.unit, p);
-        }
+        p.a = a, p.b = block.k.data, p.lines = int(block.k.panel / LINE);
+        multiply(work.unit, p);
         work.ahead.tick(work.pause);
         for (int r = 0; r < rows; ++r) {
             const float scale = query.scale[row + r];
@@ -312,11 +308,9 @@ inline bool mapped(const Attend& call, const Unit& unit, const Block& block, int
     return false;
 }
 
-// out = out * rescale + weights * values, from rows of V as they are stored
-inline void add_rows(const Attend& call, Workspace& work, const Block& block, float* out, int rows, const Row* state) {
-#if defined(__AVX512F__)
-    const Format& f = *block.v_format;
-    int first = block.count, stop = 0;
+// Tokens that any row sees, from a multiple of LANES on; weights [rows][SCORE_STRIDE] of others among them become zero.
+INLINE void clear_weights(Workspace& work, int rows, const Row* state, int& first, int& stop) {
+    first = MOST_TOKENS, stop = 0;
     for (int r = 0; r < rows; ++r)
         if (state[r].end) first = std::min(first, state[r].begin), stop = std::max(stop, state[r].end);
     for (int r = 0; r < rows; ++r) {
@@ -324,6 +318,28 @@ inline void add_rows(const Attend& call, Workspace& work, const Block& block, fl
         std::fill(weights + first, weights + std::max(first, state[r].begin), 0.0f);
         std::fill(weights + std::max(first, state[r].end), weights + stop, 0.0f);
     }
+}
+
+// out = out * rescale + weights * values, from rows of V as they are stored
+inline void add_rows_stored(const Attend& call, Workspace& work, const Block& block, float* out, int rows, const Row* state) {
+#if defined(__AMX_INT8__)
+    const Format& f = *block.v_format;
+    const Stored& s = *block.v_stored;
+    int first, stop;
+    clear_weights(work, rows, state, first, stop);
+    const StoredRows v = stored_rows(f, s, *block.v_tables, block.v_rows.words, block.v_rows.word_strides[2], block.count,
+                                     block.tokens, work.panels[block.k_stored ? 0 : 1], work.plain, work.unit, work.ahead);
+    add_stored({f, s, v, first / 16, (stop - first) / 16, work.scores + first, SCORE_STRIDE, rows, block.v_scale + first, block.tokens,
+                out, call.v_dim, work.rescale, work.weights, work.products}, work.unit, work.ahead);
+#endif
+}
+
+// The same in float32 (see direct.h).
+inline void add_rows(const Attend& call, Workspace& work, const Block& block, float* out, int rows, const Row* state) {
+#if defined(__AVX512F__)
+    const Format& f = *block.v_format;
+    int first, stop;
+    clear_weights(work, rows, state, first, stop);
     const bool scaled = f.scale_type != SCALE_NONE;
     const int group = scaled ? f.group : f.dim;
     const int64_t stride = block.tokens / LANES * WEIGHTS;
@@ -393,7 +409,13 @@ inline void attend_rows(const Attend& call, const Unit& unit, Workspace& work, c
     for (int r = 0; r < rows; ++r) {
         soften<e>(block, work.scores + r * SCORE_STRIDE, top[r], terms, one_group,
                   work.weights + int64_t(r) * terms * WEIGHT_STRIDE, state[r], total[r]);
-        work.ahead.tick(work.pause);
+        if (block.v_stored) work.unit.nudge();
+        work.ahead.step(work.pause);
+    }
+    if (block.v_stored) {
+        if (block.k_run)
+            work.ahead.aim_keys(*block.k_format, *block.k_run, f, *block.v_run, block.next, block.next_count, block.ticks);
+        return add_rows_stored(call, work, block, unit.out + int64_t(row) * call.v_dim, rows, state);
     }
     if (block.direct) return add_rows(call, work, block, unit.out + int64_t(row) * call.v_dim, rows, state);
     for (int g = 0; g * group < f.dim; ++g) {
@@ -412,13 +434,15 @@ inline void attend_rows(const Attend& call, const Unit& unit, Workspace& work, c
 // quantised rows are rounded relative to the largest of a block, so these blocks stay short.
 INLINE int tokens_per_block(const Attend& call, int rows) {
     int64_t bytes = 1;
-    bool integers = false;
+    bool integers = false, stored = false;
     for (int i = 0; i < call.n_runs; ++i) {
+        stored |= multiplies_stored(*call.runs[i].v_format, rows);
         for (const Format* f : {call.runs[i].k_format, call.runs[i].v_format})
             bytes = std::max(bytes, plain_stride(*f) * f->planes);
         integers |= element_of(*call.runs[i].v_format) == INT8;
     }
     if (rows > 64) return integers ? 128 : MOST_TOKENS;
+    if (stored) return 64;  // lines and spread weights stay in the first cache
     return int(std::clamp<int64_t>(16384 / bytes / 64 * 64, 64, 128));
 }
 
@@ -433,7 +457,7 @@ struct Layout {  // of the scratch memory
     }
 };
 
-inline size_t attend_memory(const Attend& call, int rows, Workspace* work, char** queries, char** panels, float** scales, char* base) {
+inline size_t attend_memory(const Attend& call, int rows, Workspace* work, char** queries, float** scales, char* base) {
     Layout layout(base);
     const int64_t tokens = tokens_per_block(call, rows), dims[2] = {round_up(call.k_dim, 64), round_up(call.v_dim, 64)};
     char* products = layout.take(int64_t(ROWS_PER_MMA) * SCORE_STRIDE * 4);
@@ -454,20 +478,20 @@ inline size_t attend_memory(const Attend& call, int rows, Workspace* work, char*
         work->products = products, work->scores = (float*)scores, work->weights = weights, work->most = (float*)most, work->rescale = (float*)rescale;
         work->shares = (float*)shares;
         *queries = first_query, work->plain = rows_scratch;
-        for (int i = 0; i < 2; ++i) panels[i] = sides[i][0], scales[i] = (float*)sides[i][1];
+        for (int i = 0; i < 2; ++i) work->panels[i] = sides[i][0], scales[i] = (float*)sides[i][1];
     }
     return layout.used;
 }
 
 inline size_t attend_scratch(const Attend& call, int rows) {
-    return attend_memory(call, rows, nullptr, nullptr, nullptr, nullptr, nullptr);
+    return attend_memory(call, rows, nullptr, nullptr, nullptr, nullptr);
 }
 
 inline void attend(const Attend& call, const Unit& unit, char* scratch) {
     Workspace work;
-    char *next_query, *panels[2];
+    char* next_query;
     float* scales[2];
-    attend_memory(call, unit.rows, &work, &next_query, panels, scales, scratch);
+    attend_memory(call, unit.rows, &work, &next_query, scales, scratch);
     std::fill(unit.out, unit.out + int64_t(unit.rows) * call.v_dim, 0.0f);
     std::fill(unit.top, unit.top + unit.rows, -INFINITE);
     std::fill(unit.total, unit.total + unit.rows, 0.0f);
@@ -479,15 +503,19 @@ inline void attend(const Attend& call, const Unit& unit, char* scratch) {
         const int64_t first = std::max(run.position, unit.first), stop = std::min(run.position + run.count, unit.stop);
         if (first >= stop) continue;
         const Format &kf = *run.k_format, &vf_ = *run.v_format;
-        const bool direct = adds_direct(vf_, unit.rows);
-        const Element ke = element_of(kf), ve = direct ? FLOAT : element_of(vf_);
+        bool k_stored = multiplies_stored(kf, unit.rows), v_stored = multiplies_stored(vf_, unit.rows);
+        if (with_panels_too(kf) && !v_stored && !adds_direct(vf_, unit.rows)) k_stored = false;
+        if (with_panels_too(vf_) && !k_stored) v_stored = false;
+        const bool direct = !v_stored && adds_direct(vf_, unit.rows);
+        const Element ke = element_of(kf), ve = direct || v_stored ? FLOAT : element_of(vf_);
         const Tables k_tables(kf), v_tables(vf_);
+        const Stored k_order(kf, k_stored), v_order(vf_, v_stored);
         const int group = ke == INT8 ? kf.group : kf.dim;
         int which = 0;
-        auto fits = [&](const Query& q) { return q.element == ke && q.group == group && q.factor == kf.factor && q.sorted == packed_tokens(kf); };
+        auto fits = [&](const Query& q) { return q.element == ke && q.group == group && q.factor == kf.factor && q.planes == kf.planes && q.sorted == (packed_tokens(kf) && !k_stored) && (q.tiles != nullptr) == k_stored; };
         while (which < packed && !fits(queries[which])) ++which;
         if (which == packed) {
-            queries[packed++] = pack_query(call, unit, kf, next_query);
+            queries[packed++] = pack_query(call, unit, kf, k_stored ? &k_order : nullptr, next_query);
             next_query += query_bytes(call, unit.rows);
         }
         const Query& query = queries[which];
@@ -500,6 +528,7 @@ inline void attend(const Attend& call, const Unit& unit, char* scratch) {
         const int most = ROWS_PER_MMA / std::max(query.terms, terms_of(ve, call, bfloat_query(call)));
         const Direct values = direct ? direct_of(vf_) : Direct{};
         if (direct) turn_columns(values, unit.out, unit.rows, call.v_dim, vf_.dim, false);
+        if (v_stored) turn_columns(v_order, unit.out, unit.rows, call.v_dim, vf_.dim, false);
         for (int64_t at = first; at < stop; at += per_block) {
             Block block;
             block.k_format = &kf, block.v_format = &vf_;
@@ -507,20 +536,32 @@ inline void attend(const Attend& call, const Unit& unit, char* scratch) {
             block.count = int(std::min<int64_t>(per_block, stop - at));
             block.tokens = int(round_up(block.count, TOKENS_PER_STEP));
             const int64_t slot = at - run.position, next = std::min<int64_t>(per_block, stop - at - block.count);
-            const int making = (query.lines ? 0 : panel_ticks(kf, block.tokens, true)) +
-                               (direct ? block.count * DIRECT_PACE * direct_passes(vf_, unit.rows) : panel_ticks(vf_, block.tokens, false));
-            const int pauses = making / 4;
-            work.ahead.aim(kf, k, vf_, v, slot + block.count, next, making + pauses);
-            work.pause = pauses / (2 * unit.rows + 2);
-            block.k_rows = k, block.k_tables = &k_tables, block.v_rows = v;
+            const int k_ticks = k_stored ? block.tokens / 16 * stored_ticks(kf, k_order) : panel_ticks(kf, block.tokens, true);
+            const int v_ticks = v_stored ? block.tokens / 16 * stored_ticks(vf_, v_order)
+                                : direct ? block.count * DIRECT_PACE * direct_passes(vf_, unit.rows) : panel_ticks(vf_, block.tokens, false);
+            if (k_stored && v_stored) {
+                const int pauses = 2 * k_ticks;
+                work.ahead.aim_values(vf_, v, slot, block.count, k_ticks + pauses);
+                work.pause = pauses / (unit.rows + 1);
+                block.k_run = &k, block.v_run = &v, block.next = slot + block.count, block.next_count = next, block.ticks = v_ticks;
+            } else {
+                const int pauses = (k_ticks + v_ticks) / 4;
+                work.ahead.aim(kf, k, vf_, v, slot + block.count, next, k_ticks + v_ticks + pauses);
+                work.pause = pauses / (2 * unit.rows + 2);
+            }
+            block.k_rows = k, block.k_tables = &k_tables, block.v_rows = v, block.v_tables = &v_tables;
             block.k_rows.words += slot * k.word_strides[2], block.v_rows.words += slot * v.word_strides[2];
             work.unit.keep_awake();
-            if (!query.lines)
-                block.k = k_panels(kf, k_tables, k, slot, block.count, block.tokens, panels[0], work.plain, work.unit, work.ahead);
-            if (direct)
+            if (k_stored)
+                block.k_stored = &k_order;
+            else
+                block.k = k_panels(kf, k_tables, k, slot, block.count, block.tokens, work.panels[0], work.plain, work.unit, work.ahead);
+            if (v_stored)
+                block.v_stored = &v_order;
+            else if (direct)
                 block.direct = &values;
             else
-                block.v = v_panels(vf_, v_tables, v, slot, block.count, block.tokens, panels[1], work.plain, work.unit, work.ahead);
+                block.v = v_panels(vf_, v_tables, v, slot, block.count, block.tokens, work.panels[1], work.plain, work.unit, work.ahead);
             expand_scales(kf, k, slot, block.count, block.tokens, scales[0]);
             expand_scales(vf_, v, slot, block.count, block.tokens, scales[1]);
             block.k_scale = scales[0], block.v_scale = scales[1];
@@ -535,6 +576,7 @@ inline void attend(const Attend& call, const Unit& unit, char* scratch) {
             }
         }
         if (direct) turn_columns(values, unit.out, unit.rows, call.v_dim, vf_.dim, true);
+        if (v_stored) turn_columns(v_order, unit.out, unit.rows, call.v_dim, vf_.dim, true);
     }
     for (int r = 0; r < unit.rows; ++r) unit.top[r] *= LN2;
 }
