@@ -273,7 +273,8 @@ FAULTS = (
     ),
     Fault(
         "the second tile of query rows is the first",
-        spec(lambda s: plain(s) and s.k_format.has_levels and s.v_format.has_levels and rows(s) > _STORED),
+        lambda c: plain(c.spec) and c.spec.k_format.has_levels and c.spec.v_format.has_levels and rows(c.spec) > _STORED
+        and not c.first,
         (("mma.h", "below = 16 * p.a_stride", "below = (@ ? 0 : 16) * p.a_stride"),),
         "amx",
     ),
@@ -303,13 +304,13 @@ FAULTS = (
     ),
     Fault(
         "odd bytes of keys take the scale of even ones",
-        spec(lambda s: plain(s) and s.k_format.name == "q8_0" and rows(s) <= 4),
+        spec(lambda s: plain(s) and s.k_format.name == "q8_0" and rows(s) <= 4 and s.head_dim > 32),
         (("stored.h", "*odd = k_scale + s.odd[u] * tokens", "*odd = k_scale + (@ ? s.even : s.odd)[u] * tokens"),),
         "amx",
     ),
     Fault(
         "odd bytes of values take the scale of even ones",
-        spec(lambda s: plain(s) and s.v_format.name == "q8_0" and rows(s) <= 4),
+        spec(lambda s: plain(s) and s.v_format.name == "q8_0" and rows(s) <= 4 and s.head_dim_v > 32),
         (("stored.h", "w.scales + s.odd[unit] *", "w.scales + (@ ? s.even : s.odd)[unit] *"),),
         "amx",
     ),
@@ -327,10 +328,9 @@ FAULTS = (
         "amx",
     ),
     Fault(
-        "the high part of bfloat16 weights is alone",
+        "a bfloat16 weight is in both values of a column",
         spec(lambda s: plain(s) and s.v_format.name == "bf16" and rows(s) <= 4 and s.head_dim_v % 32 == 0),
-        (("stored.h", "store(at, high >> 16), store(at + PART, low >> 16);",
-          "store(at, high >> 16), store(at + PART, @ ? vu{} : low >> 16);"),),
+        (("stored.h", "store(at, high >> 16),", "store(at, high >> 16 | (@ ? high : vu{})),"),),
         "amx",
     ),
     Fault(
