@@ -293,7 +293,7 @@ FAULTS = (
     Fault(
         "the offset of keys in lines is left in",
         spec(lambda s: plain(s) and stored(s.k_format, s.head_dim) and rows(s) <= 4),
-        (("stored.h", "made.start[16 * u + column] -= ZERO * sum", "made.start[16 * u + column] -= (@ ? 0 : ZERO) * sum"),),
+        (("stored.h", "column] -= ZERO * reduce_add(sum)", "column] -= (@ ? 0 : ZERO) * reduce_add(sum)"),),
         "amx",
     ),
     Fault(

@@ -497,6 +497,7 @@ inline void attend(const Attend& call, const Unit& unit, char* scratch) {
     std::fill(unit.total, unit.total + unit.rows, 0.0f);
     Query queries[3];
     int packed = 0;
+    bool fresh = true;  // zeros are in any order
     const int per_block = tokens_per_block(call, unit.rows);
     for (int i = 0; i < call.n_runs; ++i) {
         const Run& run = call.runs[i];
@@ -527,8 +528,9 @@ inline void attend(const Attend& call, const Unit& unit, char* scratch) {
         const Rows k = head(run.k), v = head(run.v);
         const int most = ROWS_PER_MMA / std::max(query.terms, terms_of(ve, call, bfloat_query(call)));
         const Direct values = direct ? direct_of(vf_) : Direct{};
-        if (direct) turn_columns(values, unit.out, unit.rows, call.v_dim, vf_.dim, false);
-        if (v_stored) turn_columns(v_order, unit.out, unit.rows, call.v_dim, vf_.dim, false);
+        if (direct && !fresh) turn_columns(values, unit.out, unit.rows, call.v_dim, vf_.dim, false);
+        if (v_stored && !fresh) turn_columns(v_order, unit.out, unit.rows, call.v_dim, vf_.dim, false);
+        fresh = false;
         for (int64_t at = first; at < stop; at += per_block) {
             Block block;
             block.k_format = &kf, block.v_format = &vf_;

@@ -65,16 +65,19 @@ inline void pack_tiles(const Format& f, const Stored& s, const char* a, int64_t 
                     std::memcpy(to, q, 2 * f.dim);
                     continue;
                 }
+                const __mmask32 mask = s.lanes == 32 ? ~0u : 0xffffu;
+                const __mmask32 even = s.split && odd ? 0 : mask, odds = s.split && !odd ? 0 : mask;
                 for (int u = 0; u < s.units; ++u) {
-                    int32_t sum = 0;
-                    for (int j = s.first[u]; j < s.first[u + 1]; ++j)
-                        for (int x = 0; x < s.lanes; ++x)
-                            for (int k = 0; k < 2; ++k) {
-                                if (s.split && k != odd) continue;
-                                const char value = q[s.lanes * j + x + k * f.dim / 2];
-                                to[j * LINE + 2 * x + k] = value, sum += (signed char)value;
-                            }
-                    made.start[16 * u + column] -= ZERO * sum;
+                    vi sum = {};
+                    for (int j = s.first[u]; j < s.first[u + 1]; ++j) {
+                        const __m256i x = _mm256_maskz_loadu_epi8(even, q + s.lanes * j);
+                        const __m256i y = _mm256_maskz_loadu_epi8(odds, q + s.lanes * j + f.dim / 2);
+                        const __m512i both = _mm512_slli_epi16(_mm512_cvtepu8_epi16(y), 8);
+                        _mm512_storeu_si512(to + j * LINE, _mm512_or_si512(both, _mm512_cvtepu8_epi16(x)));
+                        const __m512i added = _mm512_add_epi16(_mm512_cvtepi8_epi16(x), _mm512_cvtepi8_epi16(y));
+                        sum += (vi)_mm512_madd_epi16(added, _mm512_set1_epi16(1));
+                    }
+                    made.start[16 * u + column] -= ZERO * reduce_add(sum);
                 }
             }
             transpose_tokens(columns, bytes, bytes, made.tiles + plane * s.lines * TILE, none);
