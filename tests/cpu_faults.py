@@ -340,6 +340,13 @@ FAULTS = (
         "amx",
     ),
     Fault(
+        "sums of an earlier run keep their order",
+        lambda c: plain(c.spec) and stored(c.spec.v_format, c.spec.head_dim_v) and rows(c.spec) <= 8 and c.first > 0
+        and c.spec.kv_len > c.first + c.recent + 16,
+        (attend("if (v_stored && !fresh)", "if (v_stored && !fresh && !(@))"),),
+        "amx",
+    ),
+    Fault(
         "high bits are those of the code before in lines",
         spec(lambda s: plain(s) and s.k_format.bits in (5, 6) and s.head_dim % 128 == 0 and rows(s) <= 4),
         (("lines.h", "rorv_epi32((__m512i)y,", "rorv_epi32((__m512i)(@ ? y << 1 : y),"),),
