@@ -61,7 +61,7 @@ inline void score_stored(Workspace& work, const Query& query, const Block& block
     const StoredRows k = stored_rows(f, s, *block.k_tables, block.k_rows.words, block.k_rows.word_strides[2], block.count,
                                      block.tokens, work.panels[0], work.plain, work.unit, work.ahead);
     const auto score = s.element == BFLOAT ? score_rows_stored<false, false>
-                       : s.split ? score_rows_stored<true, true> : score_rows_stored<true, false>;
+                       : s.split || s.planes == 2 ? score_rows_stored<true, true> : score_rows_stored<true, false>;
     score(work.unit, s, k, query.tiles, f.dim, rows, tokens, block.k_scale, block.tokens, f.scale_type != SCALE_NONE, products,
           work.scores, SCORE_STRIDE, work.most, work.ahead);
 #endif

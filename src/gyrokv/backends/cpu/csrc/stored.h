@@ -22,7 +22,8 @@ INLINE int64_t stored_query_bytes(int, int) { return 0; }
 
 // Columns of B and of the products are [even or odd bytes][high or low part][query row]; with one scale for both kinds of
 // bytes the second half is empty. Of two planes the high one takes both parts of q, the low one the high part where the
-// high plane takes the low one: what is left out is 2**-14 of the largest product.
+// high plane takes the low one; with one scale the product of both low parts is in columns 8 to 11, with more it is left out
+// (2**-16 of the largest product), as it is for values.
 struct QueryTiles {
     char* tiles;         // [plane][line][16 dwords][16 columns]
     int32_t* start;      // [unit][16]: what the offset of the codes adds, negative
@@ -43,20 +44,23 @@ inline void pack_tiles(const Format& f, const Stored& s, const char* a, int64_t 
                        int groups, char* memory) {
     alignas(64) char columns[16 * MOST_LINES * LINE];
     const int64_t bytes = s.lines * LINE;
+    const bool low = s.planes == 2 && !s.split;
     Ahead none;
     for (int row = 0; row < rows; row += STORED_ROWS) {
         const QueryTiles made = query_tiles(s, memory, f.dim, row);
         std::memset(made.start, 0, s.units * 2 * LINE);
         for (int plane = 0; plane < s.planes; ++plane) {
             std::memset(columns, 0, 16 * bytes);
-            for (int column = 0; column < (s.split ? 16 : 8); ++column) {
-                const int r = row + column % 4, part = column / 4 % 2 - (s.planes == 2 && plane == 0), odd = column / 8;
+            for (int column = 0; column < (s.split ? 16 : low ? 12 : 8); ++column) {
+                const bool own_low = low && column >= 8;
+                const int r = row + column % 4, odd = s.split ? column / 8 : 0;
+                const int part = own_low ? (plane ? -1 : 1) : column / 4 % 2 - (s.planes == 2 && plane == 0);
                 if (r >= rows) continue;
-                const int bytes_below = s.element == INT8 ? terms + s.planes - 2 - column / 4 % 2 : 0;
+                const int bytes_below = s.element == INT8 && !own_low ? terms + s.planes - 2 - column / 4 % 2 : 0;
                 for (int u = 0; u < s.units; ++u) {
                     const float own = scale[r * groups + (odd ? s.odd : s.even)[u]];
                     made.scale[16 * u + column] = own * (bytes_below == 2 ? 65536.0f : bytes_below == 1 ? 256.0f : 1.0f);
-                    if (!s.split) made.scale[16 * u + column + 8] = made.scale[16 * u + column];
+                    if (!s.split && !low) made.scale[16 * u + column + 8] = made.scale[16 * u + column];
                 }
                 if (part < 0 || part >= terms) continue;
                 const char* q = a + (int64_t(r) * terms + part) * stride;
