@@ -15,8 +15,8 @@ from gyrokv.backends.cpu import build
 from gyrokv.cases import Case
 from gyrokv.spec import AttentionSpec
 
-_DIRECT = 8  # the most query rows that take values without panels
-_SPLIT = 1024  # keys that are at least needed for two splits
+DIRECT = 8  # the most query rows that take values without panels
+SPLIT = 1024  # keys that are at least needed for two splits
 _LOOP = ("attend.h", "query.h", "block.h", "weights.h")
 
 
@@ -48,17 +48,13 @@ def finish(old: str, new: str) -> tuple[str, str, str]:
     return "finish.h", old, new
 
 
-def squares(old: str, new: str) -> tuple[str, str, str]:
-    return "prefill.h", old, new
-
-
 def several_blocks(s: AttentionSpec) -> bool:
     """So many keys that some lie in later blocks and no feature hides them; several queries, of which some point there."""
     return s.kv_len > 1000 and s.q_len > 1 and s.uses() <= {"causal", "softcap", "sinks"}
 
 
 def several_splits(s: AttentionSpec) -> bool:
-    return s.kv_len > 4 * _SPLIT and s.q_len > 1 and s.uses() <= {"causal", "softcap"}
+    return s.kv_len > 4 * SPLIT and s.q_len > 1 and s.uses() <= {"causal", "softcap"}
 
 
 def scales(fmt, dim: int) -> int:
@@ -84,7 +80,7 @@ def two_fields(fmt) -> bool:
     return fmt.bits in (3, 5, 6)
 
 
-FAULTS = (
+LOOP_FAULTS = (
     Fault(
         "a block is dropped",
         spec(several_blocks),
@@ -162,7 +158,7 @@ FAULTS = (
     ),
     Fault(
         "the offset of values is left in",
-        spec(lambda s: plain(s) and s.v_format.has_levels and rows(s) > _DIRECT),
+        spec(lambda s: plain(s) and s.v_format.has_levels and rows(s) > DIRECT),
         (attend("offset = ZERO * weights[r].sum", "offset = @ ? 0 : ZERO * weights[r].sum"),),
         "avx512",
     ),
@@ -274,56 +270,10 @@ FAULTS = (
     ),
     Fault(
         "the offset of values in registers is left in",
-        spec(lambda s: plain(s) and s.v_format.kind == "linear" and s.v_format.bits == 8 and rows(s) <= _DIRECT),
+        spec(lambda s: plain(s) and s.v_format.kind == "linear" and s.v_format.bits == 8 and rows(s) <= DIRECT),
         (("direct.h", "made -= 128.0f *", "made -= (@ ? 0.0f : 128.0f) *"),),
         "avx512",
     ),
-    Fault(
-        "the second tile of query rows is the first",
-        spec(lambda s: plain(s) and s.k_format.has_levels and s.v_format.has_levels and rows(s) > _DIRECT),
-        (("mma.h", "below = 16 * p.a_stride", "below = (@ ? 0 : 16) * p.a_stride"),),
-        "amx",
-    ),
-    Fault(
-        "a tile of keys is the one before",
-        spec(lambda s: plain(s) and s.k_format.name == "bf16" and rows(s) <= _DIRECT and s.head_dim % 32 == 0 and s.causal),
-        (("mma.h", "_tile_loadd(5, rows[1].first", "_tile_loadd(5, rows[@ ? 0 : 1].first"),),
-        "amx",
-    ),
-)  # fmt: skip
-
-
-def wide(name: str, test: Callable[[AttentionSpec], bool], *edits: tuple[str, str, str]) -> Fault:
-    return Fault(name, spec(test), edits, "amx", wide=True)
-
-
-FAULTS += (
-    wide("squares: an output is not rescaled", lambda s: s.kv_len > 1000 and s.uses() <= {"causal"},
-         squares("store(to, load<vf>(to) * by);", "store(to, load<vf>(to) * (@ ? 1.0f : by));")),
-    wide("squares: weights are not rescaled", lambda s: s.kv_len > 1000 and s.uses() <= {"causal"},
-         squares("to_bfloat(bfloat_to_float(to) * by)", "to_bfloat(bfloat_to_float(to) * (@ ? 1.0f : by))")),
-    wide("squares: the second 16 rows take the weights of the first", lambda s: s.kv_len > 30,
-         squares("_tile_loadd(5, a + TILE, LINE);", "_tile_loadd(5, a + (@ ? 0 : TILE), LINE);")),
-    wide("squares: the second 16 rows are multiplied with other keys", lambda s: s.kv_len > 30,
-         squares("below = 16 * stride;", "below = (@ ? 0 : 16) * stride;")),
-    wide("squares: tokens behind the last one are attended", lambda s: s.uses() == {"causal"} and s.q_len < s.kv_len <= 1000,
-         squares("std::fill(s + (first < stop ? round_up(stop, LANES) : SQUARE), s + SQUARE, -INFINITE);",
-                 "if (!(@)) std::fill(s + (first < stop ? round_up(stop, LANES) : SQUARE), s + SQUARE, -INFINITE);")),
-    wide("squares: the first step of weights is not in the sum", lambda s: s.kv_len > 30,
-         squares("for (int t = first_; t < stop_; ++t) added", "for (int t = first_ + (@); t < stop_; ++t) added")),
-    wide("squares: a row is finished as another", lambda s: s.q_len > 33 and s.kv_len < _SPLIT and not s.sinks,
-         squares("one.row_first += row,", "one.row_first += @ ? row & ~1 : row,")),
-    wide("squares: a window begins without its sums", lambda s: s.unquantised,
-         squares("tiles.sums[r * LANES] = unit.total[first + r];",
-                 "if (!(@)) tiles.sums[r * LANES] = unit.total[first + r];")),
-    wide("squares: the mask is that of the tokens before", lambda s: bool(s.mask) and not s.block_map,
-         squares("column = block_.position - call_.kv_first + from;",
-                 "column = block_.position - call_.kv_first + (@ ? from / 2 : from);")),
-    wide("squares: the next scores overwrite these", lambda s: s.kv_len > 1000,
-         squares("tiles_.scores + t % 2 * SQUARE * SQUARE", "tiles_.scores + (@ ? 0 : t % 2) * SQUARE * SQUARE")),
-    wide("squares: a block is dropped", lambda s: s.kv_len > 1000 and s.uses() <= {"causal"},
-         attend("for (int i = 0; i < made; ++i)\n                        for (int row = begin; row < begin + tiles.rows;",
-                "for (int i = @; i < made; ++i)\n                        for (int row = begin; row < begin + tiles.rows;")),
 )  # fmt: skip
 
 
@@ -348,4 +298,3 @@ ENCODER_FAULTS = (
     Fault("sign and magnitude are an index", lambda f: f.coding == "sign_magnitude",
           encode("code ^= code >> 31 & ~half;", "if (!(@)) code ^= code >> 31 & ~half;")),
 )  # fmt: skip
-ALL = FAULTS + ENCODER_FAULTS

@@ -14,41 +14,36 @@
 namespace gyrokv {
 namespace GYROKV_ISA {
 
-// Products of all rows of q with rows of K as they are stored.
-inline void score_stored(Workspace& work, const Query& query, const Block& block, int columns, int tokens, float* to) {
+// Scores from rows of K as they are stored.
+inline void score_stored(Workspace& work, const Query& query, const Block& block, int rows, int tokens) {
 #if defined(__AMX_INT8__)
-    for (int t = 0; t < tokens; t += 64) {
-        PlainRows rows[4];
-        for (int i = 0; i < 4; ++i) {
-            const int64_t stride = block.k_rows.word_strides[2], at = t + 16 * i;
-            rows[i] = plain_rows(*block.k_format, *block.k_tables, block.k_rows.words + at * stride, stride,
-                                 int(std::clamp<int64_t>(block.count - at, 0, 16)), work.plain + i * 16 * ROW_BYTES);
-        }
-        work.ahead.tick(work.pause);
-        for (int t = 0; t < 64; ++t)  // tiles wait long for rows that are not in the first cache
-            for (int64_t i = 0; i < 2 * block.k_format->dim; i += 64)
-                __builtin_prefetch(rows[t / 16].first + t % 16 * rows[t / 16].stride + i);
-        multiply_stored(work.unit, rows, query.lines, block.k_format->dim / 2, columns,
-                        to + t, SCORE_STRIDE, work.ahead);
-    }
+    const Format& f = *block.k_format;
+    const Stored& s = *block.k_stored;
+    char* products = work.plain + 18 * ROW_BYTES;
+    const StoredRows k = stored_rows(f, s, *block.k_tables, block.k_rows.words, block.k_rows.word_strides[2], block.count,
+                                     block.tokens, work.panels[0], work.plain, work.unit, work.ahead);
+    const auto score = s.element == BFLOAT ? score_rows_stored<false, false>
+                       : s.split || s.planes == 2 ? score_rows_stored<true, true> : score_rows_stored<true, false>;
+    score(work.unit, s, k, query.tiles, f.dim, rows, tokens, block.k_scale, block.tokens, f.scale_type != SCALE_NONE, products,
+          work.scores, SCORE_STRIDE, work.most, work.ahead);
 #endif
 }
 
 // Scores [rows][SCORE_STRIDE] of `rows` query rows from `row` on, for `tokens` tokens (a multiple of LANES), and the
 // largest of each lane. Returns what the scores, not their largest, have yet to be multiplied with.
 inline float score_rows(Workspace& work, const Query& query, const Block& block, int row, int rows, int tokens) {
+    if (block.k_stored) {
+        score_stored(work, query, block, rows, tokens);
+        return 1.0f;
+    }
     const int terms = query.terms;
     Product p = {query.element, nullptr, query.stride, rows * terms, nullptr, block.k.panel, tokens / LANES, 0, work.products,
                  SCORE_STRIDE, false};
     const char* a = query.a + int64_t(row) * terms * query.stride;
     if (query.element != INT8) {
         if (terms == 1) p.c = (char*)work.scores;
-        if (query.lines) {
-            score_stored(work, query, block, rows * terms, tokens, (float*)p.c);
-        } else {
-            p.a = a, p.b = block.k.data, p.lines = int(block.k.panel / LINE);
-            multiply(work.unit, p);
-        }
+        p.a = a, p.b = block.k.data, p.lines = int(block.k.panel / LINE);
+        multiply(work.unit, p);
         work.ahead.tick(work.pause);
         const float scale = query.scale[row];  // of all rows
         for (int r = 0; r < rows; ++r) {
@@ -150,12 +145,18 @@ inline void attend_rows(const Attend& call, const Unit& unit, Workspace& work, c
             soften_short(scores, scale, top[r], tokens, state[r], total[r]);
         } else {
             soften<e>(block, scores, scale, top[r], one_group, state[r], total[r]);
-            if (!apart && !block.direct) {  // they are multiplied where they are
+            if (!apart && !block.direct && !block.v_stored) {  // they are multiplied where they are
                 std::memset(scores, 0, state[r].begin * 4);
                 std::memset(scores + state[r].end, 0, (tokens - state[r].end) * 4);
             }
         }
-        work.ahead.tick(work.pause);
+        if (block.v_stored) work.unit.nudge();
+        work.ahead.step(work.pause);
+    }
+    if (block.v_stored) {
+        if (block.k_run)
+            work.ahead.aim_keys(*block.k_format, *block.k_run, f, *block.v_run, block.next, block.next_count, block.ticks);
+        return add_rows_stored(call, work, block, unit.out + int64_t(row) * call.v_dim, rows, state);
     }
     if (block.direct) return add_rows(call, work, block, unit.out + int64_t(row) * call.v_dim, rows, state);
     for (int g = 0; g * group < f.dim; ++g) {
@@ -175,13 +176,15 @@ inline void attend_rows(const Attend& call, const Unit& unit, Workspace& work, c
 // quantised rows are rounded relative to the largest of a block, so these blocks stay short.
 INLINE int tokens_per_block(const Attend& call, int rows) {
     int64_t bytes = 1;
-    bool integers = false;
+    bool integers = false, stored = false;
     for (int i = 0; i < call.n_runs; ++i) {
+        stored |= multiplies_stored(*call.runs[i].v_format, rows);
         for (const Format* f : {call.runs[i].k_format, call.runs[i].v_format})
             bytes = std::max(bytes, plain_stride(*f) * f->planes);
         integers |= element_of(*call.runs[i].v_format) == INT8;
     }
     if (rows > 64) return integers ? 128 : MOST_TOKENS;
+    if (stored) return 64;  // lines and spread weights stay in the first cache
     return int(std::clamp<int64_t>(16384 / bytes / 64 * 64, 64, 128));
 }
 
@@ -193,8 +196,9 @@ INLINE int rows_at_once(const Attend& call) {
 }
 INLINE int blocks_at_once(const Attend& call, int rows) { return rows > rows_at_once(call) ? MOST_BLOCKS : 1; }
 
-// Room for the panels of a block of K or V (`side` 0 or 1).
-INLINE int64_t panel_bytes(const Attend& call, int side, int64_t tokens) {
+// Room for the panels of a block of K or V (`side` 0 or 1), or for lines of either (see lines.h).
+INLINE int64_t panel_bytes(const Attend& call, int side, int rows, int64_t tokens) {
+    if (rows <= MOST_STORED) return round_up(std::max(call.k_dim, call.v_dim), 64) * (tokens * 4 + 8);
     int64_t bytes = 0;  // of a value
     for (int i = 0; i < call.n_runs; ++i) {
         const Format& f = side ? *call.runs[i].v_format : *call.runs[i].k_format;
@@ -215,7 +219,7 @@ struct Layout {  // of the scratch memory
     }
 };
 
-inline size_t attend_memory(const Attend& call, int rows, Workspace* work, char** queries, char** panels, float** scales, char* base) {
+inline size_t attend_memory(const Attend& call, int rows, Workspace* work, char** queries, float** scales, char* base) {
     Layout layout(base);
     const int64_t per_block = tokens_per_block(call, rows), dims[2] = {round_up(call.k_dim, 64), round_up(call.v_dim, 64)};
     char* products = layout.take(int64_t(ROWS_PER_MMA) * SCORE_STRIDE * 4);
@@ -231,7 +235,7 @@ inline size_t attend_memory(const Attend& call, int rows, Workspace* work, char*
     if (rows <= MOST_DIRECT) shares = layout.take(dims[1] / 32 * round_up(rows, 4) * per_block * 4);
     char* sides[2][2];
     for (int i = 0; i < 2; ++i) {
-        sides[i][0] = layout.take(blocks_at_once(call, rows) * panel_bytes(call, i, per_block));
+        sides[i][0] = layout.take(blocks_at_once(call, rows) * panel_bytes(call, i, rows, per_block));
         sides[i][1] = layout.take(blocks_at_once(call, rows) * per_block * dims[i] / 32 * 4);
     }
     char* rows_scratch = layout.take(4 * ROWS_AT_ONCE * int64_t(ROW_BYTES));
@@ -240,21 +244,21 @@ inline size_t attend_memory(const Attend& call, int rows, Workspace* work, char*
         work->scores = (float*)scores, work->most = (float*)most, work->rescale = (float*)rescale;
         work->shares = (float*)shares, work->squares = squares;
         *queries = first_query, work->plain = rows_scratch;
-        for (int i = 0; i < 2; ++i) panels[i] = sides[i][0], scales[i] = (float*)sides[i][1];
+        for (int i = 0; i < 2; ++i) work->panels[i] = sides[i][0], scales[i] = (float*)sides[i][1];
     }
     return layout.used;
 }
 
 inline size_t attend_scratch(const Attend& call, int rows) {
-    return attend_memory(call, rows, nullptr, nullptr, nullptr, nullptr, nullptr);
+    return attend_memory(call, rows, nullptr, nullptr, nullptr, nullptr);
 }
 
 // True when the rows are finished, not only summed.
 inline bool attend(const Attend& call, const Unit& unit, char* scratch) {
     Workspace work;
-    char *next_query, *panels[2];
+    char* next_query;
     float* scales[2];
-    attend_memory(call, unit.rows, &work, &next_query, panels, scales, scratch);
+    attend_memory(call, unit.rows, &work, &next_query, scales, scratch);
     std::fill(unit.top, unit.top + unit.rows, -INFINITE);
     std::fill(unit.total, unit.total + unit.rows, 0.0f);
     bool cleared = false;  // unit.out, which squares need not find cleared
@@ -266,15 +270,19 @@ inline bool attend(const Attend& call, const Unit& unit, char* scratch) {
         const int64_t first = std::max(run.position, unit.first), stop = std::min(run.position + run.count, unit.stop);
         if (first >= stop) continue;
         const Format &kf = *run.k_format, &vf_ = *run.v_format;
-        const bool direct = adds_direct(vf_, unit.rows);
-        const Element ke = element_of(kf), ve = direct ? FLOAT : element_of(vf_);
+        bool k_stored = multiplies_stored(kf, unit.rows), v_stored = multiplies_stored(vf_, unit.rows);
+        if (with_panels_too(kf) && !v_stored && !adds_direct(vf_, unit.rows)) k_stored = false;
+        if (with_panels_too(vf_) && !k_stored) v_stored = false;
+        const bool direct = !v_stored && adds_direct(vf_, unit.rows);
+        const Element ke = element_of(kf), ve = direct || v_stored ? FLOAT : element_of(vf_);
         const Tables k_tables(kf), v_tables(vf_);
+        const Stored k_order(kf, k_stored), v_order(vf_, v_stored);
         const int group = ke == INT8 ? kf.group : kf.dim;
         int which = 0;
-        auto fits = [&](const Query& q) { return q.element == ke && q.group == group && q.factor == kf.factor && q.sorted == packed_tokens(kf); };
+        auto fits = [&](const Query& q) { return q.element == ke && q.group == group && q.factor == kf.factor && q.planes == kf.planes && q.sorted == (packed_tokens(kf) && !k_stored) && (q.tiles != nullptr) == k_stored; };
         while (which < packed && !fits(queries[which])) ++which;
         if (which == packed) {
-            queries[packed++] = pack_query(call, unit, kf, next_query);
+            queries[packed++] = pack_query(call, unit, kf, k_stored ? &k_order : nullptr, next_query);
             next_query += query_bytes(call, unit.rows);
         }
         const Query& query = queries[which];
@@ -287,9 +295,11 @@ inline bool attend(const Attend& call, const Unit& unit, char* scratch) {
         const int most = ROWS_PER_MMA / std::max(query.terms, terms_of(ve, call, bfloat_query(call)));
         const Direct values = direct ? direct_of(vf_) : Direct{};
         const bool squares = squares_rows(call, unit.rows) && ke == BFLOAT && ve == BFLOAT;
-        if (!cleared && !squares) std::fill_n(unit.out, int64_t(unit.rows) * call.v_dim, 0.0f);
+        const bool fresh = !cleared;  // zeros are in any order
+        if (fresh && !squares) std::fill_n(unit.out, int64_t(unit.rows) * call.v_dim, 0.0f);
         cleared = true;
-        if (direct) turn_columns(values, unit.out, unit.rows, call.v_dim, vf_.dim, false);
+        if (direct && !fresh) turn_columns(values, unit.out, unit.rows, call.v_dim, vf_.dim, false);
+        if (v_stored && !fresh) turn_columns(v_order, unit.out, unit.rows, call.v_dim, vf_.dim, false);
         const int together = blocks_at_once(call, unit.rows), passing = std::min(unit.rows, rows_at_once(call));
         Block blocks[MOST_BLOCKS];
         for (int64_t at = first; at < stop;) {
@@ -301,23 +311,38 @@ inline bool attend(const Attend& call, const Unit& unit, char* scratch) {
                 block.count = int(std::min<int64_t>(per_block, stop - at));
                 block.tokens = int(round_up(block.count, TOKENS_PER_STEP));
                 const int64_t slot = at - run.position, next = std::min<int64_t>(per_block, stop - at - block.count);
-                const int making = (query.lines ? 0 : panel_ticks(kf, block.tokens, true)) +
-                                   (direct ? block.count * DIRECT_PACE * direct_passes(vf_, unit.rows)
-                                           : panel_ticks(vf_, block.tokens, false));
-                const int pauses = together > 1 ? 0 : making / 4;
-                work.ahead.aim(kf, k, vf_, v, slot + block.count, next, making + pauses);
-                work.pause = pauses / (2 * unit.rows + 2);
-                block.k_rows = k, block.k_tables = &k_tables, block.v_rows = v;
+                const int k_ticks = k_stored ? block.tokens / 16 * stored_ticks(kf, k_order) : panel_ticks(kf, block.tokens, true);
+                const int v_ticks = v_stored ? block.tokens / 16 * stored_ticks(vf_, v_order)
+                                    : direct ? block.count * DIRECT_PACE * direct_passes(vf_, unit.rows)
+                                             : panel_ticks(vf_, block.tokens, false);
+                if (k_stored && v_stored) {
+                    const int pauses = 2 * k_ticks;
+                    work.ahead.aim_values(vf_, v, slot, block.count, k_ticks + pauses);
+                    work.pause = pauses / (unit.rows + 1);
+                    block.k_run = &k, block.v_run = &v, block.next = slot + block.count, block.next_count = next;
+                    block.ticks = v_ticks;
+                } else {
+                    const int pauses = together > 1 ? 0 : (k_ticks + v_ticks) / 4;
+                    work.ahead.aim(kf, k, vf_, v, slot + block.count, next, k_ticks + v_ticks + pauses);
+                    work.pause = pauses / (2 * unit.rows + 2);
+                }
+                block.k_rows = k, block.k_tables = &k_tables, block.v_rows = v, block.v_tables = &v_tables;
                 block.k_rows.words += slot * k.word_strides[2], block.v_rows.words += slot * v.word_strides[2];
                 work.unit.keep_awake();
-                if (!query.lines)
+                if (k_stored)
+                    block.k_stored = &k_order;
+                else
                     block.k = k_panels(kf, k_tables, k, slot, block.count, block.tokens,
-                                       panels[0] + made * panel_bytes(call, 0, per_block), work.plain, work.unit, work.ahead);
-                if (direct)
+                                       work.panels[0] + made * panel_bytes(call, 0, unit.rows, per_block), work.plain, work.unit,
+                                       work.ahead);
+                if (v_stored)
+                    block.v_stored = &v_order;
+                else if (direct)
                     block.direct = &values;
                 else
                     block.v = v_panels(vf_, v_tables, v, slot, block.count, block.tokens,
-                                       panels[1] + made * panel_bytes(call, 1, per_block), work.plain, work.unit, work.ahead);
+                                       work.panels[1] + made * panel_bytes(call, 1, unit.rows, per_block), work.plain, work.unit,
+                                       work.ahead);
                 float* k_scale = scales[0] + made * (per_block * round_up(call.k_dim, 64) / 32);
                 float* v_scale = scales[1] + made * (per_block * round_up(call.v_dim, 64) / 32);
                 expand_scales(kf, k, slot, block.count, block.tokens, k_scale);
@@ -354,6 +379,7 @@ inline bool attend(const Attend& call, const Unit& unit, char* scratch) {
                     }
         }
         if (direct) turn_columns(values, unit.out, unit.rows, call.v_dim, vf_.dim, true);
+        if (v_stored) turn_columns(v_order, unit.out, unit.rows, call.v_dim, vf_.dim, true);
     }
     if (!cleared) std::fill_n(unit.out, int64_t(unit.rows) * call.v_dim, 0.0f);
     for (int r = 0; r < unit.rows; ++r) unit.top[r] *= LN2;

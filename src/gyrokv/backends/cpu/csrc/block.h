@@ -9,13 +9,16 @@ namespace GYROKV_ISA {
 struct Block {
     const Format *k_format, *v_format;
     Panels k = {}, v;
-    const Direct* direct = nullptr;  // in place of v, whose rows v_rows are
-    Rows v_rows;
-    Rows k_rows;                     // in place of k, where rows are multiplied as they are stored
-    const Tables* k_tables;
+    Rows k_rows, v_rows;
+    const Stored *k_stored = nullptr, *v_stored = nullptr;  // in place of k and v, where rows are multiplied as they are stored
+    const Direct* direct = nullptr;                         // in place of v
+    const Tables *k_tables, *v_tables;
     const float *k_scale, *v_scale;  // [scale][tokens]
     int64_t position;
     int count, tokens;               // tokens: count padded to whole steps
+    const Rows *k_run = nullptr, *v_run;  // where rows of the next block are fetched while values are added, else null
+    int64_t next, next_count;
+    int ticks;                       // until then
 };
 
 INLINE int mask_bytes(const Attend& call) { return call.mask_type == MASK_BOOL ? 1 : call.mask_type == MASK_F32 ? 4 : 2; }

@@ -22,9 +22,7 @@ INLINE bool squares_rows(const Attend& call, int rows) {
 
 #if defined(__AMX_BF16__)
 
-
 constexpr int SQUARE = 32;                  // rows or tokens of two tiles
-constexpr int TILE = 16 * LINE;             // bytes
 constexpr int STEPS = MOST_TOKENS / SQUARE;  // of a block
 
 // Sums of a window of a unit's rows, and what 32 of them need while they pass over a block.

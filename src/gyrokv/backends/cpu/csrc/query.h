@@ -2,8 +2,8 @@
 #pragma once
 #include <limits>
 
-#include "direct.h"
 #include "exp.h"
+#include "stored.h"
 
 namespace gyrokv {
 namespace GYROKV_ISA {
@@ -53,32 +53,25 @@ struct Query {
     int64_t stride;   // bytes; a row of q is `terms` rows of A
     float* scale;     // [rows][groups], with the scale of the scores in it
     int32_t* sum;     // [rows][groups]: sum of the integers, when panels have an offset
-    char* lines;      // A transposed, where rows of K are multiplied as they are stored; else null
+    int planes;
+    char* tiles;      // see stored.h, where rows of K are multiplied as they are stored; else null
 };
 
 INLINE int64_t query_stride(const Attend& call) { return round_up(call.k_dim, 64) * 4 + 64; }
 INLINE int64_t query_bytes(const Attend& call, int rows) {
     const int64_t groups = round_up(call.k_dim, 32) / 32;
-    return round_up(std::max(rows, 8) * (2 * query_stride(call) + groups * 8), 64) + 16 * query_stride(call);
+    return round_up(rows * (2 * query_stride(call) + groups * 8), 64) + stored_query_bytes(call.k_dim, rows);
 }
 
-// With few query rows the matrix unit takes rows of K as they are, or as bfloat16, and no panels are made.
-INLINE bool multiplies_stored(const Format& f, int rows) {
-#if defined(__AMX_INT8__)
-    return element_of(f) == BFLOAT && f.dim % 32 == 0 && rows <= 16;
-#else
-    return false;
-#endif
-}
-
-inline Query pack_query(const Attend& call, const Unit& unit, const Format& f, char* to) {
+inline Query pack_query(const Attend& call, const Unit& unit, const Format& f, const Stored* stored, char* to) {
     Query made;
     made.element = element_of(f);
     made.group = made.element == INT8 ? f.group : f.dim;
     made.groups = f.dim / made.group;
     made.terms = terms_of(made.element, call, bfloat_query(call));
     made.factor = f.factor;
-    made.sorted = packed_tokens(f);
+    made.planes = f.planes;
+    made.sorted = packed_tokens(f) && !stored;
     made.a = to;
     made.stride = query_stride(call);
     made.scale = (float*)(to + unit.rows * 2 * made.stride);
@@ -121,12 +114,13 @@ inline Query pack_query(const Attend& call, const Unit& unit, const Format& f, c
     }
     for (int r = unit.rows; r < round_up(unit.rows, 32) && r < 2 * unit.rows / made.terms; ++r)  // see prefill.h
         std::memset(made.a + int64_t(r) * made.stride, 0, made.stride);
-    made.lines = nullptr;
-    if (multiplies_stored(f, unit.rows * made.terms)) {
-        Ahead none;
-        made.lines = to + query_bytes(call, unit.rows) - 16 * query_stride(call);
-        transpose_tokens(made.a, made.stride, 2 * f.dim, made.lines, none);
+    made.tiles = nullptr;
+#if defined(__AMX_INT8__)
+    if (stored) {
+        made.tiles = to + query_bytes(call, unit.rows) - stored_query_bytes(call.k_dim, unit.rows);
+        pack_tiles(f, *stored, made.a, made.stride, unit.rows, made.terms, made.scale, made.groups, made.tiles);
     }
+#endif
     return made;
 }
 

@@ -12,6 +12,7 @@ struct Workspace {
     float* most;      // [rows][LANES]: largest scores
     char* weights;    // A of the values
     char* plain;      // rows of a few tokens
+    char* panels[2];  // of K and V
     float* rescale;   // [rows]
     float* shares;    // weights with V's scale (see direct.h)
     char* squares;    // see prefill.h
@@ -156,11 +157,9 @@ inline void add_values(const Attend& call, Workspace& work, const Block& block, 
     }
 }
 
-// out = out * rescale + weights * values, from rows of V as they are stored
-inline void add_rows(const Attend& call, Workspace& work, const Block& block, float* out, int rows, const Row* state) {
-#if defined(__AVX512F__)
-    const Format& f = *block.v_format;
-    int first = block.count, stop = 0;
+// Tokens that any row sees, from a multiple of LANES on; weights [rows][SCORE_STRIDE] of others among them become zero.
+INLINE void clear_weights(Workspace& work, int rows, const Row* state, int& first, int& stop) {
+    first = MOST_TOKENS, stop = 0;
     for (int r = 0; r < rows; ++r)
         if (state[r].end) first = std::min(first, state[r].begin), stop = std::max(stop, state[r].end);
     for (int r = 0; r < rows; ++r) {
@@ -168,6 +167,28 @@ inline void add_rows(const Attend& call, Workspace& work, const Block& block, fl
         std::fill(weights + first, weights + std::max(first, state[r].begin), 0.0f);
         std::fill(weights + std::max(first, state[r].end), weights + stop, 0.0f);
     }
+}
+
+// out = out * rescale + weights * values, from rows of V as they are stored
+inline void add_rows_stored(const Attend& call, Workspace& work, const Block& block, float* out, int rows, const Row* state) {
+#if defined(__AMX_INT8__)
+    const Format& f = *block.v_format;
+    const Stored& s = *block.v_stored;
+    int first, stop;
+    clear_weights(work, rows, state, first, stop);
+    const StoredRows v = stored_rows(f, s, *block.v_tables, block.v_rows.words, block.v_rows.word_strides[2], block.count,
+                                     block.tokens, work.panels[block.k_stored ? 0 : 1], work.plain, work.unit, work.ahead);
+    add_stored({f, s, v, first / 16, (stop - first) / 16, work.scores + first, SCORE_STRIDE, rows, block.v_scale + first, block.tokens,
+                out, call.v_dim, work.rescale, work.weights, work.products}, work.unit, work.ahead);
+#endif
+}
+
+// The same in float32 (see direct.h).
+inline void add_rows(const Attend& call, Workspace& work, const Block& block, float* out, int rows, const Row* state) {
+#if defined(__AVX512F__)
+    const Format& f = *block.v_format;
+    int first, stop;
+    clear_weights(work, rows, state, first, stop);
     const bool scaled = f.scale_type != SCALE_NONE;
     const int group = scaled ? f.group : f.dim;
     const int64_t stride = block.tokens / LANES * WEIGHTS;
