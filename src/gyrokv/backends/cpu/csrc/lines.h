@@ -24,7 +24,7 @@ INLINE void turn_columns(const Stored&, float*, int, int64_t, int, bool) {}
 
 #else
 
-constexpr int MOST_LINES = 18;
+constexpr int MOST_LINES = 640 / 32;  // of a padded head
 
 // Whether `rows` query rows cost less so than with panels, which are made once for all of them.
 INLINE bool multiplies_stored(const Format& f, int rows) {

@@ -124,7 +124,7 @@ INLINE int expand_halves(const char* from, int count, int tokens, float* to) {
     return t;
 }
 
-constexpr int MOST_SCALES = 576 / 32;  // of a row
+constexpr int MOST_SCALES = 640 / 32;  // of a row
 
 // Scales of a block as [scale][tokens] floats; zero from `count` on.
 inline void expand_scales(const Format& f, const Rows& rows, int64_t first, int count, int tokens, float* to) {
