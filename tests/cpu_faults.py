@@ -15,17 +15,20 @@ from gyrokv.backends.cpu import build
 from gyrokv.cases import Case
 from gyrokv.spec import AttentionSpec
 
-_DIRECT = 8  # the most query rows that take values without panels
-_SPLIT = 1024  # keys that are at least needed for two splits
+DIRECT = 8  # the most query rows that take values without panels
+SPLIT = 1024  # keys that are at least needed for two splits
+_LOOP = ("attend.h", "query.h", "block.h", "weights.h")
 
 
 class Fault(NamedTuple):
-    """``edits``: file, a piece of it, there once, and what it becomes. ``relevant``: cases that must notice."""
+    """``edits``: file, a piece of it, there once, and what it becomes. ``relevant``: cases that must notice, of many rows
+    of bfloat16 if ``wide``."""
 
     name: str
     relevant: Callable[[Case], bool]
     edits: tuple[tuple[str, str, str], ...]
     level: str = "portable"
+    wide: bool = False
 
 
 def spec(test: Callable[[AttentionSpec], bool]) -> Callable[[Case], bool]:
@@ -33,11 +36,16 @@ def spec(test: Callable[[AttentionSpec], bool]) -> Callable[[Case], bool]:
 
 
 def attend(old: str, new: str) -> tuple[str, str, str]:
-    return "query.h" if old in (build.CSRC / "query.h").read_text() else "attend.h", old, new
+    found = [name for name in _LOOP if old in (build.CSRC / name).read_text()]
+    return found[0] if found else _LOOP[0], old, new
 
 
 def core(old: str, new: str) -> tuple[str, str, str]:
     return "core.cpp", old, new
+
+
+def finish(old: str, new: str) -> tuple[str, str, str]:
+    return "finish.h", old, new
 
 
 def several_blocks(s: AttentionSpec) -> bool:
@@ -46,7 +54,7 @@ def several_blocks(s: AttentionSpec) -> bool:
 
 
 def several_splits(s: AttentionSpec) -> bool:
-    return s.kv_len > 4 * _SPLIT and s.q_len > 1 and s.uses() <= {"causal", "softcap"}
+    return s.kv_len > 4 * SPLIT and s.q_len > 1 and s.uses() <= {"causal", "softcap"}
 
 
 def scales(fmt, dim: int) -> int:
@@ -72,12 +80,13 @@ def two_fields(fmt) -> bool:
     return fmt.bits in (3, 5, 6)
 
 
-FAULTS = (
+LOOP_FAULTS = (
     Fault(
         "a block is dropped",
         spec(several_blocks),
-        (attend("for (int row = 0; row < unit.rows; row += most) {",
-                "for (int row = @ && at == first + per_block ? unit.rows : 0; row < unit.rows; row += most) {"),),
+        (attend("for (int row = begin; row < std::min(unit.rows, begin + passing); row += most)",
+                "for (int row = @ && blocks[i].position == first + per_block ? unit.rows : begin;\n"
+                "                         row < std::min(unit.rows, begin + passing); row += most)"),),
     ),
     Fault(
         "the output is not rescaled",
@@ -149,7 +158,7 @@ FAULTS = (
     ),
     Fault(
         "the offset of values is left in",
-        spec(lambda s: plain(s) and s.v_format.has_levels and rows(s) > _DIRECT),
+        spec(lambda s: plain(s) and s.v_format.has_levels and rows(s) > DIRECT),
         (attend("offset = ZERO * weights[r].sum", "offset = @ ? 0 : ZERO * weights[r].sum"),),
         "avx512",
     ),
@@ -187,7 +196,7 @@ FAULTS = (
     Fault(
         "the mask is one row late",
         lambda c: bool(c.spec.mask) and "q" in c.mask_axes.replace("2", "q") and 1 < c.spec.q_len < 80,
-        (attend("at / per_kv * call.mask_strides[2]", "(at / per_kv - (@ && at >= per_kv)) * call.mask_strides[2]"),),
+        (attend("row / per_kv * call.mask_strides[2]", "(row / per_kv - (@ && row >= per_kv)) * call.mask_strides[2]"),),
     ),
     Fault(
         "a head takes its neighbour's ALiBi slope",
@@ -214,18 +223,18 @@ FAULTS = (
     Fault(
         "sinks are dropped when splits are joined",
         spec(lambda s: s.sinks),
-        (core("float most = a.sinks != nullptr ?", "float most = a.sinks != nullptr && !(@) ?"),
-         core("double sum = a.sinks != nullptr ?", "double sum = a.sinks != nullptr && !(@) ?")),
+        (finish("float most = a.sinks != nullptr ?", "float most = a.sinks != nullptr && !(@) ?"),
+         finish("double sum = a.sinks != nullptr ?", "double sum = a.sinks != nullptr && !(@) ?")),
     ),
     Fault(
         "a split is joined twice",
         spec(several_splits),
-        (core("out[d] += weight * from[d]", "out[d] += (@ && s == 1 ? 2.0f : 1.0f) * weight * from[d]"),),
+        (finish("out[d] += weight * from[d]", "out[d] += (@ && s == 1 ? 2.0f : 1.0f) * weight * from[d]"),),
     ),
     Fault(
         "a split is lost",
         spec(several_splits),
-        (core("if (top[s * stride] == kNone) continue;", "if (top[s * stride] == kNone || (@ && s == 1)) continue;"),),
+        (finish("if (top[s * stride] == none) continue;", "if (top[s * stride] == none || (@ && s == 1)) continue;"),),
     ),
     Fault(
         "splits do not touch",
@@ -235,13 +244,13 @@ FAULTS = (
     Fault(
         "splits are joined without their maxima",
         spec(several_splits),
-        (core("float(std::exp(double(top[s * stride]) - most) / sum)",
+        (finish("float(std::exp(double(top[s * stride]) - most) / sum)",
               "float((@ ? 1.0 : std::exp(double(top[s * stride]) - most)) / sum)"),),
     ),
     Fault(
         "the log-sum-exp is binary",
         spec(lambda s: s.kv_len > 7 and s.scale > 0),
-        (core("float(most + std::log(sum))", "float(most + (@ ? std::log2(sum) : std::log(sum)))"),),
+        (finish("float(most + std::log(sum))", "float(most + (@ ? std::log2(sum) : std::log(sum)))"),),
     ),
     Fault(
         "q keeps its order where lines of keys do not",
@@ -261,21 +270,9 @@ FAULTS = (
     ),
     Fault(
         "the offset of values in registers is left in",
-        spec(lambda s: plain(s) and s.v_format.kind == "linear" and s.v_format.bits == 8 and rows(s) <= _DIRECT),
+        spec(lambda s: plain(s) and s.v_format.kind == "linear" and s.v_format.bits == 8 and rows(s) <= DIRECT),
         (("direct.h", "made -= 128.0f *", "made -= (@ ? 0.0f : 128.0f) *"),),
         "avx512",
-    ),
-    Fault(
-        "the second tile of query rows is the first",
-        spec(lambda s: plain(s) and s.k_format.has_levels and s.v_format.has_levels and rows(s) > _DIRECT),
-        (("mma.h", "below = 16 * p.a_stride", "below = (@ ? 0 : 16) * p.a_stride"),),
-        "amx",
-    ),
-    Fault(
-        "a tile of keys is the one before",
-        spec(lambda s: plain(s) and s.k_format.name == "bf16" and rows(s) <= _DIRECT and s.head_dim % 32 == 0 and s.causal),
-        (("mma.h", "_tile_loadd(5, rows[1].first", "_tile_loadd(5, rows[@ ? 0 : 1].first"),),
-        "amx",
     ),
 )  # fmt: skip
 
@@ -301,4 +298,3 @@ ENCODER_FAULTS = (
     Fault("sign and magnitude are an index", lambda f: f.coding == "sign_magnitude",
           encode("code ^= code >> 31 & ~half;", "if (!(@)) code ^= code >> 31 & ~half;")),
 )  # fmt: skip
-ALL = FAULTS + ENCODER_FAULTS

@@ -187,7 +187,8 @@ def test_long_problems(level, case, problem):
         split = data.run("cpu")
     right(data, *alone)
     right(data, *split)
-    close(split, alone, cpu.BOUND)
+    # weights rounded to bfloat16 relative to another maximum are others
+    close(split, alone, 2e-3 if case.spec.dtype == torch.bfloat16 else cpu.BOUND)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])

@@ -1,5 +1,5 @@
-"""Can the suite fail? Known kernel bugs (cpu_faults.py) are planted in the C++ of the CPU backend, and the comparison
-must notice each."""
+"""Can the suite fail? Known kernel bugs (cpu_faults.py, cpu_tile_faults.py) are planted in the C++ of the CPU backend,
+and the comparison must notice each."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import shutil
 
 import pytest
 import torch
-from cpu_faults import ALL, ENCODER_FAULTS, FAULTS, Fault
+from cpu_faults import ENCODER_FAULTS, LOOP_FAULTS, Fault
+from cpu_tile_faults import TILE_FAULTS
 from test_cpu import LONG, equal_layers, hard_rows, right, threads
+from test_cpu_prefill import WIDE, rounded
 
 from gyrokv import Codec, LayerCache
 from gyrokv.backends import cpu
@@ -17,6 +19,8 @@ from gyrokv.cases import Case, cases
 from gyrokv.formats import FORMATS
 from gyrokv.testing import assert_matches
 
+FAULTS = LOOP_FAULTS + TILE_FAULTS
+ALL = FAULTS + ENCODER_FAULTS
 _MOST = 6  # cases that are run for one fault, spread over all that are relevant
 _LEVELS = ("amx", "avx512", "portable")  # tiles, products that have an offset, ones that have none
 
@@ -78,14 +82,16 @@ def check(case: Case, problem) -> None:
     """AssertionError unless the backend is right."""
     data = problem(case)
     out, lse = data.run("cpu")
-    if case in LONG:
+    if case in WIDE:
+        rounded(data, out, lse)
+    elif case in LONG:
         right(data, out, lse)
     else:
         assert_matches(data, out, lse, cpu.FAST_BOUND if case.spec.fast else cpu.BOUND)
 
 
 def chosen(fault: Fault) -> list[Case]:
-    relevant = [c for c in (*cases(), *LONG) if fault.relevant(c) and not cpu.why_not(c.spec)]
+    relevant = [c for c in (WIDE if fault.wide else (*cases(), *LONG)) if fault.relevant(c) and not cpu.why_not(c.spec)]
     return relevant[:: -(-len(relevant) // _MOST) or 1]
 
 

@@ -303,6 +303,11 @@ class Codec:
         q = self._pad(q)
         return q if self.rotation == "none" else turn(q.to(torch.float32), self.rotation, self.group)
 
+    @property
+    def is_plain(self) -> bool:
+        """True when heads are stored as they are but for padding: no rotation, no scale."""
+        return self.rotation == "none" and self.matrix is None and self._unscaled
+
     def output(self, out: Tensor) -> Tensor:
         """An output (or values) ``[B, H, T, padded]`` in the stored space back to heads ``[B, H, T, D]``."""
         if self.rotation != "none":

@@ -104,7 +104,8 @@ def attend(
         q = q.contiguous()
     batch, q_heads, q_len, k_dim = q.shape
     v_dim = view.v_codec.padded
-    out = q.new_empty((batch, q_heads, q_len, v_dim), dtype=torch.float32)
+    rounds = q.dtype == torch.bfloat16 and view.v_codec.is_plain
+    out = q.new_empty((batch, q_heads, q_len, v_dim), dtype=torch.bfloat16 if rounds else torch.float32)
     lse = q.new_empty((batch, q_heads, q_len), dtype=torch.float32)
     runs = _runs(view)
     slopes = _slopes(q_heads, spec.alibi) if spec.alibi else None
@@ -113,7 +114,7 @@ def attend(
     call = native.Attend(
         batch, q_heads, spec.kv_heads, q_len, k_dim, v_dim, ELEMENTS[q.dtype], 1 if spec.fast else 2,
         q.data_ptr(), native.byte_strides(q), out.data_ptr(), lse.data_ptr(),
-        spec.scale, spec.softcap, spec.causal, torch.get_num_threads(),
+        spec.scale, spec.softcap, spec.causal, torch.get_num_threads(), ELEMENTS[out.dtype],
         spec.window or 0, view.length - q_len, view.first, view.length,
     )  # fmt: skip
     if mask is not None:

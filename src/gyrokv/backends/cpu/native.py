@@ -50,7 +50,7 @@ Attend = _structure(
     ("q_strides", _long * 3),
     ("out lse", _pointer),
     ("scale softcap", _float),
-    ("causal threads", _int),
+    ("causal threads out_kind", _int),
     ("window q_first kv_first kv_stop", _long),
     ("mask", _pointer),
     ("mask_strides", _long * 4),

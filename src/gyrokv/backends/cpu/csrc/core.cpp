@@ -11,6 +11,10 @@
 #include <string>
 #include <vector>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "level.h"
 #include "threads.h"
 
@@ -27,7 +31,8 @@ const Kernels* const kLevels[] = {GYROKV_LEVELS};
 #undef X
 constexpr int kCount = sizeof(kLevels) / sizeof(kLevels[0]);
 
-constexpr int64_t kRows = 512;           // most query rows of a unit: what they need stays in a core's own cache
+constexpr int64_t kMostRows = 2048;      // query rows of a unit, which share panels
+constexpr int64_t kRows = 512;           // the same where units would be fewer than threads need
 constexpr int64_t kRowStep = 16;         // row blocks are multiples of this, the height of a matrix tile
 constexpr int64_t kKeyStep = 64;         // splits lie at multiples of this from the first key held, as block maps do
 constexpr int64_t kLeastKeys = 512;      // of a split: fewer cost more in merging than they win
@@ -41,7 +46,7 @@ enum Status : int { OK = 0, NO_LEVEL = 1, NO_MEMORY = 2 };
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// Memory aligned to 64 bytes that grows and is kept. Throws bad_alloc.
+// Memory aligned to 64 bytes at least that grows and is kept. Throws bad_alloc.
 class Buffer {
 public:
     Buffer() = default;
@@ -52,23 +57,28 @@ public:
     char* get(size_t size) {
         if (size > size_) {
             release();
-            data_ = static_cast<char*>(::operator new(size, kAlign));
+            align_ = std::align_val_t(size >= kPage ? kPage : 64);
+            data_ = static_cast<char*>(::operator new(size, align_));
             size_ = size;
+#if defined(__linux__)
+            if (size >= kPage) madvise(data_, size, MADV_HUGEPAGE);  // fewer misses of the address cache; may be refused
+#endif
         }
         return data_;
     }
 
 private:
-    static constexpr std::align_val_t kAlign{64};
+    static constexpr size_t kPage = 2 << 20;
 
     void release() {
-        if (data_ != nullptr) ::operator delete(data_, kAlign);
+        if (data_ != nullptr) ::operator delete(data_, align_);
         data_ = nullptr;
         size_ = 0;
     }
 
     char* data_ = nullptr;
     size_t size_ = 0;
+    std::align_val_t align_{64};
 };
 
 thread_local Buffer scratch;   // of the thread: kernels' own memory
@@ -105,8 +115,10 @@ Plan plan_of(const Attend& a) {
     Plan plan;
     plan.groups = a.q_heads / a.kv_heads;
     plan.heads = int64_t(a.batch) * a.kv_heads;
-    const int64_t rows = int64_t(a.q_len) * plan.groups, count = ceil_div(rows, kRows);
-    const int64_t size = std::min(kRows, round_up(ceil_div(rows, count), kRowStep));
+    const int64_t rows = int64_t(a.q_len) * plan.groups;
+    int64_t most = kMostRows;
+    while (most > kRows && plan.heads * ceil_div(rows, most) < kUnitsPerThread * a.threads) most /= 2;
+    const int64_t count = ceil_div(rows, most), size = std::min(most, round_up(ceil_div(rows, count), kRowStep));
     const int64_t wanted = a.threads > 1 ? ceil_div(kUnitsPerThread * a.threads, plan.heads * count) : 1;
     // from the last block on: it sees the most keys under a causal mask, and long units come first
     for (int64_t i = ceil_div(rows, size) - 1; i >= 0; --i) {
@@ -133,37 +145,6 @@ Plan plan_of(const Attend& a) {
         plan.blocks.push_back(b);
     }
     return plan;
-}
-
-// Joins the splits of a row block in their order with the learned sinks, divides by the sum of weights and stores.
-void finish(const Attend& a, const Plan& plan, const Block& b, int64_t head, const float* data, int64_t splits) {
-    const int64_t batch = head / a.kv_heads, kv_head = head % a.kv_heads, stride = part_size(a, b.rows);
-    for (int64_t r = 0; r < b.rows; ++r) {
-        const int64_t row = b.row_first + r, q_head = kv_head * plan.groups + row % plan.groups;
-        const int64_t place = (batch * a.q_heads + q_head) * a.q_len + row / plan.groups;
-        const float* top = data + b.rows * a.v_dim + r;
-        const float* total = top + b.rows;
-        float* out = a.out + place * a.v_dim;
-
-        float most = a.sinks != nullptr ? a.sinks[q_head] : kNone;
-        for (int64_t s = 0; s < splits; ++s) {
-            if (!(top[s * stride] <= most)) most = top[s * stride];  // also when it is NaN
-        }
-        std::fill_n(out, a.v_dim, 0.0f);
-        if (most == kNone) {
-            a.lse[place] = kNone;
-            continue;
-        }
-        double sum = a.sinks != nullptr ? std::exp(double(a.sinks[q_head]) - most) : 0.0;
-        for (int64_t s = 0; s < splits; ++s) sum += std::exp(double(top[s * stride]) - most) * total[s * stride];
-        for (int64_t s = 0; s < splits; ++s) {
-            if (top[s * stride] == kNone) continue;
-            const float weight = float(std::exp(double(top[s * stride]) - most) / sum);
-            const float* from = data + s * stride + r * a.v_dim;
-            for (int64_t d = 0; d < a.v_dim; ++d) out[d] += weight * from[d];
-        }
-        a.lse[place] = float(most + std::log(sum));
-    }
 }
 
 struct AttendCall {
@@ -195,17 +176,17 @@ struct AttendCall {
         u.rows = int32_t(b->rows);
         u.first = split == 0 ? b->first : origin + split * b->keys;
         u.stop = split == b->splits - 1 ? b->stop : origin + (split + 1) * b->keys;
-        u.out = part.out, u.top = part.top, u.total = part.total;
+        u.out = part.out, u.top = part.top, u.total = part.total, u.alone = b->splits == 1;
         if (u.first < u.stop) {
-            kernels.attend(a, u, memory + own);
+            if (kernels.attend(a, u, memory + own)) return;
         } else {
             std::fill_n(part.out, b->rows * a.v_dim, 0.0f);
             std::fill_n(part.top, b->rows, kNone);
             std::fill_n(part.total, b->rows, 0.0f);
         }
-        if (b->splits == 1) return finish(a, plan, *b, head, data, 1);
+        if (b->splits == 1) return kernels.finish(a, u, data, size, 1);
         if (counters[b->first_counter + head].fetch_sub(1, std::memory_order_acq_rel) == 1)
-            finish(a, plan, *b, head, parts + b->first_part + head * b->splits * size, b->splits);
+            kernels.finish(a, u, parts + b->first_part + head * b->splits * size, size, b->splits);
     }
 
     static void work(void* self) {

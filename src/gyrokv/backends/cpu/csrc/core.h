@@ -46,10 +46,11 @@ struct Attend {
     int32_t terms;             // int8 parts of a q and of a weight: 2, or 1 for the fast inexact mode
     const char* q;
     int64_t q_strides[3];      // batch, head, token
-    float* out;                // [B, Hq, Tq, v_dim], contiguous
+    char* out;                 // [B, Hq, Tq, v_dim], contiguous
     float* lse;                // [B, Hq, Tq]
     float scale, softcap;
     int32_t causal, threads;
+    int32_t out_kind;          // F32 or BF16
     int64_t window;            // 0: none
     int64_t q_first, kv_first, kv_stop;  // positions of the first query, of the first key held and after the last
     const char* mask;          // [B, Hq, Tq, Tkv]
@@ -98,13 +99,15 @@ struct Unit {
     float* out;                    // [rows, v_dim]: sum of weights * values over exp(score - top), not normalised
     float* top;                    // [rows]
     float* total;                  // [rows]
+    bool alone;                    // no other unit has the same rows
 };
 
 // What one instruction set provides. `scratch` is 64-byte aligned and belongs to the calling thread.
 struct Kernels {
     const char* name;
     size_t (*attend_scratch)(const Attend&, int rows);
-    void (*attend)(const Attend&, const Unit&, char* scratch);
+    bool (*attend)(const Attend&, const Unit&, char* scratch);  // true when the rows are finished too
+    void (*finish)(const Attend&, const Unit&, const float* data, int64_t stride, int64_t splits);
     size_t (*encode_scratch)(const Encode&);
     void (*encode)(const Encode&, int64_t row_first, int64_t rows, char* scratch);  // rows: of [B, H, T], flattened
 };

@@ -27,11 +27,12 @@ INLINE int direct_passes(const Format&, int) { return 0; }
 enum Decoding : int { BFLOATS, HALVES, FLOATS, FLOAT8, LINEAR, LOOKUP };
 
 // Where the codes of a chunk are: lane i loads a dword from one of two places, then takes that of lane index[i] and
-// shifts it. With `plain` they are 64 consecutive bytes.
+// shifts it. PLAIN: they are 64 consecutive bytes. WHOLE: one load has all of the field. PARTS: neither.
+enum Loading : int { PARTS, PLAIN, WHOLE };
 struct Piece {
     int32_t offset[2];
     __mmask16 mask[2];
-    bool plain;
+    Loading loading;
     alignas(64) uint32_t index[LANES], even[LANES], odd[LANES];
 };
 
@@ -61,19 +62,21 @@ INLINE bool adds_direct(const Format& f, int rows) {
     return f.bits > 3 && (f.bits < 6 || (f.bits == 6 && has_signs(f)));
 }
 
-// The piece of a field of `width` bits that begins at byte `base` of a row and whose codes go to bit `to` of a lane.
-INLINE Piece piece_of(int dim, int width, int base, int chunk, int to) {
+// The piece of a field of `width` bits that begins at byte `base` of a row, for 32 columns from `start` on, whose codes go
+// to bit `to` of a lane.
+INLINE Piece piece_of(int dim, int width, int base, int start, int to) {
     Piece made = {};
-    const int words = dim * width / 16, first = COLUMNS_PER_CHUNK * chunk % words;
+    const int words = dim * width / 16, first = start % words;
     const int before = std::min(LANES, (words - first) / 2);  // lanes until the field begins again
-    made.plain = words % COLUMNS_PER_CHUNK == 0;
+    const bool plain = words % COLUMNS_PER_CHUNK == 0 && start % COLUMNS_PER_CHUNK == 0;
     made.offset[0] = base + 2 * first, made.offset[1] = base - 4 * before;
     made.mask[0] = __mmask16((1u << before) - 1), made.mask[1] = __mmask16(~made.mask[0]);
-    const bool whole = words <= COLUMNS_PER_CHUNK;  // one load has all of the field
-    if (whole && !made.plain) made.offset[0] = base, made.mask[0] = __mmask16((1u << words / 2) - 1), made.mask[1] = 0;
+    const bool whole = words <= COLUMNS_PER_CHUNK && !plain;
+    if (whole) made.offset[0] = base, made.mask[0] = __mmask16((1u << words / 2) - 1), made.mask[1] = 0;
+    made.loading = plain ? PLAIN : whole ? WHOLE : PARTS;
     for (int i = 0; i < LANES; ++i) {
-        const int column = COLUMNS_PER_CHUNK * chunk + 2 * i, at = column / words * width - to;
-        made.index[i] = uint32_t(whole && !made.plain ? column % words / 2 : i);
+        const int column = start + 2 * i, at = column / words * width - to;
+        made.index[i] = uint32_t(whole ? column % words / 2 : i);
         made.even[i] = uint32_t(at & 31), made.odd[i] = uint32_t((at + 16) & 31);
     }
     return made;
@@ -90,14 +93,14 @@ inline Direct direct_of(const Format& f) {
     if (made.decoding == LOOKUP)
         for (int i = 0; i < 32; ++i) made.table[i] = value_of(f, i & ((1 << bits) - 1));
     for (int c = 0; c * COLUMNS_PER_CHUNK < f.dim; ++c) {
-        made.wide[c] = piece_of(f.dim, wide, 0, c, 0);
-        if (bits > wide) made.next[c] = piece_of(f.dim, bits - wide, f.dim * wide / 8, c, wide);
+        made.wide[c] = piece_of(f.dim, wide, 0, COLUMNS_PER_CHUNK * c, 0);
+        if (bits > wide) made.next[c] = piece_of(f.dim, bits - wide, f.dim * wide / 8, COLUMNS_PER_CHUNK * c, wide);
     }
     return made;
 }
 
 // A piece in registers. (Everything is a vu, because GCC spills vectors that it sees as lanes of different sizes.)
-template <bool plain>
+template <Loading loading>
 struct Loader {
     int64_t offset[2];
     __mmask16 mask[2];
@@ -106,9 +109,9 @@ struct Loader {
         : offset{p.offset[0], p.offset[1]}, mask{p.mask[0], p.mask[1]}, index(load<vu>(p.index)), even(load<vu>(p.even)),
           odd(load<vu>(p.odd)) {}
     inline __attribute__((always_inline)) vu operator()(const char* row) const {
-        if constexpr (plain) return load<vu>(row + offset[0]);
+        if constexpr (loading == PLAIN) return load<vu>(row + offset[0]);
         __m512i x = _mm512_maskz_loadu_epi32(mask[0], row + offset[0]);
-        x = _mm512_mask_loadu_epi32(x, mask[1], row + offset[1]);
+        if constexpr (loading == PARTS) x = _mm512_mask_loadu_epi32(x, mask[1], row + offset[1]);
         return (vu)_mm512_permutexvar_epi32((__m512i)index, x);
     }
 };
@@ -117,8 +120,8 @@ struct Loader {
 template <int decoding, int bits, bool plain>
 struct Decoded {
     int64_t at;  // of the chunk in rows that are no codes
-    Loader<plain> wide;
-    Loader<false> next;
+    Loader<plain ? PLAIN : PARTS> wide;
+    Loader<PARTS> next;
     vf table[2];
     inline __attribute__((always_inline)) Decoded(const Direct& d, int chunk)
         : at(chunk * (decoding == FLOATS ? 128 : 64)), wide(d.wide[chunk]), next(d.next[chunk]),
@@ -261,7 +264,7 @@ inline void add_direct_of(const Weighted& w, int dim, MatrixUnit& unit, Ahead& a
 }
 
 inline void add_direct(const Weighted& w, const Format& f, MatrixUnit& unit, Ahead& ahead) {
-    const bool plain = w.direct.decoding >= FLOAT8 && w.direct.wide[0].plain;
+    const bool plain = w.direct.decoding >= FLOAT8 && w.direct.wide[0].loading == PLAIN;
 #define GYROKV_ADD(decoding, bits) \
     return plain ? add_direct_of<decoding, bits, true>(w, f.dim, unit, ahead) : add_direct_of<decoding, bits, false>(w, f.dim, unit, ahead)
     switch (w.direct.decoding) {

@@ -250,6 +250,12 @@ class MatrixUnit {
         _tile_dpbusd(0, 4, 6);
         _tile_stored(0, unread_, LINE);
     }
+    // Between products that are never far away a product is enough. Overwrites tile 0.
+    void nudge() {
+        if (!rows_) return;
+        memory_barrier();
+        _tile_dpbusd(0, 4, 6);
+    }
 
    private:
     int rows_ = 0, depth_ = 0;
@@ -259,6 +265,7 @@ class MatrixUnit {
 #else
 struct MatrixUnit {
     void keep_awake() {}
+    void nudge() {}
 };
 #endif
 
@@ -273,11 +280,41 @@ class Ahead {
         lines += add(k.words, k.word_strides[2], row_bytes(kf), first, count);
         lines += add(v.scale, v.scale_strides[2], scale_bytes(vf_), first, count);
         lines += add(k.scale, k.scale_strides[2], scale_bytes(kf), first, count);
-        rate_ = uint64_t(lines) * ONE / uint64_t(std::max(ticks, 1)) + 1, credit_ = 0;
+        set(lines, ticks, false);
     }
+    // Rows of V of a block, and then K of the next one with the scales of both: each into the first cache, just before it is
+    // used, because a line that is fetched twice occupies the few buffers of outstanding misses twice.
+    void aim_values(const Format& vf_, const Rows& v, int64_t first, int64_t count, int ticks) {
+        streams_ = 0;
+        set(add(v.words, v.word_strides[2], row_bytes(vf_), first, count), ticks, true);
+    }
+    void aim_keys(const Format& kf, const Rows& k, const Format& vf_, const Rows& v, int64_t first, int64_t count, int ticks) {
+        streams_ = 0;
+        int64_t lines = add(k.words, k.word_strides[2], row_bytes(kf), first, count);
+        lines += add(v.scale, v.scale_strides[2], scale_bytes(vf_), first, count);
+        lines += add(k.scale, k.scale_strides[2], scale_bytes(kf), first, count);
+        set(lines, ticks, true);
+    }
+    // Inside loops that have no registers to spare for a call.
     inline __attribute__((always_inline)) void tick(int weight = 1) {
         credit_ += rate_ * weight;
-        if (credit_ < ONE) return;
+        if (credit_ >= ONE) fetch<2>();
+    }
+    // Elsewhere, and where rows may be wanted in the first cache.
+    void step(int weight) {
+        credit_ += rate_ * weight;
+        if (credit_ >= ONE) fetch_apart();
+    }
+
+   private:
+    __attribute__((noinline)) void fetch_apart() {
+        if (near_)
+            fetch<3>();
+        else
+            fetch<2>();
+    }
+    template <int locality>
+    inline __attribute__((always_inline)) void fetch() {
         int64_t lines = int64_t(credit_ / ONE);
         credit_ %= ONE;
         while (lines && streams_) {
@@ -285,7 +322,7 @@ class Ahead {
             const char* at = s.row + s.at;
             const int64_t here = std::min(lines, (s.bytes - s.at + 63) / 64);
 #pragma GCC unroll 1
-            for (const char* end = at + 64 * here; at < end; at += 64) __builtin_prefetch(at, 0, 2);
+            for (const char* end = at + 64 * here; at < end; at += 64) __builtin_prefetch(at, 0, locality);
             s.at += 64 * here, lines -= here;
             if (s.at >= s.bytes) {
                 s.row += s.stride, s.at = 0;
@@ -294,7 +331,6 @@ class Ahead {
         }
     }
 
-   private:
     static constexpr uint64_t ONE = 256;
     struct Stream {
         const char* row;
@@ -302,6 +338,9 @@ class Ahead {
     };
     static int64_t scale_bytes(const Format& f) {
         return f.scale_type == SCALE_NONE ? 0 : int64_t(f.dim / f.group) * (f.scale_type == SCALE_F16 ? 2 : 4);
+    }
+    void set(int64_t lines, int ticks, bool near) {
+        rate_ = uint64_t(lines) * ONE / uint64_t(std::max(ticks, 1)) + 1, credit_ = 0, near_ = near;
     }
     int64_t add(const char* from, int64_t stride, int64_t bytes, int64_t first, int64_t count) {
         if (!bytes || count <= 0) return 0;
@@ -312,6 +351,7 @@ class Ahead {
     }
     Stream stream_[4];
     int streams_ = 0;
+    bool near_ = false;
     uint64_t rate_ = 0, credit_ = 0;
 };
 

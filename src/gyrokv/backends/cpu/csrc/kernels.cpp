@@ -13,6 +13,7 @@ const gyrokv::Kernels GYROKV_JOIN(gyrokv_kernels_, GYROKV_ISA) = {
     GYROKV_TEXT(GYROKV_ISA),
     gyrokv::GYROKV_ISA::attend_scratch,
     gyrokv::GYROKV_ISA::attend,
+    gyrokv::GYROKV_ISA::finish,
     gyrokv::GYROKV_ISA::encode_scratch,
     gyrokv::GYROKV_ISA::encode,
 };

@@ -142,38 +142,6 @@ INLINE void multiply_tiles(MatrixUnit& unit, const Product& p) {
     if (i < p.panels) multiply_wide<integer, 1>(p, depth, i);
 }
 
-// C transposed: 64 tokens of bfloat16 rows as they are stored times up to 16 rows of A, whose transpose is `a_lines`.
-// c: float [count][c_stride], with room for a multiple of four rows.
-INLINE void multiply_stored(MatrixUnit& unit, const PlainRows* rows, const char* a_lines, int lines, int count, float* c,
-                            int64_t c_stride, Ahead& ahead) {
-    alignas(64) char columns[4][16 * LINE];
-    memory_barrier();
-    unit.configure(16, 16);
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (int l = 0; l < lines; l += 16) {
-        _tile_loadd(6, a_lines + l * LINE, LINE);
-        _tile_loadd(4, rows[0].first + 4 * l, rows[0].stride);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(5, rows[1].first + 4 * l, rows[1].stride);
-        _tile_dpbf16ps(1, 5, 6);
-        _tile_loadd(4, rows[2].first + 4 * l, rows[2].stride);
-        _tile_dpbf16ps(2, 4, 6);
-        _tile_loadd(5, rows[3].first + 4 * l, rows[3].stride);
-        _tile_dpbf16ps(3, 5, 6);
-    }
-    _tile_stored(0, columns[0], LINE);
-    _tile_stored(1, columns[1], LINE);
-    _tile_stored(2, columns[2], LINE);
-    _tile_stored(3, columns[3], LINE);
-    for (int i = 0; i < 4; ++i)
-        transpose_tokens(columns[i], LINE, 4 * count, ahead, [&](int64_t first, const line* x) {
-            for (int k = 0; k < 4; ++k) store(c + (first + k) * c_stride + 16 * i, x[k]);
-        });
-}
-
 #undef GYROKV_TILE_DOT
 
 #endif

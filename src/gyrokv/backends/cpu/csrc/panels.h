@@ -124,6 +124,8 @@ INLINE int expand_halves(const char* from, int count, int tokens, float* to) {
     return t;
 }
 
+constexpr int MOST_SCALES = 640 / 32;  // of a row
+
 // Scales of a block as [scale][tokens] floats; zero from `count` on.
 inline void expand_scales(const Format& f, const Rows& rows, int64_t first, int count, int tokens, float* to) {
     if (f.scale_type == SCALE_NONE) return;
@@ -137,6 +139,13 @@ inline void expand_scales(const Format& f, const Rows& rows, int64_t first, int 
         if (n == 4) t = expand_halves<4>(from, count, tokens, to);
         if (n == 8) t = expand_halves<8>(from, count, tokens, to);
         if (n == 16) t = expand_halves<16>(from, count, tokens, to);
+    }
+    const bool gaps = f.scale_type != SCALE_F16 || stride != 2 * n;
+    for (; t + LANES <= count && !gaps; t += LANES) {
+        float wide[LANES * MOST_SCALES];
+        for (int i = 0; i < n; ++i) store(wide + i * LANES, half_to_float(from + t * stride + i * 2 * LANES));
+        for (int g = 0; g < n; ++g)
+            for (int i = 0; i < LANES; ++i) to[int64_t(g) * tokens + t + i] = wide[i * n + g];
     }
     for (; t < count; ++t)
         for (int g = 0; g < n; ++g) {

@@ -2,7 +2,8 @@
 #pragma once
 #include <limits>
 
-#include "direct.h"
+#include "exp.h"
+#include "stored.h"
 
 namespace gyrokv {
 namespace GYROKV_ISA {
@@ -11,6 +12,7 @@ constexpr float INFINITE = std::numeric_limits<float>::infinity();
 constexpr float LOG2E = 1.44269504f, LN2 = 0.69314718f;
 constexpr float LOWEST = -65504.0f;  // a mask value up to this means masked
 constexpr float SLACK = 8.0f;        // a new maximum within 2^8 of the old one rescales nothing
+constexpr int64_t RESIDENT = 768 << 10;  // bytes of q and of the output that stay in a core's own cache
 constexpr int MOST_TOKENS = 256;     // per block; products of 16 and 8 bits of so many still fit 32
 constexpr int COLUMNS = 128;         // of the output per product
 // Rows of operands start a line apart from powers of two, so that they spread over the sets of a cache.
@@ -51,43 +53,37 @@ struct Query {
     int64_t stride;   // bytes; a row of q is `terms` rows of A
     float* scale;     // [rows][groups], with the scale of the scores in it
     int32_t* sum;     // [rows][groups]: sum of the integers, when panels have an offset
-    char* lines;      // A transposed, where rows of K are multiplied as they are stored; else null
+    int planes;
+    char* tiles;      // see stored.h, where rows of K are multiplied as they are stored; else null
 };
 
 INLINE int64_t query_stride(const Attend& call) { return round_up(call.k_dim, 64) * 4 + 64; }
 INLINE int64_t query_bytes(const Attend& call, int rows) {
     const int64_t groups = round_up(call.k_dim, 32) / 32;
-    return round_up(std::max(rows, 8) * (2 * query_stride(call) + groups * 8), 64) + 16 * query_stride(call);
+    return round_up(rows * (2 * query_stride(call) + groups * 8), 64) + stored_query_bytes(call.k_dim, rows);
 }
 
-// With few query rows the matrix unit takes rows of K as they are, or as bfloat16, and no panels are made.
-INLINE bool multiplies_stored(const Format& f, int rows) {
-#if defined(__AMX_INT8__)
-    return element_of(f) == BFLOAT && f.dim % 32 == 0 && rows <= 16;
-#else
-    return false;
-#endif
-}
-
-inline Query pack_query(const Attend& call, const Unit& unit, const Format& f, char* to) {
+inline Query pack_query(const Attend& call, const Unit& unit, const Format& f, const Stored* stored, char* to) {
     Query made;
     made.element = element_of(f);
     made.group = made.element == INT8 ? f.group : f.dim;
     made.groups = f.dim / made.group;
     made.terms = terms_of(made.element, call, bfloat_query(call));
     made.factor = f.factor;
-    made.sorted = packed_tokens(f);
+    made.planes = f.planes;
+    made.sorted = packed_tokens(f) && !stored;
     made.a = to;
     made.stride = query_stride(call);
     made.scale = (float*)(to + unit.rows * 2 * made.stride);
     made.sum = (int32_t*)(made.scale + unit.rows * made.groups);
     const int per_kv = call.q_heads / call.kv_heads;
-    const float base = (call.softcap ? call.scale / call.softcap : call.scale * LOG2E) * f.factor;
+    const float factor = (call.softcap ? call.scale / call.softcap : call.scale * LOG2E) * f.factor;
+    const float base = std::abs(factor), sign = factor < 0.0f ? -1.0f : 1.0f;  // the largest product is the largest score
     alignas(64) float q[640] = {};
     for (int r = 0; r < unit.rows; ++r) {
         const int row = unit.row_first + r, head = unit.kv_head * per_kv + row % per_kv, token = row / per_kv;
         const char* from = call.q + unit.batch * call.q_strides[0] + head * call.q_strides[1] + token * call.q_strides[2];
-        for (int i = 0; i < call.k_dim; i += LANES) store(q + i, load_values(call.q_kind, from, i, call.k_dim));
+        for (int i = 0; i < call.k_dim; i += LANES) store(q + i, load_values(call.q_kind, from, i, call.k_dim) * sign);
         if (made.sorted)
             for (int i = 1; i < call.k_dim; i += 4) std::swap(q[i], q[i + 1]);
         char* a = made.a + int64_t(r) * made.terms * made.stride;
@@ -116,12 +112,15 @@ inline Query pack_query(const Attend& call, const Unit& unit, const Format& f, c
             made.sum[r * made.groups + g] = reduce_add(sum);
         }
     }
-    made.lines = nullptr;
-    if (multiplies_stored(f, unit.rows * made.terms)) {
-        Ahead none;
-        made.lines = to + query_bytes(call, unit.rows) - 16 * query_stride(call);
-        transpose_tokens(made.a, made.stride, 2 * f.dim, made.lines, none);
+    for (int r = unit.rows; r < round_up(unit.rows, 32) && r < 2 * unit.rows / made.terms; ++r)  // see prefill.h
+        std::memset(made.a + int64_t(r) * made.stride, 0, made.stride);
+    made.tiles = nullptr;
+#if defined(__AMX_INT8__)
+    if (stored) {
+        made.tiles = to + query_bytes(call, unit.rows) - stored_query_bytes(call.k_dim, unit.rows);
+        pack_tiles(f, *stored, made.a, made.stride, unit.rows, made.terms, made.scale, made.groups, made.tiles);
     }
+#endif
     return made;
 }
 

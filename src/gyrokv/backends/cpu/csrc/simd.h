@@ -214,32 +214,17 @@ INLINE vf to_float(vh a) { return (vf)(widen(a) << 16); }
 
 INLINE vf bfloat_to_float(const void* p) { return to_float(load<vh>(p)); }
 
-// 2^x for x <= 126; 0 far below. Minimax polynomial on [-0.5, 0.5], relative error below 2e-7.
-INLINE vf exp2(vf x) {
-#if defined(__AVX512F__)
-    const vf kept = max(x, splat(-1000.0f));
-    const vf n = (vf)_mm512_roundscale_ps((__m512)kept, 0), f = kept - n;
+#if defined(__AVX512BF16__)
+INLINE vec<uint16_t> to_bfloat(vf a, vf b) { return (vec<uint16_t>)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a); }  // a, then b
 #else
-    const vf kept = max(x, splat(-126.0f));
-    const vi n = round_int(kept);
-    const vf f = kept - to_float(n);
-#endif
-    vf y = fma(f, splat(1.32647e-3f), splat(9.67151e-3f));
-    y = fma(y, f, splat(5.550734e-2f));
-    y = fma(y, f, splat(2.4022242e-1f));
-    y = fma(y, f, splat(6.9314698e-1f));
-    y = fma(y, f, splat(1.0f));
-#if defined(__AVX512F__)
-    return (vf)_mm512_scalef_ps((__m512)y, (__m512)n);
-#else
-    return x < -126.0f ? vf{} : (vf)((vi)y + (n << 23));
-#endif
+INLINE vec<uint16_t> to_bfloat(vf a, vf b) {
+    const vh x = to_bfloat(a), y = to_bfloat(b);
+    vec<uint16_t> made;
+    std::memcpy(&made, &x, sizeof x);
+    std::memcpy((char*)&made + sizeof x, &y, sizeof y);
+    return made;
 }
-
-INLINE vf tanh(vf x) {  // absolute error below 3e-7
-    vf kept = x > 40.0f ? splat(40.0f) : x;
-    return 1.0f - 2.0f / (exp2(kept * 2.88539008f) + 1.0f);
-}
+#endif
 
 // -- int8 dot products
 //

@@ -1,0 +1,49 @@
+// Sums of weighted values to outputs.
+#pragma once
+#include <cmath>
+#include <limits>
+
+#include "expand.h"
+
+namespace gyrokv {
+namespace GYROKV_ISA {
+
+// Joins `splits` sums of the rows of a unit in their order with the learned sinks, divides by the sum of weights and
+// stores. A split is out [rows][v_dim], top [rows] and total [rows], as in Unit; they are `stride` floats apart.
+inline void finish(const Attend& a, const Unit& unit, const float* data, int64_t stride, int64_t splits) {
+    constexpr float none = -std::numeric_limits<float>::infinity();
+    const int64_t per_kv = a.q_heads / a.kv_heads;
+    for (int64_t r = 0; r < unit.rows; ++r) {
+        const int64_t row = unit.row_first + r, q_head = unit.kv_head * per_kv + row % per_kv;
+        const int64_t place = (unit.batch * a.q_heads + q_head) * a.q_len + row / per_kv;
+        const float *top = data + int64_t(unit.rows) * a.v_dim + r, *total = top + unit.rows;
+        float most = a.sinks != nullptr ? a.sinks[q_head] : none;
+        for (int64_t s = 0; s < splits; ++s)
+            if (!(top[s * stride] <= most)) most = top[s * stride];  // also when it is NaN
+        alignas(64) float out[640] = {};
+        if (most != none) {
+            double sum = a.sinks != nullptr ? std::exp(double(a.sinks[q_head]) - most) : 0.0;
+            for (int64_t s = 0; s < splits; ++s) sum += std::exp(double(top[s * stride]) - most) * total[s * stride];
+            for (int64_t s = 0; s < splits; ++s) {
+                if (top[s * stride] == none) continue;
+                const float weight = float(std::exp(double(top[s * stride]) - most) / sum);
+                const float* from = data + s * stride + r * a.v_dim;
+                for (int64_t d = 0; d < a.v_dim; ++d) out[d] += weight * from[d];
+            }
+            a.lse[place] = float(most + std::log(sum));
+        } else {
+            a.lse[place] = none;
+        }
+        char* to = a.out + place * a.v_dim * (a.out_kind == BF16 ? 2 : 4);
+        if (a.out_kind == F32) {
+            std::memcpy(to, out, 4 * a.v_dim);
+            continue;
+        }
+        alignas(64) uint16_t narrow[640];
+        for (int64_t d = 0; d < a.v_dim; d += LANES) store(narrow + d, to_bfloat(load<vf>(out + d)));
+        std::memcpy(to, narrow, 2 * a.v_dim);
+    }
+}
+
+}  // namespace GYROKV_ISA
+}  // namespace gyrokv
