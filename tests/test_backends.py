@@ -23,9 +23,9 @@ def bound(backend, spec) -> float:
     """The relative error that a backend documents because it rounds q or p itself; none by default."""
     value = getattr(backend, "BOUND", 0.0)
     assert 0.0 <= value <= 2e-3
-    fast = getattr(backend, "FAST_BOUND", value)
-    assert value <= fast <= 3e-2
-    return fast if spec.fast else value
+    fast, half = getattr(backend, "FAST_BOUND", value), getattr(backend, "BFLOAT16_BOUND", value)
+    assert value <= half <= 2e-3 and value <= fast <= 3e-2
+    return fast if spec.fast else half if spec.dtype == torch.bfloat16 else value
 
 
 @pytest.mark.parametrize("name", BACKENDS)

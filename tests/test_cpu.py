@@ -37,7 +37,7 @@ THIN = [c for name, group in groups().items() for c in group[STEPS[name][1] :: S
 
 
 def bound(spec) -> float:
-    return cpu.FAST_BOUND if spec.fast else cpu.BOUND
+    return cpu.FAST_BOUND if spec.fast else cpu.BFLOAT16_BOUND if spec.dtype == torch.bfloat16 else cpu.BOUND
 
 
 def right(data: Problem, out: torch.Tensor, lse: torch.Tensor) -> None:

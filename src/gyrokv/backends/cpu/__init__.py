@@ -8,7 +8,7 @@ of V's scale, to 16 bits relative to the largest (where the CPU has int8 dot pro
 tables that are not integers to 16 bits too. The products are exact in int32 and summed in float32. A single rounding
 is off by 2**-17 of the largest at most; over the tokens of a block these add up like a random walk, to about 1e-4 of
 the output when one weight is far above the others. bfloat16 rows take q and weights as two bfloat16 (one where q is
-bfloat16, as the output will be: then the error before that rounding is below 2e-3), other dense rows are computed in
+bfloat16, as the output will be: then ``BFLOAT16_BOUND`` holds before that rounding), other dense rows are computed in
 float32. ``FAST_BOUND``: with ``fast`` a single int8.
 """
 
@@ -30,13 +30,14 @@ from . import calls
 from .native import describe, forced, level, missing
 
 __all__ = [
-    "BOUND", "FAST_BOUND", "UNDERSTANDS", "append", "attend", "describe", "forced", "level", "missing", "name", "tile",
+    "BFLOAT16_BOUND", "BOUND", "FAST_BOUND", "UNDERSTANDS", "append", "attend", "describe", "forced", "level", "missing", "name", "tile",
     "why_not", "why_not_append",
 ]  # fmt: skip
 
 name = "cpu"
 UNDERSTANDS = frozenset(f.name for f in features())
 BOUND = 3e-4
+BFLOAT16_BOUND = 2e-3
 FAST_BOUND = 3e-2
 _TILE = 64  # tokens and keys that share a state of a block map
 
