@@ -41,7 +41,7 @@ struct Direct {
     bool turned;        // chunks are even and odd columns
     bool signs;         // the top bit of a code is the sign of what the others mean
     alignas(64) float table[32];
-    Piece wide[576 / COLUMNS_PER_CHUNK], next[576 / COLUMNS_PER_CHUNK];
+    Piece wide[640 / COLUMNS_PER_CHUNK], next[640 / COLUMNS_PER_CHUNK];
 };
 
 INLINE float value_of(const Format& f, int code) { return float(f.table[0][code] + (f.planes == 2 ? 256 * f.table[1][code] : 0)); }

@@ -208,7 +208,7 @@ struct PlainRows {
 };
 
 constexpr int ROWS_AT_ONCE = 16;
-constexpr int ROW_BYTES = 576 * 4 + 64;  // the longest plain row
+constexpr int ROW_BYTES = 640 * 4 + 64;  // the longest plain row, of a padded head
 INLINE int64_t plain_stride(const Format& f) { return round_up(int64_t(f.dim) * size_of(element_of(f)), LINE); }
 
 INLINE int64_t row_bytes(const Format& f) {

@@ -192,7 +192,7 @@ inline void add_rows(const Attend& call, Workspace& work, const Block& block, fl
     const bool scaled = f.scale_type != SCALE_NONE;
     const int group = scaled ? f.group : f.dim;
     const int64_t stride = block.tokens / LANES * WEIGHTS;
-    float totals[576 / 32 * MOST_DIRECT], *to = work.shares;
+    float totals[640 / 32 * MOST_DIRECT], *to = work.shares;
     for (int g = 0; g * group < f.dim; ++g)
         for (int r = 0; r < rows; r += 4, to += stride)
             share_weights(work.scores + r * SCORE_STRIDE, SCORE_STRIDE, std::min(4, rows - r),
