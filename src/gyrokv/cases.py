@@ -247,6 +247,7 @@ def _storage() -> Iterator[Case]:
     yield case("q8_0", "turbo4", (80, 80), factor=3.0, q_len=3, causal=True)
     for scale in (0.0, -0.2, 0.5):
         yield case("turbo4", "q8_0", scale=scale, q_len=3)
+    yield case("turbo3.v2", "tq6.v1", (576, 512), unquantised=True, first=5)  # padded to 640: the longest rows there are
 
 
 def _pages() -> Iterator[Case]:

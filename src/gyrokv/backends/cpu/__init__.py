@@ -30,8 +30,8 @@ from . import calls
 from .native import describe, forced, level, missing
 
 __all__ = [
-    "BFLOAT16_BOUND", "BOUND", "FAST_BOUND", "UNDERSTANDS", "append", "attend", "describe", "forced", "level", "missing", "name", "tile",
-    "why_not", "why_not_append",
+    "BFLOAT16_BOUND", "BOUND", "FAST_BOUND", "UNDERSTANDS", "append", "attend", "describe", "forced", "level", "missing",
+    "name", "tile", "why_not", "why_not_append",
 ]  # fmt: skip
 
 name = "cpu"
