@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from gyrokv import Codec, packing, quant
-from gyrokv.backends.gpu import encode, turned
 from gyrokv.quant import Packed
 
 NEAR = 2.0**-17  # of the values' expected deviation: how far from a boundary a code may differ
@@ -21,15 +20,6 @@ class Differences(NamedTuple):
 
     codes: float
     scales: float
-
-
-def is_turned(codec: Codec, dtype: torch.dtype) -> bool:
-    """Whether csrc/turned.cuh encodes heads of ``dtype``: their bytes need not be the definition's."""
-    fmt = codec.format
-    if fmt.is_dense or dtype not in (torch.float16, torch.bfloat16):
-        return False
-    padded, group, span, _ = encode._layout(fmt, codec.head_dim, codec.rotation)
-    return turned.side(fmt, padded, group, span, codec.rotation) is not None
 
 
 def indices(rows: Packed, codec: Codec) -> Tensor:

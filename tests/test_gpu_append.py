@@ -133,7 +133,7 @@ def same_state(there: LayerCache, here: LayerCache, *dtypes: torch.dtype) -> boo
     """``dtypes``: of the tokens, of both sides or of each. Rows that csrc/turned.cuh wrote may differ where they may."""
     there.to("cpu")
     codecs = dict(k=here.k_codec, v=here.v_codec)
-    turned = {side for side, dtype in zip("kv", (*dtypes, *dtypes)) if gpu_rows.is_turned(codecs[side], dtype)}
+    turned = {side for side, dtype in zip("kv", (*dtypes, *dtypes)) if encode.is_turned(codecs[side], dtype)}
     if not turned:
         return equal_layers(there, here)
     (mine, about), (other, about_other) = there.state(), here.state()

@@ -18,7 +18,7 @@ from gyrokv.quant import Packed
 from gyrokv.spec import HEAD_DIMS
 
 DEVICE = "cuda"
-TURNED = [f for f in FORMATS.values() if gpu_rows.is_turned(Codec(f, 128), torch.bfloat16)]
+TURNED = [f for f in FORMATS.values() if encode.is_turned(Codec(f, 128), torch.bfloat16)]
 DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -78,9 +78,9 @@ def test_steps_lead_to_the_nearest_level(fmt: KVFormat, group: int):
 def test_rows_of_other_shapes_are_not_turned():
     """Ties that go down, scales that are not corrected, 32-bit values, own rotations: to the other kernel."""
     for name in ("tq4.v1", "tq8.v1", "q8_0", "q4_0", "bf16", "fp8_e4m3"):
-        assert not gpu_rows.is_turned(Codec(name, 128), torch.bfloat16), name
-    assert not gpu_rows.is_turned(Codec("turbo4", 128), torch.float32)
-    assert not gpu_rows.is_turned(Codec("turbo4", 128, rotation="hadamard"), torch.bfloat16)
+        assert not encode.is_turned(Codec(name, 128), torch.bfloat16), name
+    assert not encode.is_turned(Codec("turbo4", 128), torch.float32)
+    assert not encode.is_turned(Codec("turbo4", 128, rotation="hadamard"), torch.bfloat16)
 
 
 # -- the bytes, on a GPU

@@ -12,9 +12,10 @@ values, lengths, pages) -> bool``, which is ``place.append_at`` or returns False
 ``attend_heads``, called in place of ``attend`` where there is one: it takes q and gives out as callers see them,
 ``[B, Hq, Tq, D]`` and ``[B, Hq, Tq, Dv]`` in q's dtype, and does or calls ``Codec.query`` and ``Codec.output`` itself;
 ``BOUND``: the relative error that tests allow (at most 2e-3) when the kernel itself rounds q or the weights below
-float32, and in its place ``BFLOAT16_BOUND`` (at most 2e-3) where q is bfloat16 and ``FAST_BOUND`` (at most 3e-2) for
-problems with the feature ``fast``; ``how(spec) -> str``: which of its kernels runs a problem, and why; ``DEVICE``: the
-torch device that it runs on, if that is not the CPU among others; and ``hint() -> str``: what to install for more of it.
+float32, and in its place ``BFLOAT16_BOUND`` (at most 2e-3) where q is bfloat16 and V holds no codes, ``FAST_BOUND`` (at
+most 3e-2) for problems with the feature ``fast``; ``how(spec) -> str``: which of its kernels runs a problem, and why;
+``DEVICE``: the torch device that it runs on, if that is not the CPU among others; and ``hint() -> str``: what to install
+for more of it.
 
 ``attend`` gets q ``[B, Hq, Tq, padded]`` in the space of the stored keys and returns out ``[B, Hq, Tq, padded]`` in
 the space of the stored values, float32 (or in the dtype of ``spec`` where no rotation follows), and lse

@@ -121,7 +121,10 @@ def why_not_append(layer: LayerCache) -> list[str]:
 
 
 def append(layer: LayerCache, k: Tensor, v: Tensor) -> KVView:
-    """:meth:`LayerCache.append`, with rows of K and V encoded by one kernel, in place if they fit: the same bytes."""
+    """:meth:`LayerCache.append`, with rows of K and V encoded by one kernel, in place if they fit.
+
+    The same bytes, but that rotated rows of 16-bit values may hold the other level at a boundary (``encode.is_turned``).
+    """
     layer.check_input(k, v)
     codecs = layer.k_codec, layer.v_codec
     found = layer.slots(k.shape[2])

@@ -105,6 +105,15 @@ def _cell_rows(fmt: KVFormat, boundaries: Tensor, cell: Tensor, n: int) -> Tenso
     return torch.stack((first, pair, *(rest if fmt.corrected else ())), -1)
 
 
+def is_turned(codec: Codec, dtype: torch.dtype) -> bool:
+    """Whether csrc/turned.cuh encodes heads of ``dtype``: their bytes need not be the definition's."""
+    fmt = codec.format
+    if fmt.is_dense or dtype not in (torch.float16, torch.bfloat16):
+        return False
+    padded, group, span, _ = _layout(fmt, codec.head_dim, codec.rotation)
+    return turned.side(fmt, padded, group, span, codec.rotation) is not None
+
+
 def _layout(fmt: KVFormat, head_dim: int, rotation: str) -> tuple[int, int, int, float]:
     """(values stored, rotated as one, of one scale; the factor of the last product before levels are chosen)."""
     padded, group = fmt.layout(head_dim)
