@@ -12,7 +12,7 @@ import os
 import site
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -24,6 +24,7 @@ from ...errors import GyroKVError
 SOURCES = Path(__file__).with_name("csrc")
 _OPTIONS = ("--std=c++17", "--device-as-default-execution-space", "--extra-device-vectorization")
 _PROGRAMMATIC = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+_NO_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
 
@@ -190,6 +191,17 @@ def check_driver(status: int, what: str) -> None:
         raise GyroKVError(f"{what}: {(text.value or b'unknown error').decode()}")
 
 
+def in_context(call: Callable[[], int]) -> int:
+    """The driver's status of ``call``, made again if this thread has not used the GPU before."""
+    status = call()
+    if status != _NO_CONTEXT:
+        return status
+    context = ctypes.c_void_p()
+    check_driver(_driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), torch.cuda.current_device()), "context")
+    check_driver(_driver().cuCtxSetCurrent(context), "context")
+    return call()
+
+
 @cache
 def architecture(device: int) -> str:
     """What kernels are compiled for on CUDA device ``device``: with its own features where it has such."""
@@ -236,7 +248,7 @@ class Kernel:
         where the GPU can, its launch overlaps with their end."""
         places = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
         config = _LaunchConfig(*grid, threads, 1, 1, self._shared, stream, self._attributes, len(self._attributes))
-        status = self._launch(ctypes.byref(config), self._function, places, None)
+        status = in_context(lambda: self._launch(ctypes.byref(config), self._function, places, None))
         if status:
             check_driver(status, f"{self._name}: launching {grid} x {threads}")
 
