@@ -45,6 +45,7 @@ bench-cpu: $(VENV)/ready build  ## speed of the CPU kernels on this machine, lla
 
 bench-gpu:  ## speed of the GPU kernels beside PyTorch's, with the torch of $(PYTHON)
 	PYTHONPATH=src $(PYTHON) benchmarks/gpu.py
+	PYTHONPATH=src $(PYTHON) benchmarks/gpu_prefill.py
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

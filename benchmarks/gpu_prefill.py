@@ -1,66 +1,227 @@
-"""Speed of prefill on a Hopper GPU beside cuDNN and our kernels for other GPUs, and of prefill onto long packed caches,
+"""Speed of prefill on a Hopper GPU beside PyTorch's kernels, FlashInfer and our kernels for other GPUs,
 measured in one run.
 
-``python benchmarks/gpu_prefill.py`` writes ``results/gpu_prefill.json``. Times are medians of replayed CUDA graphs.
-FLOP are those of the visible keys. The workspace is what a call allocates beyond its output.
+``python benchmarks/gpu_prefill.py`` writes ``results/gpu_prefill.json``. Four parts: ``attention`` (plain tensors, causal
+and full), ``feature`` (each optional part of a problem, as a share of the plain speed), ``window`` (what the visible tiles
+cost, beside those of the causal run), ``onto`` (a long packed cache). Times are medians of replayed CUDA graphs. FLOP are
+those of the visible keys. The workspace is what a call allocates beyond its output.
+
+Before anything is timed, every kernel is compared with float64 on a small problem (the gate), in several threads, which
+also compile them; one that is wrong ends the run without a number.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
+from itertools import product
 from pathlib import Path
+from unittest import mock
 
+import gpu_stock
 import torch
 from gpu import codecs, rows
-from gpu_stock import timed
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from gpu_stock import KERNELS, timed
+from torch import Tensor
+from torch.nn.attention import sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from gyrokv import attend
 from gyrokv.backends import gpu
+from gyrokv.backends.gpu import shapes
 from gyrokv.cases import case
 from gyrokv.dispatch import describe
 from gyrokv.env import environment
+from gyrokv.masks import BlockMap
 from gyrokv.testing import inputs
 from gyrokv.view import KVView, Segment
 
 ROOT = Path(__file__).resolve().parent.parent
-TOKENS, HEADS, KV_HEADS = 8192, 16, 4  # of causal prefill
+BF16 = torch.bfloat16
+HEADS, KV_HEADS = 16, 4  # of all parts but the last
+DIMS = ((64, 64), (128, 128), (256, 256), (512, 512), (576, 512))
+TOKENS, MIDDLE = (2048, 8192, 32768), 8192  # middle: of features and of kernels that are slow
+WINDOW = 1024
 LONG, QUERIES, LONG_HEADS, LONG_KV_HEADS = 65536, 4096, 32, 8  # the last queries of a long cache
 FORMATS = ("bf16", "q8_0", "turbo4", "turbo4/turbo2", "tq6")
 LIMIT = 6e-3  # relative error that the gate allows: weights and outputs are bfloat16
+BOUND = 1e-2  # that a kernel of others may differ from ours, on what is timed
+FEATURES = {  # name: what is asked for, beside causal (True) or full attention
+    "sinks": (True, dict(sinks=True)),
+    "softcap": (True, dict(softcap=50.0)),
+    "window": (True, dict(window=WINDOW)),
+    "mask bool": (False, dict(mask="bool")),
+    "mask bf16": (False, dict(mask="additive", mask_dtype=BF16)),
+    "mask f16": (False, dict(mask="additive", mask_dtype=torch.float16)),
+    "mask f32": (False, dict(mask="additive", mask_dtype=torch.float32)),
+    "mask bf16 per head": (False, dict(mask="additive", mask_dtype=BF16, mask_axes="bhqk")),
+}
 
 
-def check(formats: str, dim: int) -> None:
-    """SystemExit if prefill of a small problem is off."""
+# -- the gate
+
+
+def configurations() -> list[tuple[str, tuple[int, int], str, bool]]:
+    """(formats, dims, feature or "causal", paired) of all kernels that are timed."""
+    plain = [("bf16", dims, "causal", dims[1] > 256 and paired) for dims, paired in product(DIMS, (False, True))]
+    featured = [("bf16", dims, name, False) for dims, name in product(DIMS[:4], FEATURES)]
+    packed = [(formats, (d, d), "causal", d > 256) for formats, d in product(FORMATS, (128, 512))]
+    return list(dict.fromkeys(plain + featured + packed))
+
+
+def check(config: tuple[str, tuple[int, int], str, bool]) -> float:
+    """The relative error of one configuration on a small problem, in the dtype that is timed."""
+    formats, dims, name, _ = config
+    causal, features = FEATURES.get(name, (name == "causal", {}))
     k, _, v = formats.partition("/")
-    sizes = dict(batch=2, q_heads=8, kv_heads=2, q_len=200, kv_len=777, causal=True, dtype=torch.bfloat16, device="cuda")
-    problem = inputs(case(k, v or k, (dim, dim), **sizes))
-    out, exact = problem.run("gpu")[0], problem.exact[0]
-    error = float((out.double() - exact).norm() / exact.norm())
-    if not error <= LIMIT:
-        raise SystemExit(f"gate: {formats} at head_dim {dim} is off by {error:.3g}, allowed {LIMIT:g}; nothing was timed")
+    sizes = dict(batch=2, q_heads=8, kv_heads=2, q_len=200, kv_len=777, dtype=BF16, device="cuda")
+    with torch.no_grad():
+        problem = inputs(case(k, v or k, dims, causal=causal, **sizes, **features))
+        out, exact = problem.run("gpu")[0], problem.exact[0]
+        return float((out.double() - exact).norm() / exact.norm())
 
 
-def normal(*shape: int) -> torch.Tensor:
-    return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+def gate(threads: int) -> dict:
+    """Raises SystemExit on a kernel that is wrong. Returns the number of checks and the worst relative error."""
+    errors = {}
+    with ThreadPoolExecutor(threads) as pool:
+        for paired, section in ((False, shapes.SECTION), (True, 0)):  # blocks share loads once K and V outgrow L2
+            configs = [c for c in configurations() if c[3] == paired]
+            with mock.patch.object(shapes, "SECTION", section):
+                errors |= dict(zip(configs, pool.map(check, configs)))
+    for config, error in errors.items():
+        if not error <= LIMIT:
+            raise SystemExit(f"gate: {config} is off by {error:.3g}, allowed {LIMIT:g}; nothing was timed")
+    print(f"gate: {len(errors)} kernels are right, relative error at most {max(errors.values()):.1e}", flush=True)
+    return {"configurations": len(errors), "worst_relative_error": max(errors.values()), "limit": LIMIT}
 
 
-def causal(dim: int) -> dict:
-    """Causal attention of 8K tokens over plain tensors, and cuDNN where it has a kernel."""
-    q, k, v = normal(1, HEADS, TOKENS, dim), *(normal(1, KV_HEADS, TOKENS, dim) for _ in "kv")
-    flop, view = 2.0 * TOKENS * TOKENS * HEADS * dim, KVView.of(k, v)
-    us = timed(lambda _: attend(q, view, backend="gpu"), 1)["us"]
-    row = {"part": "causal", "head_dim": dim, "tflops": flop / us / 1e6}
-    with gpu.forced("portable"):
-        row["portable_tflops"] = flop / timed(lambda _: attend(q, view, backend="gpu"), 1)["us"] / 1e6
-    if dim <= 256:
-        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            us = timed(lambda _: scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True), 1)["us"]
-        row["cudnn_tflops"] = flop / us / 1e6
-    return row
+# -- plain attention, and others' kernels
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(shape, device="cuda", dtype=BF16)
+
+
+def plain(dims: tuple[int, int], tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    return normal(1, HEADS, tokens, dims[0]), *(normal(1, KV_HEADS, tokens, d) for d in dims)
+
+
+def tflops(us: float, dims: tuple[int, int], tokens: int, causal: bool) -> float:
+    return (1.0 if causal else 2.0) * tokens * tokens * HEADS * sum(dims) / us / 1e6
+
+
+def attention(dims: tuple[int, int], tokens: int, causal: bool) -> dict:
+    """Our kernels, and those of others: TFLOP/s, or why there is none."""
+    q, k, v = plain(dims, tokens)
+    view = KVView.of(k, v)
+    result = {"part": "attention", "dims": dims, "tokens": tokens, "causal": causal}
+
+    def ours() -> Tensor:
+        return attend(q, view, causal=causal, backend="gpu")
+
+    result["tflops"] = tflops(timed(lambda _: ours(), 1)["us"], dims, tokens, causal)
+    expected, found = ours(), {}
+
+    def portable() -> Tensor:
+        with gpu.forced("portable"):
+            return ours()
+
+    for name, call in (others(q, k, v, causal) | {"gyrokv, portable": portable}).items():
+        if name in ("efficient", "gyrokv, portable") and tokens != MIDDLE:
+            continue
+        found[name] = peer(call, expected, lambda us: tflops(us, dims, tokens, causal))
+    return result | {"others": found}
+
+
+def others(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> dict[str, Callable[[], Tensor]]:
+    """PyTorch's fused kernels (the memory-efficient one gets K and V repeated per query head) and FlashInfer's."""
+    repeated = [x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v)]
+
+    def stock(name: str) -> Tensor:
+        given, gqa = (repeated, False) if name == "efficient" else ((k, v), True)
+        with sdpa_kernel(KERNELS[name]):
+            return scaled_dot_product_attention(q, *given, is_causal=causal, enable_gqa=gqa)
+
+    def flashinfer() -> Tensor:
+        from flashinfer import single_prefill_with_kv_cache as run
+
+        return run(*(x[0].transpose(0, 1) for x in (q, k, v)), causal=causal).transpose(0, 1)[None]
+
+    return {n: lambda n=n: stock(n) for n in ("cudnn", "flash", "efficient")} | {"flashinfer": flashinfer}
+
+
+def peer(call: Callable[[], Tensor], expected: Tensor, speed: Callable[[float], float]) -> float | str:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            call()
+        error = float((call().float() - expected.float()).norm() / expected.float().norm())
+        if not error <= BOUND:
+            return f"differs by {error:.2g}"
+        return speed(timed(lambda _: call(), 1)["us"])
+    except ImportError:
+        return "not installed"
+    except (RuntimeError, ValueError, TypeError, OSError) as error:
+        torch.cuda.synchronize()
+        return str(error).split("\n")[0][:120]
+
+
+# -- features
+
+
+def additions(features: dict, tokens: int) -> dict:
+    """Arguments for ``attend``; a fifth of the keys is masked."""
+    features = dict(features)
+    dtype, axes = features.pop("mask_dtype", torch.bool), features.pop("mask_axes", "2")
+    if "mask" in features:
+        mask = torch.rand(1, HEADS if axes == "bhqk" else 1, tokens, tokens, device="cuda", dtype=BF16) > 0.2
+        features["mask"] = mask if dtype == torch.bool else torch.where(mask, -0.5, -torch.inf).to(dtype)
+    if "sinks" in features:
+        features["sinks"] = torch.randn(HEADS, device="cuda")
+    return features
+
+
+def featured(dims: tuple[int, int]) -> list[dict]:
+    """Each feature: its time, and the time of plain attention of the same keys relative to it."""
+    q, k, v = plain(dims, MIDDLE)
+    view, found = KVView.of(k, v), []
+    base = {causal: timed(lambda _, c=causal: attend(q, view, causal=c, backend="gpu"), 1)["us"] for causal in (True, False)}
+    for name, (causal, features) in FEATURES.items():
+        if name == "window":
+            continue
+        options = additions(features, MIDDLE)
+        us = timed(lambda _, c=causal, o=options: attend(q, view, causal=c, **o, backend="gpu"), 1)["us"]
+        found.append({"part": "feature", "dims": dims, "feature": name, "us": us, "share_of_plain": base[causal] / us})
+    future = torch.ones(MIDDLE, MIDDLE, dtype=torch.bool, device="cuda").triu_(1)
+    mask = torch.zeros(MIDDLE, MIDDLE, dtype=BF16, device="cuda").masked_fill_(future, -torch.inf)
+    block_map = BlockMap.build(mask, gpu.tile(describe(q, view, mask=mask)))
+    us = timed(lambda _: attend(q, view, mask=mask, block_map=block_map, backend="gpu"), 1)["us"]
+    row = {"part": "feature", "dims": dims, "feature": "causal as a bf16 mask with a block map", "us": us}
+    return [*found, row | {"share_of_plain": base[True] / us}]
+
+
+def windowed(dims: tuple[int, int], tokens: int) -> dict:
+    """``cost``: the time of a visible tile, relative to the causal run's."""
+    q, k, v = plain(dims, tokens)
+    view = KVView.of(k, v)
+    size, keys = shapes.tile(describe(q, view, causal=True))
+
+    def tiles(window: int) -> int:
+        return sum((min(r + size, tokens) - 1) // keys - max(0, r - window + 1) // keys + 1 for r in range(0, tokens, size))
+
+    whole = timed(lambda _: attend(q, view, causal=True, backend="gpu"), 1)["us"] / tiles(tokens)
+    us = timed(lambda _: attend(q, view, causal=True, window=WINDOW, backend="gpu"), 1)["us"]
+    return {"part": "window", "dims": dims, "tokens": tokens, "window": WINDOW, "us": us, "cost": us / tiles(WINDOW) / whole}
+
+
+# -- onto a long cache
 
 
 def onto(formats: str, dim: int) -> dict:
@@ -81,24 +242,52 @@ def onto(formats: str, dim: int) -> dict:
     return {"part": "onto", "formats": formats, "head_dim": dim, **speed, "workspace": more}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def measured() -> list[dict]:
+    found = []
+
+    def add(*some: dict) -> None:
+        for row in some:
+            print(row, flush=True)
+        found.extend(some)
+
+    for dims, tokens, is_causal in product(DIMS, TOKENS, (True, False)):
+        add(attention(dims, tokens, is_causal))
+    for dims in DIMS[:4]:
+        add(*featured(dims))
+        torch.cuda.empty_cache()
+    for dims, tokens in product(DIMS[:4], TOKENS[1:]):
+        add(windowed(dims, tokens))
+    for dim, formats in product((128, 512), FORMATS):
+        add(onto(formats, dim))
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/gpu_prefill.json", help="JSON file to write")
+    parser.add_argument("--threads", type=int, default=16, help="that compile and check (default 16)")
     parser.add_argument("--commit", help="commit of a tree that is no git checkout")
     options = parser.parse_args()
-    for formats in FORMATS:
-        check(formats, 128)
-        check(formats, 512)
-    found = [causal(dim) for dim in (64, 128, 256, 512)]
-    found += [onto(formats, dim) for dim in (128, 512) for formats in FORMATS]
+    begun = time.monotonic()
+    with torch.no_grad():
+        checked = gate(options.threads)
+        found = measured()
     about = environment()
-    if options.commit:
-        about["commit"] = options.commit
-    when = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    options.out.write_text(json.dumps({"when": when, "environment": about, "rows": found}, indent=1) + "\n")
-    for row in found:
-        print(row)
+    about["commit"] = about["commit"] or options.commit
+    about |= {"driver": gpu_stock.driver(), "cuda": torch.version.cuda}
+    record = {
+        "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "environment": about,
+        "command": " ".join(["python", "benchmarks/gpu_prefill.py", *sys.argv[1:]]),
+        "heads": [HEADS, KV_HEADS],
+        "gate": checked,
+        "rows": found,
+        "seconds": round(time.monotonic() - begun),
+    }
+    options.out.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+    print(f"wrote {options.out} after {record['seconds']} s")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -221,18 +221,45 @@ def _prefill() -> list[str]:
     if not path.is_file():
         return []
     record = json.loads(path.read_text())
-    causal = [r for r in record["rows"] if r["part"] == "causal"]
+    causal = [r for r in record["rows"] if r["part"] == "attention" and r["causal"]]
     onto = [r for r in record["rows"] if r["part"] == "onto"]
-    dims = [str(r["head_dim"]) for r in causal]
-    stock = [f"{r['cudnn_tflops']:.0f}" if "cudnn_tflops" in r else "refuses" for r in causal]
+    features = [r for r in record["rows"] if r["part"] == "feature"]
+    windows = [r for r in record["rows"] if r["part"] == "window"]
+    every = list(dict.fromkeys(_dims(r) for r in causal))
+    heads = "{} query heads on {} KV heads".format(*record["heads"])
     lines = [
         "",
-        "Prefill, TFLOP/s of the visible keys, bfloat16, causal, 8,192 tokens, 16 query heads on 4 KV heads:",
+        f"Prefill, TFLOP/s of the visible keys, bfloat16, causal, {heads}; beside it PyTorch's kernels:",
         "",
-        f"| head_dim | {' | '.join(dims)} |",
+        "| tokens | kernel | " + " | ".join(every) + " |",
+        "|---|---|" + "---|" * len(every),
+    ]
+    for tokens in dict.fromkeys(r["tokens"] for r in causal):
+        here = [r for r in causal if r["tokens"] == tokens]
+        ours = [f"{r['tflops']:.0f}" for r in here]
+        lines.append(f"| {tokens:,} | gyrokv | {' | '.join(ours)} |")
+        for name in dict.fromkeys(n for r in here for n in r["others"]):
+            found = [r["others"].get(name) for r in here]
+            if any(isinstance(x, float) for x in found):
+                cells = [f"{x:.0f}" if isinstance(x, float) else "–" for x in found]
+                lines.append(f"| {tokens:,} | {name} | {' | '.join(cells)} |")
+    dims = list(dict.fromkeys(_dims(r) for r in features))
+    lines += [
+        "",
+        "The same at 8,192 tokens with features: the time of plain attention over the same keys, relative to the time with "
+        "the feature (a window: relative to the time of as many visible tiles):",
+        "",
+        "| head_dim | " + " | ".join(dims) + " |",
         "|---|" + "---|" * len(dims),
-        f"| gyrokv | {' | '.join(format(r['tflops'], '.0f') for r in causal)} |",
-        f"| cuDNN through PyTorch | {' | '.join(stock)} |",
+    ]
+    for name in dict.fromkeys(r["feature"] for r in features):
+        lines.append(
+            f"| {name} | {' | '.join(format(r['share_of_plain'], '.2f') for r in features if r['feature'] == name)} |"
+        )
+    for tokens in dict.fromkeys(r["tokens"] for r in windows):
+        cells = [f"{1.0 / r['cost']:.2f}" for r in windows if r["tokens"] == tokens]
+        lines.append(f"| window of {windows[0]['window']:,}, {tokens:,} tokens | {' | '.join(cells)} |")
+    lines += [
         "",
         "The last 4,096 of 65,536 tokens onto the cache, 32 query heads on 8 KV heads, in ms (and MiB that a call allocates "
         "beyond its output):",
@@ -243,8 +270,13 @@ def _prefill() -> list[str]:
     for dim in dict.fromkeys(r["head_dim"] for r in onto):
         cells = [f"{r['ms']:.1f} ({r['workspace'] / 2**20:.0f})" for r in onto if r["head_dim"] == dim]
         lines.append(f"| {dim} | {' | '.join(cells)} |")
-    about = record.get("note", "with `python benchmarks/gpu_prefill.py`")
+    about = record.get("note", f"with `{record['command']}`")
     return [*lines, "", f"Measured {record['when'][:10]}, commit `{record['environment']['commit'][:10]}`, {about}."]
+
+
+def _dims(row: dict) -> str:
+    """Head sizes of K and V: one number where they are equal."""
+    return "/".join(str(d) for d in dict.fromkeys(row["dims"]))
 
 
 def _us(row: dict) -> str:

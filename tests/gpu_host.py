@@ -40,7 +40,7 @@ def hosted(processors: int = 132) -> Iterator[list]:
             _unpack(call, self.defines, grid) if self.name == "unpack" else _prefill(call, self.defines, grid, *maps)
 
     cuda = {"current_stream": lambda device: SimpleNamespace(cuda_stream=0), "device": lambda device: nullcontext()}
-    own = {"_tensor_map": lambda x, tokens: x, "_processors": lambda device: processors, "portable_room": lambda device: 0}
+    own = {"_tensor_map": lambda x, *box: x, "_processors": lambda device: processors, "portable_room": lambda device: 0}
     with (
         mock.patch.multiple(torch.cuda, **cuda), mock.patch.multiple(prefill, **own),
         mock.patch.object(nvrtc, "kernel", Kernel),
@@ -133,7 +133,8 @@ def _prefill(call: prefill.Prefill, d: dict, grid: tuple[int, int, int], q: Tens
     k, v = _from_pages(call, k, d["K_PAGED"], q.shape[0]), _from_pages(call, v, d["V_PAGED"], q.shape[0])
     assert q.shape[1:3] == (call.q_heads, call.q_len) and k.shape[2] == v.shape[2] == call.kv_len
     assert k.shape[0] * k.shape[1] == call.pairs and q.shape[1] == k.shape[1] * call.groups
-    assert grid[0] % (call.pairs * call.groups * call.tiles) == 0
+    blocks = d.get("CLUSTER", 1) * call.pairs * call.groups // d["PACK"] * call.tiles
+    assert call.groups % d["PACK"] == 0 and 0 < grid[0] <= blocks  # each takes a tile, then the next that is left
     queries, keys = torch.arange(call.q_len), torch.arange(call.kv_len)
     types = {0: torch.float16, 1: torch.bfloat16, 2: torch.float32}
     assert (q.dtype, k.dtype, v.dtype) == (types[d["Q_TYPE"]], types[d["Q_TYPE"]], types[d["V_TYPE"]])
@@ -162,10 +163,10 @@ def _prefill(call: prefill.Prefill, d: dict, grid: tuple[int, int, int], q: Tens
                 slope = ctypes.c_float.from_address(call.slopes + 4 * h).value if d["ALIBI"] else 1.0
                 seen, s = seen & (mask > -65504.0), s + slope * mask.nan_to_num()
             if call.map:
-                tiles = tuple(-(-n // t) for n, t in zip(s.shape, (64 * (d.get("GROUPS") or d["CLUSTER"]), d["KEYS"])))
+                rows = 64 * (d.get("GROUPS") or d["CLUSTER"]) // d["PACK"]
+                tiles = tuple(-(-n // t) for n, t in zip(s.shape, (rows, d["KEYS"])))
                 at = call.map + b * call.map_strides[0] + h * call.map_strides[1]
                 states = torch.from_numpy(memory(at, np.uint8, tiles, (call.map_strides[2], 1)).copy())
-                rows = 64 * (d.get("GROUPS") or d["CLUSTER"])
                 full = states.repeat_interleave(rows, 0).repeat_interleave(d["KEYS"], 1)[: s.shape[0], : s.shape[1]]
                 assert not (seen & (full == 0)).any(), "the map skips what the mask shows"
         s = s.masked_fill(~seen, -torch.inf)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import product
@@ -70,9 +71,23 @@ def cases() -> list[Case]:
             )
     for window, dim in product((1, 32, 40, 100, 1024), (64, 256, 512)):
         found.append(case("bf16", "q8_0", (dim, dim), dtype=BF16, causal=True, window=window, **(SIZES | dict(kv_len=1300))))
-    for groups in (1, 2, 5, 8):
-        found.append(case("bf16", "bf16", (512, 512), dtype=BF16, causal=True, **(SIZES | dict(q_heads=2 * groups))))
-    return list(dict.fromkeys(found + ragged()))
+    for groups, dim in product((1, 2, 4, 5, 8), (64, 128, 512)):
+        found.append(case("bf16", "bf16", (dim, dim), dtype=BF16, causal=True, **(SIZES | dict(q_heads=2 * groups))))
+    for softcap, dim in product((2.0, 9.0, 30.0), (64, 128, 256)):
+        found.append(case("bf16", "f16", (dim, dim), dtype=BF16, causal=True, softcap=softcap, **(SIZES | dict(q_heads=8))))
+    return list(dict.fromkeys(found + masked() + ragged()))
+
+
+def masked() -> list[Case]:
+    """Each kind of mask with each shape in each kernel; in turn: heads of a tile, alignment of the mask's rows, features."""
+    values = (torch.float32, -1e5), (F16, -65504.0), (BF16, -1e5)
+    kinds = [dict(mask="bool"), *(dict(mask="additive", mask_dtype=t, masked=m) for t, m in values)]
+    found = []
+    for i, (dim, kind, axes) in enumerate(product((64, 128, 256, 512), kinds, ("2", "k", "bhqk", "hqk", "q"))):
+        sizes = SIZES | dict(q_heads=(2, 4, 8)[i % 3], kv_len=(336, 334, 333)[i // 3 % 3])
+        features = (dict(), dict(causal=True), dict(window=150), dict(softcap=9.0), dict(scale=-0.1))[i // 2 % 5]
+        found.append(case("bf16", "bf16", (dim, dim), dtype=BF16, mask_axes=axes, **sizes, **kind, **features))
+    return found
 
 
 @pytest.fixture(params=["best", "portable"])
@@ -158,8 +173,8 @@ def test_two_runs_are_bitwise_equal(dims, features, kernels, backend_here):
 def test_a_block_map_changes_no_bit(dim, kernels, backend_here):
     """The map is an optimisation: skipped and unread tiles give the same bits as looking at all of the mask."""
     backend_here("gpu")
-    for name in ("block_map", "bool_block_map"):
-        settings = SIZES | dict(FEATURES[name]) | dict(q_len=300, kv_len=700, dtype=BF16)
+    for name, heads, axes in product(("block_map", "bool_block_map"), (2, 8), ("2", "bhqk")):
+        settings = SIZES | dict(FEATURES[name]) | dict(q_heads=heads, mask_axes=axes, q_len=300, kv_len=700, dtype=BF16)
         data = inputs(case("bf16", "bf16", (dim, dim), **settings).on("cuda"))
         with_map = data.run("gpu")
         options = {k: v for k, v in data.options.items() if k != "block_map"}
@@ -280,12 +295,47 @@ def test_cuts_have_few_waves():
     assert staging.cut(6, 2, 1000, 10_000, 132, 132, 10**9) == staging.Cut(5, 2, 1000)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["bool", BF16, torch.float32], ids=str)
+@pytest.mark.parametrize("layout", ["every second key", "keys first", "an odd start", "one row", "one column"])
+def test_strides_of_a_mask_change_no_bit(kind, layout, backend_here):
+    """Whatever its strides and alignment, and whatever lies between its values: the result of a contiguous mask."""
+    backend_here("gpu")
+    sizes = SIZES | dict(q_heads=8, kv_len=336, dtype=BF16)
+    own = dict(mask="bool") if kind == "bool" else dict(mask="additive", mask_dtype=kind)
+    data = inputs(case("bf16", "bf16", (128, 128), **sizes, **own).on("cuda"))
+    full, other = data.mask, torch.ones((), dtype=data.mask.dtype, device="cuda") * (1 if kind == "bool" else torch.nan)
+    if layout in ("one row", "one column"):
+        given = full[-1:] if layout == "one row" else full[:, :1]
+        full = given.expand(full.shape).contiguous()
+    elif layout == "every second key":
+        given = torch.stack((full, other.expand_as(full)), dim=-1)[..., 0]
+    elif layout == "keys first":
+        given = full.T.contiguous().T
+    else:
+        room = other.expand(full.shape[0], full.shape[1] + 5).clone()
+        given = room[:, 3:-2]
+        given.copy_(full)
+    results = [attend(data.q, data.view, **data.options | {"mask": mask}, backend="gpu") for mask in (full, given)]
+    assert torch.equal(*results)
+
+
+@pytest.mark.gpu
+def test_a_thread_may_begin_with_attention(backend_here):
+    """A new thread has no context of the driver until something makes one."""
+    backend_here("gpu")
+    data = inputs(case("bf16", "q8_0", (128, 128), dtype=BF16, causal=True, **SIZES).on("cuda"))
+    with ThreadPoolExecutor(1) as pool:
+        assert torch.equal(pool.submit(data.run, "gpu").result()[0], data.run("gpu")[0])
+
+
 def test_plans_fit():
     """Every problem has a kernel whose shared memory fits, with at least two stages of each operand."""
-    for (dk, dv), mask, out in product(HEADS, (0, 1), (BF16, torch.float32)):
-        spec = case("bf16", "bf16", (dk, dv), q_len=100, dtype=BF16, device="cuda").spec
-        made = shapes.shape(spec, (dk, dv), (BF16, F16, out), mask)
+    for (dk, dv), mask, heads, own in product(HEADS, range(5), (2, 4, 8), (False, True)):
+        spec = case("bf16", "bf16", (dk, dv), q_heads=heads, q_len=100, dtype=BF16, device="cuda").spec
+        made = shapes.shape(spec, (dk, dv), (BF16, F16, BF16), mask, head_mask=own)
         assert made.shared <= 232448 and min(made.stages) >= 2
+        assert (made.rows, made.keys) == (shapes.tile(replace(spec, mask="bool" if mask else None)))
         assert made.dk % 64 == made.dv % 64 == 0 and made.dk >= dk and made.dv >= dv
 
 

@@ -89,8 +89,6 @@ def how(spec: AttentionSpec) -> str:
         major, minor = torch.cuda.get_device_capability()
         why = "forced" if major == 9 else f"Hopper's need compute capability 9.0, this GPU has {major}.{minor}"
         return f"prefill, portable kernels ({why})"
-    if shapes.served_by_cudnn(spec):
-        return "cuDNN through PyTorch, faster than the prefill kernels at this head_dim"
     return "prefill; rows that do not lie side by side in 16 bits are copied, a bounded number of them at a time"
 
 

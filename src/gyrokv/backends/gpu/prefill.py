@@ -21,7 +21,7 @@ from ...masks import BlockMap
 from ...spec import AttentionSpec
 from ...view import KVView
 from . import calls, nvrtc, staging
-from .shapes import SECTION, Shape, served_by_cudnn, shape
+from .shapes import SECTION, Portable, Shape, shape
 
 _STEP = 384  # queries are taken in multiples of it, which all tiles divide
 _LOWERED = 4  # q in half precision is divided by 2**4: values up to 2**20 are exact, larger ones saturate
@@ -80,18 +80,18 @@ def _encode_map():
     return ctypes.CDLL("libcuda.so.1").cuTensorMapEncodeTiled
 
 
-def _tensor_map(x: Tensor, tokens: int) -> ctypes.Array:
-    """x ``[B, H, T, D]`` of 16 bits in boxes of 64 dims and ``tokens`` tokens: swizzled by 128 bytes, zeros around."""
+def _tensor_map(x: Tensor, tokens: int, heads: int = 1) -> ctypes.Array:
+    """x ``[B, H, T, D]`` of 16 bits in boxes of 64 dims, ``tokens`` tokens, ``heads`` heads: swizzled by 128 bytes, zeros
+    around."""
     room = (c_char * 192)()
     at = -ctypes.addressof(room) % 64
     sizes = (c_uint64 * 4)(*reversed(x.shape))
     strides = (c_uint64 * 3)(*(s * 2 if n > 1 else 16 for s, n in reversed(list(zip(x.stride()[:3], x.shape)))))
-    box, steps = (c_uint32 * 4)(64, tokens, 1, 1), (c_uint32 * 4)(1, 1, 1, 1)
+    box, steps = (c_uint32 * 4)(64, tokens, heads, 1), (c_uint32 * 4)(1, 1, 1, 1)
     element = 9 if x.dtype == torch.bfloat16 else 6  # CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, _FLOAT16
     made = (c_char * 128).from_buffer(room, at)
-    status = nvrtc.in_context(
-        lambda: _encode_map()(ctypes.byref(made), element, 4, c_void_p(x.data_ptr()), sizes, strides, box, steps, 0, 3, 3, 0)
-    )
+    about = ctypes.byref(made), element, 4, c_void_p(x.data_ptr()), sizes, strides, box, steps, 0, 3, 3, 0
+    status = nvrtc.in_context(lambda: _encode_map()(*about))
     nvrtc.check_driver(status, f"tensor map of {tuple(x.shape)}, strides {x.stride()}")
     return made
 
@@ -112,8 +112,6 @@ def attend(
         call = _Call(q, rows, spec, mask, block_map, sinks, room)
         if not rows.keys:
             return call.nothing()
-        if all(rows.direct) and not call.copied and not room and view.v_codec.identity and served_by_cudnn(spec):
-            return call.cudnn()
         return call.run()
 
 
@@ -143,10 +141,9 @@ class _Call:
         most = spec.batch * spec.kv_heads
         if self.copied:
             most = max(1, staging.QUERIES // (self._bytes(1) * min(_STEP, spec.q_len)))
-        tiles = -(-spec.q_len // made.rows) * made.cluster
-        self.cut = staging.cut(
-            spec.batch, spec.kv_heads, rows.keys, rows.room, tiles * spec.groups, _processors(q.device.index), most
-        )
+        blocks = spec.groups // made.pack * -(-spec.q_len // made.rows) * made.cluster
+        self.processors = _processors(q.device.index)
+        self.cut = staging.cut(spec.batch, spec.kv_heads, rows.keys, rows.room, blocks, self.processors, most)
         self.step = spec.q_len
         if self.copied:
             pairs = self.cut.batches * self.cut.heads
@@ -157,10 +154,10 @@ class _Call:
         """Of a token of the queries of some KV heads, in 16 bits."""
         return pairs * self.spec.groups * self.dims[0] * 2
 
-    def shape(self, out: torch.dtype, keys: int) -> Shape:
-        mask = 0 if self.mask is None else calls.MASKS[self.mask.dtype]
+    def shape(self, out: torch.dtype, keys: int) -> Shape | Portable:
+        mask, own = (0, False) if self.mask is None else (calls.MASKS[self.mask.dtype], calls.strides(self.mask)[1] != 0)
         types = *self.rows.types, out
-        return shape(self.spec, self.dims, types, mask, keys, self.room, self.rows.pages, self.rows.clears)
+        return shape(self.spec, self.dims, types, mask, keys, self.room, self.rows.pages, self.rows.clears, own)
 
     def results(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         sizes, device = (self.spec.batch, self.spec.q_heads, self.spec.q_len), self.q.device
@@ -171,13 +168,6 @@ class _Call:
         out, lse = self.results(torch.float32)
         lse.copy_(torch.full_like(lse, -torch.inf) if self.sinks is None else self.sinks[None, :, None].expand_as(lse))
         return out.zero_(), lse
-
-    def cudnn(self) -> tuple[Tensor, Tensor]:
-        """By PyTorch's operator."""
-        k, v = self.rows.take(slice(0, self.spec.batch), slice(0, self.spec.kv_heads), self.rows.first, self.rows.keys, 0)
-        run = torch.ops.aten._scaled_dot_product_cudnn_attention
-        out, lse, *_ = run(self.q, k, v, None, True, 0.0, self.spec.causal, False, scale=self.spec.scale)
-        return out, lse.reshape(self.q.shape[:3])
 
     def run(self) -> tuple[Tensor, Tensor]:
         """By our kernels."""
@@ -232,9 +222,18 @@ class _Call:
             states = self.block_map.states
             call.map = _at(states, (*at[:2], at[2] // made.rows, at[3] // made.keys))
             call.map_strides = calls.strides(states)[:3]
-        where = [_operands(q, k, v)] if self.room else [_tensor_map(x, n) for x, n in zip((q, k, v), made.boxes)]
+        blocks = pairs * spec.groups // made.pack * tiles
+        if self.room:
+            where = [_operands(q, k, v)]
+        else:
+            where = [_tensor_map(x, n, m) for x, n, m in zip((q, k, v), made.boxes, (made.pack, 1, 1))]
+            # tiles of one length, or all of one section: dealt out among as many blocks as run at once. Else, and where
+            # that many clusters might not, the hardware deals them out.
+            even = not rows.ragged and (not spec.causal or spec.window or call.section == pairs)
+            deal = even and self.block_map is None and made.cluster == 1
+            blocks = min(blocks, self.processors) if deal else made.cluster * blocks
         kernel = nvrtc.kernel(made.kernel, made.defines, q.device.index, made.shared)
-        kernel.launch((made.cluster * pairs * spec.groups * tiles, 1, 1), made.threads, self.stream, call, *where)
+        kernel.launch((blocks, 1, 1), made.threads, self.stream, call, *where)
 
 
 def _at(t: Tensor, index: tuple[int, ...]) -> int:

@@ -22,13 +22,6 @@ def why_not(spec: AttentionSpec) -> str:
     return "" if spec.dtype in DTYPES else f"dtype={spec.dtype}"
 
 
-def served_by_cudnn(spec: AttentionSpec) -> bool:
-    """True where cuDNN, through PyTorch, is the fastest there is, and the problem is one that it takes."""
-    plain = spec.uses() <= {"causal"} and spec.scale > 0 and (not spec.causal or spec.q_len == spec.kv_len)
-    dense = all(f.is_dense and f.dtype == spec.dtype for f in (spec.k_format, spec.v_format))
-    return plain and dense and 192 < spec.head_dim == spec.head_dim_v <= 256
-
-
 @dataclass(frozen=True)
 class Shape:
     """What a kernel is compiled with, and its launch. ``dk``, ``dv``: multiples of 64; others are padded by tensor maps."""
@@ -39,7 +32,9 @@ class Shape:
     v_type: int
     out_type: int
     mask: int
-    softcap: bool
+    head_mask: bool  # query heads of one KV head have masks of their own
+    pack: int  # query heads of a KV head that share a tile, each with ``rows`` queries
+    softcap: int  # 0 none; 2: so small that no running maximum is needed
     alibi: bool
     any_scale: bool
     ragged: bool  # sequences have starts or lengths of their own
@@ -50,11 +45,12 @@ class Shape:
     @property
     def groups(self) -> int:
         """Warpgroups that attend in the narrow kernel, whose output fits beside the scores; 0: the wide kernel."""
-        return 0 if self.dv > 128 or self.dk > 192 else 3 if self.dv == 64 and not self.mask else 2
+        return 0 if max(self.dk, self.dv) > _NARROW else 3 if self.dv == 64 else 2
 
     @property
     def rows(self) -> int:
-        return 64 * (self.groups or self.cluster)
+        """Queries of a head in a tile."""
+        return 64 * (self.groups or self.cluster) // self.pack
 
     @property
     def threads(self) -> int:
@@ -62,26 +58,44 @@ class Shape:
 
     @property
     def keys(self) -> int:
-        return 128 if self.dv <= 512 else 64
+        """Keys of a block. It does not depend on the kind of mask: block maps have one tile shape."""
+        if not self.groups:
+            return 128 if self.dv <= 512 else 64
+        rows = 64 * self.groups
+        room = _SHARED - _BARRIERS - 2 * rows * self.dk - (4 * rows * 128 if self.mask else 0)
+        return 128 if self.dv <= 128 and room >= 2 * 256 * (self.dk + self.dv) else 64
 
     @property
     def boxes(self) -> tuple[int, int, int]:
         """Tokens of a box of q, k and v."""
         sizes = (self.keys, self.keys if self.groups else 32)
-        return 64, *(math.gcd(size, page) for size, page in zip(sizes, self.pages))
+        return 64 // self.pack, *(math.gcd(size, page) for size, page in zip(sizes, self.pages))
 
     @property
     def _parts(self) -> tuple[int, int, int, int]:
         """Bytes of shared memory: before the rings, of a stage of k and of v, after them."""
         if self.groups:
-            return self.groups * 128 * self.dk, 256 * self.dk, 256 * self.dv, 0
+            return self.groups * 128 * self.dk, 2 * self.keys * self.dk, 2 * self.keys * self.dv, 0
         return 128 * self.dk + 4 * 8192, 128 * self.keys, 64 * ((self.dv // 64 + 1) // 2 * 64), 16 * 80 + 64
+
+    @property
+    def mask_bytes(self) -> int:
+        """Of a tile of the mask in shared memory."""
+        size = (0, 1, 4, 2, 2)[self.mask]
+        return self.rows * (self.pack if self.head_mask else 1) * max(128, self.keys * size) if size else 0
+
+    @property
+    def mask_stages(self) -> int:
+        """Two where that leaves two stages of k and v."""
+        before, k, v, after = self._parts
+        room = _SHARED - before - after - _BARRIERS - 2 * (k + v)
+        return min(2, room // self.mask_bytes) if self.mask else 0
 
     @property
     def stages(self) -> tuple[int, int]:
         """Stages of k and of v, as many as fit; those of v in twos where two warpgroups take turns."""
         before, k, v, after = self._parts
-        left = _SHARED - before - after - 8 - 4 * 8 * 6
+        left = _SHARED - before - after - self.mask_stages * self.mask_bytes - _BARRIERS
         if self.groups:
             return (min(4, left // (k + v)),) * 2
         many = next(n for n in (6, 4, 2) if n * v + max(2, n - 1) * k <= left)
@@ -90,7 +104,8 @@ class Shape:
     @property
     def shared(self) -> int:
         (before, k, v, after), (many_k, many_v) = self._parts, self.stages
-        return before + many_k * k + many_v * v + after + 8 * (1 + 2 * many_k + 2 * many_v)
+        masks = self.mask_stages
+        return before + many_k * k + many_v * v + masks * self.mask_bytes + after + 8 * (2 + 2 * (many_k + many_v + masks))
 
     @property
     def defines(self) -> tuple[tuple[str, int], ...]:
@@ -98,9 +113,9 @@ class Shape:
         own = {"GROUPS": self.groups} if self.groups else {"CLUSTER": self.cluster}
         names = {
             "DK": self.dk, "DV": self.dv, "KEYS": self.keys, "K_STAGES": k, "V_STAGES": v, "Q_TYPE": self.q_type,
-            "V_TYPE": self.v_type, "OUT_TYPE": self.out_type, "MASK": self.mask,
-            "SOFTCAP": int(self.softcap), "ALIBI": int(self.alibi),
-            "ANY_SCALE": int(self.any_scale), "RAGGED": int(self.ragged),
+            "V_TYPE": self.v_type, "OUT_TYPE": self.out_type, "PACK": self.pack, "MASK": self.mask,
+            "HEAD_MASK": int(self.head_mask), "MASK_STAGES": self.mask_stages, "SOFTCAP": self.softcap,
+            "ALIBI": int(self.alibi), "ANY_SCALE": int(self.any_scale), "RAGGED": int(self.ragged),
             "CLEARS": int(self.clears), "K_PAGED": self.pages[0], "V_PAGED": self.pages[1],
         }  # fmt: skip
         return tuple((names | own).items())
@@ -110,7 +125,10 @@ class Shape:
         return "prefill_narrow" if self.groups else "prefill"
 
 
-_SHARED = 232448  # bytes of a block on compute capability 9.0
+_SHARED, _BARRIERS = 232448, 256  # bytes of a block on compute capability 9.0; at most, of its barriers
+_NARROW = 256  # values of a head that the narrow kernel takes
+_SMALL_SOFTCAP = 60.0  # e^60 times the keys of a sequence is a float32, and e^-60
+_SMALL_SCALE = 2.0**-60  # below, scores are multiplied by it first: its inverse might be infinite
 _RESERVED = 1024  # bytes of shared memory that a processor has beyond a block's most, and keeps for itself of each block's
 SECTION = 24 * 2**20  # bytes of K and V that blocks read at a time, to stay in L2
 
@@ -130,7 +148,7 @@ class Portable:
     ragged: bool
     room: int
 
-    cluster = 1
+    cluster = pack = 1
 
     @cached_property
     def _form(self) -> tuple[tuple[str, int], ...]:
@@ -222,11 +240,11 @@ def _forms(dk: int, dv: int) -> list[tuple[tuple[str, int], ...]]:
 
 def shape(
     spec: AttentionSpec, dims: tuple[int, int], types: tuple[torch.dtype, ...], mask: int, keys: int = 0, room: int = 0,
-    pages: tuple[int, int] = (0, 0), clears: bool = False,
+    pages: tuple[int, int] = (0, 0), clears: bool = False, head_mask: bool = False,
 ) -> Shape | Portable:  # fmt: skip
     """The kernel of a problem whose rows have ``dims`` values. ``types``: of k, v and the output; ``mask``: 0 for none;
     ``room``: 0 for Hopper's kernels, otherwise bytes of shared memory that a block of a portable one may have; ``pages``,
-    ``clears``: see :class:`Shape`.
+    ``clears``, ``head_mask``: see :class:`Shape`.
 
     Hopper's blocks share what they load once ``keys`` rows of K and V no longer stay in L2; not under a mask, whose map
     has one tile shape.
@@ -236,11 +254,12 @@ def shape(
         features = spec.softcap > 0, spec.alibi > 0, spec.scale <= 0, ragged
         return Portable(dims, *(Q_TYPES[t] for t in types), mask, *features, room)
     dk, dv = (-(-d // 64) * 64 for d in dims)
-    cluster = 2 if not mask and dv > 128 and keys * sum(dims) * 2 > SECTION else 1
-    return Shape(
-        dk, dv, *(Q_TYPES[t] for t in types), mask, spec.softcap > 0, spec.alibi > 0, spec.scale <= 0,
-        ragged, pages, clears, cluster,
-    )  # fmt: skip
+    cluster = 2 if not mask and max(dk, dv) > _NARROW and keys * sum(dims) * 2 > SECTION else 1
+    pack = next(n for n in (4, 2, 1) if spec.groups % n == 0)
+    bounded = spec.softcap <= _SMALL_SOFTCAP and types[1] == torch.bfloat16 and mask < 2
+    softcap = (2 if bounded else 1) if spec.softcap > 0 else 0
+    features = softcap, spec.alibi > 0, spec.scale < _SMALL_SCALE, ragged, pages, clears, cluster
+    return Shape(dk, dv, *(Q_TYPES[t] for t in types), mask, head_mask and pack > 1, pack, *features)
 
 
 def tile(spec: AttentionSpec, room: int = 0) -> tuple[int, int]:

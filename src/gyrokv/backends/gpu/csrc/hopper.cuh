@@ -108,6 +108,45 @@ INLINE void store_matrices(u32 address, u32 a, u32 b, u32 c, u32 d) {
                : "memory");
 }
 
+// the first bytes of SIZE from global to shared memory, asynchronously; zeros for the rest
+template <int SIZE>
+INLINE void copy_async_first(u32 to, const void* from, int bytes) {
+  if (SIZE == 16) asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+  else asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(from), "n"(SIZE), "r"(bytes) : "memory");
+}
+
+// arrives once the thread's asynchronous copies so far have
+INLINE void arrive_after_copies(u32 barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
+// two values; those of -65504 or less become -inf. bfloat16 has -65280 and -65536.
+template <bool BF16>
+INLINE u32 lowest_to_infinity(u32 x) {
+  u32 is;
+  if (BF16) asm("set.le.u32.bf16x2 %0, %1, %2;" : "=r"(is) : "r"(x), "r"(0xC780C780u));
+  else asm("set.le.u32.f16x2 %0, %1, %2;" : "=r"(is) : "r"(x), "r"(0xFBFFFBFFu));
+  return (x & ~is) | (is & (BF16 ? 0xFF80FF80u : 0xFC00FC00u));
+}
+
+// a, or a float below LOWEST where x is -65504 or less: 1 there, else 0, times the lowest power of 2, on the pipe of additions
+constexpr float LOWEST = -1e38f;
+INLINE float hide_least(float x, float a) {
+  constexpr float BIG = 1 << 20, BEFORE = 65503.99609375f;
+  float is;
+  asm("fma.rn.sat.f32 %0, %1, %2, %3;" : "=f"(is) : "f"(x), "f"(-BIG), "f"(-BIG * BEFORE));
+  return __fmaf_rn(is, -0x1p127f, a);
+}
+
+// a becomes -inf where x is 0. (In C++, the compiler branches, and then has too few registers to let products run meanwhile.)
+INLINE void hide_zero(u32 x, float& a) {
+  asm("{\n.reg .pred p;\nsetp.eq.u32 p, %1, 0;\nselp.f32 %0, %2, %0, p;\n}" : "+f"(a) : "r"(x), "f"(-INFINITY));
+}
+
+// threads of two warpgroups: one goes on when the other has been here too
+INLINE void meet(int barrier) { asm volatile("bar.sync %0, 256;" ::"r"(barrier) : "memory"); }
+INLINE void go_by(int barrier) { asm volatile("bar.arrive %0, 256;" ::"r"(barrier) : "memory"); }
+
 INLINE void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 INLINE void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int N>
@@ -171,8 +210,12 @@ INLINE void product(float (&d)[N / 2], u64 a, u64 b, int add) {
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
 template <int N, bool BF16>
 INLINE void product_across(float (&d)[N / 2], const u32 (&a)[4], u64 b) {
-  static_assert(N == 64 || N == 128, "columns of a product");
-  if constexpr (N == 64 && BF16) PRODUCT_R("64", "bf16", R32, T32, "32", "33", "34", "35", "36");
+  static_assert(N == 64 || N == 128 || N == 192 || N == 256, "columns of a product");
+  if constexpr (N == 192 && BF16) PRODUCT_R("192", "bf16", R96, T96, "96", "97", "98", "99", "100");
+  else if constexpr (N == 192) PRODUCT_R("192", "f16", R96, T96, "96", "97", "98", "99", "100");
+  else if constexpr (N == 256 && BF16) PRODUCT_R("256", "bf16", R128, T128, "128", "129", "130", "131", "132");
+  else if constexpr (N == 256) PRODUCT_R("256", "f16", R128, T128, "128", "129", "130", "131", "132");
+  else if constexpr (N == 64 && BF16) PRODUCT_R("64", "bf16", R32, T32, "32", "33", "34", "35", "36");
   else if constexpr (N == 64) PRODUCT_R("64", "f16", R32, T32, "32", "33", "34", "35", "36");
   else if constexpr (BF16) PRODUCT_R("128", "bf16", R64, T64, "64", "65", "66", "67", "68");
   else PRODUCT_R("128", "f16", R64, T64, "64", "65", "66", "67", "68");

@@ -4,8 +4,8 @@
 //   load    warp 0: q once, then k in chunks [KEYS keys, 64 dims]; warp 1: v in parts [32 keys, the columns of a warpgroup]
 //   score   s = q k^T of a block of keys, the running softmax; weights go to shared memory, 16 bits, in slots of 64 keys
 //   value   o += p v: two warpgroups, each with its columns of the output
-// The tensor cores are never idle if there are values to multiply while a softmax runs; so weights are held back until most
-// of the next scores have been asked for (SEND). Maxima grow lazily, by 2^8 or not at all: the output is rarely rescaled, and
+// The tensor cores are never idle if there are values to multiply while a softmax runs; so weights are held back until
+// the next scores have been asked for. Maxima grow lazily, by 2^8 or not at all: the output is rarely rescaled, and
 // a slot says by which factor, and whether.
 //
 // A key costs 2 (DK + DV) bytes of L2 per block of 64 rows, and that is what limits long contexts. CLUSTER 2: two blocks with
@@ -13,41 +13,42 @@
 // the keys and values of a head (above some 24 MB).
 //
 // The host defines DK, DV (multiples of 64, at most 576), KEYS (128; 64 for DV > 512), CLUSTER (1, 2), K_STAGES, V_STAGES
-// (even), Q_TYPE (0 f16, 1 bf16: of q and k), V_TYPE, OUT_TYPE (0 f16, 1 bf16, 2 f32), MASK (0 none, 1 boolean, 2 f32, 3 f16,
-// 4 bf16), SOFTCAP, ALIBI, ANY_SCALE (0: scale > 0), RAGGED (1: sequences have starts or lengths of their own),
-// CLEARS (1: values that a sequence does not have are read too), K_PAGED, V_PAGED (slots of a page, a multiple of 16, where the
-// rows of tensor maps are [page, head, slot, dim]; or 0). Head sizes between multiples of 64 are padded by the tensor maps.
+// (even), PACK, Q_TYPE (0 f16, 1 bf16: of q and k), V_TYPE, OUT_TYPE (0 f16, 1 bf16, 2 f32), MASK (0 none, 1 boolean, 2 f32,
+// 3 f16, 4 bf16; not with CLUSTER 2), MASK_STAGES (1 or more with a mask), HEAD_MASK (the heads of a KV head have masks of
+// their own), SOFTCAP (2: at most 60, V of bfloat16, no additive mask), ALIBI, ANY_SCALE (0: scale > 2^-60), RAGGED (1:
+// sequences have starts or lengths of their own), CLEARS (1: values that a sequence does not have are read too), K_PAGED,
+// V_PAGED (slots of a page, a multiple of 16, where the rows of tensor maps are [page, head, slot, dim]; or 0). Head sizes
+// between multiples of 64 are padded by the tensor maps.
 //
-// Launch: grid CLUSTER * batches * q_heads * ceil(q_len / (64 * CLUSTER)), block 512, shared memory BYTES:
-//   128 DK + 32768 + K_STAGES * 128 KEYS + V_STAGES * 64 up(DV / 2, 64) + 1280 + 8 (9 + 2 K_STAGES + 2 V_STAGES)
+// Launch: grid at most CLUSTER * tiles, of which there are batches * q_heads / PACK * ceil(q_len * PACK / (64 * CLUSTER));
+// block 512, shared memory BYTES:
+//   128 DK + 32768 + K_STAGES * 128 KEYS + V_STAGES * 64 up(DV / 2, 64) + those of a mask + 1280 + 8 * barriers
 // Tensor maps of q, k, v: 16 bits, dims (dim, token, head, batch), true sizes and strides, swizzle of 128 bytes, zeros out of
-// bounds, boxes q (64, 64, 1, 1), k (64, KEYS, 1, 1), v (64, 32, 1, 1); in pages
-// at most as many tokens as divide these and a page.
+// bounds, boxes q (64, 64 / PACK, PACK, 1), k (64, KEYS, 1, 1), v (64, 32, 1, 1); in pages at most as many tokens as divide
+// these and a page.
 constexpr int ROWS = 64 * CLUSTER, BLOCKS = CLUSTER, SPAN = KEYS;
-#include "hopper.cuh"
-#include "prefill.cuh"
+#include "hopper_prefill.cuh"
 
 constexpr int CHUNKS = DK / 64;
 constexpr int COLUMNS_A = (DV / 64 + 1) / 2 * 64, COLUMNS_B = DV - COLUMNS_A, VALUE_GROUPS = COLUMNS_B ? 2 : 1;
-#ifndef SEND
-#define SEND (MASK ? 0 : 99)  // masks take the registers of the weights
-#endif
-constexpr int SEND_AT = SEND < CHUNKS ? SEND : CHUNKS - 1;  // chunk of the next scores after which weights leave
 constexpr int SLOTS = 4;
 
 constexpr int SLOT_BYTES = 64 * 128, FACTOR_BYTES = 80;  // factors: of a warp's 16 rows, whether any is not 1
 constexpr int K_BYTES = KEYS * 128, V_BYTES = 32 * COLUMNS_A * 2;
 constexpr int P_AT = 64 * DK * 2, K_AT = P_AT + SLOTS * SLOT_BYTES, V_AT = K_AT + K_STAGES * K_BYTES;
-constexpr int FACTORS_AT = V_AT + V_STAGES * V_BYTES, BARRIERS_AT = FACTORS_AT + SLOTS * 4 * FACTOR_BYTES;
-constexpr int Q_FULL = 0, K_FULL = 1, K_EMPTY = K_FULL + K_STAGES, V_FULL = K_EMPTY + K_STAGES, V_EMPTY = V_FULL + V_STAGES;
-constexpr int P_FULL = V_EMPTY + V_STAGES, P_EMPTY = P_FULL + SLOTS, BARRIERS = P_EMPTY + SLOTS;
+constexpr int MASK_AT = V_AT + V_STAGES * V_BYTES;
+constexpr int FACTORS_AT = MASK_AT + MASK_STAGES * MaskTile::BYTES, BARRIERS_AT = FACTORS_AT + SLOTS * 4 * FACTOR_BYTES;
+constexpr int Q_FULL = 0, Q_EMPTY = 1, K_FULL = 2, K_EMPTY = K_FULL + K_STAGES, V_FULL = K_EMPTY + K_STAGES;
+constexpr int V_EMPTY = V_FULL + V_STAGES;
+constexpr int P_FULL = V_EMPTY + V_STAGES, P_EMPTY = P_FULL + SLOTS, MASK_FULL = P_EMPTY + SLOTS;
+constexpr int MASK_EMPTY = MASK_FULL + MASK_STAGES, BARRIERS = MASK_EMPTY + MASK_STAGES;
 constexpr int BYTES = BARRIERS_AT + 8 * BARRIERS;
 static_assert(BYTES <= 232448, "shared memory of a block");
 static_assert(K_STAGES >= 2 && V_STAGES >= 2, "a product runs while the next operand arrives");
 static_assert(V_STAGES % 2 == 0, "a stage always serves the same warpgroup: it may be two rounds ahead of the other");
 
 // registers of a thread, by role: all that is left goes to the scores
-constexpr int LOAD_REGISTERS = 24;
+constexpr int LOAD_REGISTERS = MASK ? 40 : 24;
 __device__ constexpr int value_registers(int columns) { return columns ? columns / 2 + 32 : LOAD_REGISTERS; }
 constexpr int A_REGISTERS = value_registers(COLUMNS_A), B_REGISTERS = value_registers(COLUMNS_B);
 constexpr int REST = 512 - LOAD_REGISTERS - A_REGISTERS - B_REGISTERS, SCORE_REGISTERS = REST < 240 ? REST : 240;
@@ -62,44 +63,51 @@ INLINE void load_part(u32 to, const TensorMap* map, int dim, int token, int head
   else if (mine) load_box(to, map, dim, token, head, batch, full, (u16)3);
 }
 
-INLINE void load_keys(const Prefill& p, const TensorMap* q_map, const TensorMap* k_map, const Tile& tile, u32 shared, u32 rank) {
+INLINE void load_keys(const Prefill& p, const TensorMap* q_map, const TensorMap* k_map, u32 shared, u32 rank) {
   Ring<K_STAGES> ring;
-  if (tile.block < 0) return;
-  if (elected()) {
-    arrive_expect(barrier(shared, Q_FULL), 64 * DK * 2);
-    for (int c = 0; c < CHUNKS; ++c)
-      load_box(shared + c * 8192, q_map, c * 64, tile.row + rank * 64, tile.head, tile.batch, barrier(shared, Q_FULL));
-  }
+  Ring<1> q_ring;
   u32 turn = rank;
-  for (int block = tile.block; block >= 0; block = tile.seen(block - 1))
-    for (int c = 0; c < CHUNKS; ++c, ++turn, ring.advance()) {
-      u32 full = barrier(shared, K_FULL + ring.stage), to = shared + K_AT + ring.stage * K_BYTES;
-      wait(barrier(shared, K_EMPTY + ring.stage), ring.parity ^ 1);
-      if (elected()) {
-        arrive_expect(full, K_BYTES);
-        each_box<KEYS, K_PAGED>(p, tile, block * KEYS, [&](int before, int token, int batch) {
-          load_part(to + before * 128, k_map, c * 64, token, tile.kv_head, batch, full, turn % 2);
-        });
-      }
-    }
-}
-
-INLINE void load_values(const Prefill& p, const TensorMap* v_map, const Tile& tile, u32 shared, u32 rank) {
-  Ring<V_STAGES> ring;
-  for (int block = tile.block; block >= 0; block = tile.seen(block - 1))
-    for (int part = 0; part < KEYS / 32; ++part)
-      for (int which = 0; which < VALUE_GROUPS; ++which, ring.advance()) {
-        u32 full = barrier(shared, V_FULL + ring.stage), to = shared + V_AT + ring.stage * V_BYTES;
-        int columns = which ? COLUMNS_B : COLUMNS_A, from = which * COLUMNS_A, key = block * KEYS + part * 32;
-        wait(barrier(shared, V_EMPTY + ring.stage), ring.parity ^ 1);
+  each_tile(p, [&](const Tile& tile) {
+    for (int block = tile.block; block >= 0; block = tile.seen(block - 1))
+      for (int c = 0; c < CHUNKS; ++c, ++turn, ring.advance()) {
+        u32 full = barrier(shared, K_FULL + ring.stage), to = shared + K_AT + ring.stage * K_BYTES;
+        wait(barrier(shared, K_EMPTY + ring.stage), ring.parity ^ 1);
         if (elected()) {
-          arrive_expect(full, columns * 64);
-          for (int c = 0; c < columns; c += 64)
-            each_box<32, V_PAGED>(p, tile, key, [&](int before, int token, int batch) {
-              load_part(to + c * 64 + before * 128, v_map, from + c, token, tile.kv_head, batch, full, c / 64 % 2 == rank);
-            });
+          arrive_expect(full, K_BYTES);
+          each_box<KEYS, K_PAGED>(p, tile, block * KEYS, [&](int before, int token, int batch) {
+            load_part(to + before * 128, k_map, c * 64, token, tile.kv_head, batch, full, turn % 2);
+          });
+        }
+        if (c || block != tile.block) continue;
+        wait(barrier(shared, Q_EMPTY), q_ring.parity ^ 1);
+        q_ring.advance();
+        if (elected()) {
+          arrive_expect(barrier(shared, Q_FULL), 64 * DK * 2);
+          for (int i = 0; i < CHUNKS; ++i)
+            load_box(shared + i * 8192, q_map, i * 64, tile.row + rank * TURN, tile.head, tile.batch, barrier(shared, Q_FULL));
         }
       }
+  });
+}
+
+INLINE void load_values(const Prefill& p, const TensorMap* v_map, u32 shared, u32 rank) {
+  Ring<V_STAGES> ring;
+  each_tile(p, [&](const Tile& tile) {
+    for (int block = tile.block; block >= 0; block = tile.seen(block - 1))
+      for (int part = 0; part < KEYS / 32; ++part)
+        for (int which = 0; which < VALUE_GROUPS; ++which, ring.advance()) {
+          u32 full = barrier(shared, V_FULL + ring.stage), to = shared + V_AT + ring.stage * V_BYTES;
+          int columns = which ? COLUMNS_B : COLUMNS_A, from = which * COLUMNS_A, key = block * KEYS + part * 32;
+          wait(barrier(shared, V_EMPTY + ring.stage), ring.parity ^ 1);
+          if (elected()) {
+            arrive_expect(full, columns * 64);
+            for (int c = 0; c < columns; c += 64)
+              each_box<32, V_PAGED>(p, tile, key, [&](int before, int token, int batch) {
+                load_part(to + c * 64 + before * 128, v_map, from + c, token, tile.kv_head, batch, full, c / 64 % 2 == rank);
+              });
+          }
+        }
+  });
 }
 
 // A warp's share of a slot: 16 rows of weights, their factors.
@@ -139,11 +147,12 @@ INLINE void send(Sender& to, const Softmax& softmax, const u32 (&w)[UNITS][4]) {
   }
 }
 
-INLINE void score_role(const Prefill& p, const Tile& tile, u32 shared, u32 rank) {
-  int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, row = tile.row + rank * 64 + warp * 16 + lane / 4;
-  float slope = ALIBI ? p.slopes[tile.head] : 1.0f, scale = p.scale * LOG2E;
-  Softmax softmax;
+INLINE void score_role(const Prefill& p, u32 shared, u32 rank) {
+  int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+  const float scale = Softmax::unit(p);
+  Mask mask(shared + MASK_AT, barrier(shared, MASK_FULL), barrier(shared, MASK_EMPTY), rank, warp, lane);
   Sender to{{}, shared, warp, lane};
+  Ring<1> q_ring;
   Ring<K_STAGES> ring;
   auto multiply = [&](float (&s)[SCORES], int c) {
     wait(barrier(shared, K_FULL + ring.stage), ring.parity);
@@ -162,39 +171,44 @@ INLINE void score_role(const Prefill& p, const Tile& tile, u32 shared, u32 rank)
       arrive(barrier(shared, K_EMPTY + stage));
     }
   };
-  float s[SCORES];
-  u32 w[UNITS][4];
-  if (tile.block >= 0) wait(barrier(shared, Q_FULL), 0);
-  for (int block = tile.block; block >= 0; block = tile.seen(block - 1)) {
-    Mask mask;
+  each_tile(p, [&](const Tile& tile) {
+    const Place place(tile, rank, warp, lane);
+    Softmax softmax;
+    if constexpr (MASK > 0) mask.start(p, place.head);
+    float s[SCORES];
+    u32 w[UNITS][4];
+    if (tile.block >= 0) wait(barrier(shared, Q_FULL), q_ring.parity);
+    for (int block = tile.block; block >= 0; block = tile.seen(block - 1)) {
 #pragma unroll
-    for (int c = 0; c < CHUNKS; ++c) {
-      multiply(s, c);
-      if (c) {
-        products_wait<1>();
-        release((ring.stage + 2 * K_STAGES - 2) % K_STAGES);
+      for (int c = 0; c < CHUNKS; ++c) {
+        multiply(s, c);
+        if (c) {
+          products_wait<1>();
+          release((ring.stage + 2 * K_STAGES - 2) % K_STAGES);
+        }
       }
-      if (c == SEND_AT) {
-        if (block != tile.block) send(to, softmax, w);
-        if constexpr (MASK > 0) mask.load(p, tile, block, row, lane % 4);
-      }
+      if (block != tile.block) send(to, softmax, w);
+      products_wait<0>();
+      settle(s);
+      release((ring.stage + K_STAGES - 1) % K_STAGES);
+      softmax.begin(s, p, Range(p, tile, block, place.row, lane % 4), mask, tile.masked(block));
+#pragma unroll
+      for (int unit = 0; unit < UNITS; ++unit) softmax.weights(s, unit, scale, w[unit]);
     }
-    products_wait<0>();
-    settle(s);
-    release((ring.stage + K_STAGES - 1) % K_STAGES);
-    softmax.begin(s, p, Range(p, tile, block, row, lane % 4), mask, slope);
-#pragma unroll
-    for (int unit = 0; unit < UNITS; ++unit) softmax.weights(s, unit, scale, w[unit]);
-  }
-  if (tile.block >= 0) send(to, softmax, w);
-  float last[2], before[2];
-  softmax.finish(last, before, p, tile, row, lane % 4);
-  to.open(last[0], last[1], true);
-  if (JOINS && p.joined && lane % 4 == 0) {  // in place of weights
-    store_shared(to.weights() + lane, before[0]);
-    store_shared(to.weights() + 32 + lane, before[1]);
-  }
-  to.close();
+    if (tile.block >= 0) {
+      if (lane == 0) arrive(barrier(shared, Q_EMPTY));
+      q_ring.advance();
+      send(to, softmax, w);
+    }
+    float last[2], before[2];
+    softmax.finish(last, before, p, tile.batch, place.head, place.row, lane % 4);
+    to.open(last[0], last[1], true);
+    if (JOINS && p.joined && lane % 4 == 0) {  // in place of weights
+      store_shared(to.weights() + lane, before[0]);
+      store_shared(to.weights() + 32 + lane, before[1]);
+    }
+    to.close();
+  });
 }
 
 // 64 rows and COLUMNS columns of the output, in products of at most 128: the assembler has 128 registers to place one in
@@ -224,10 +238,9 @@ struct Output {
 };
 
 template <int COLUMNS>
-INLINE void value_role(const Prefill& p, const Tile& tile, u32 shared, u32 rank, int which) {
+INLINE void value_role(const Prefill& p, u32 shared, u32 rank, int which) {
   int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
   Output<COLUMNS> o;
-  o.each([](float& x, int) { x = 0.0f; });
   Ring<SLOTS> slots;
   Ring<V_STAGES> ring;
   if (which) ring.advance();
@@ -246,55 +259,64 @@ INLINE void value_role(const Prefill& p, const Tile& tile, u32 shared, u32 rank,
       arrive(barrier(shared, V_EMPTY + stage));
     }
   };
-  for (int block = tile.block; block >= 0; block = tile.seen(block - 1)) {
+  auto release_slot = [&] {
+    __syncwarp();  // all lanes have read their factors
+    if (lane == 0) arrive(barrier(shared, P_EMPTY + slots.stage));
+    slots.advance();
+  };
+  each_tile(p, [&](const Tile& tile) {
+    o.each([](float& x, int) { x = 0.0f; });
+    for (int block = tile.block; block >= 0; block = tile.seen(block - 1)) {
 #pragma unroll 1
-    for (int slot = 0; slot < KEYS / 64; ++slot) {
-      wait(barrier(shared, P_FULL + slots.stage), slots.parity);
-      rescale(false);
-      o.settle();
-      Operand a(shared + P_AT + slots.stage * SLOT_BYTES);
-      u32 before = 0;
+      for (int slot = 0; slot < KEYS / 64; ++slot) {
+        wait(barrier(shared, P_FULL + slots.stage), slots.parity);
+        rescale(false);
+        o.settle();
+        Operand a(shared + P_AT + slots.stage * SLOT_BYTES);
+        u32 before = 0;
 #pragma unroll
-      for (int part = 0; part < 2; ++part) {
-        wait(barrier(shared, V_FULL + ring.stage), ring.parity);
-        if (CLEARS)
-          clear_values<32, COLUMNS>(p, tile, shared + V_AT + ring.stage * V_BYTES, block * KEYS + slot * 64 + part * 32, 1 + which);
-        Operand v(shared + V_AT + ring.stage * V_BYTES, 4096);
-        products_begin();
+        for (int part = 0; part < 2; ++part) {
+          wait(barrier(shared, V_FULL + ring.stage), ring.parity);
+          const u32 values = shared + V_AT + ring.stage * V_BYTES;
+          if (CLEARS) clear_values<32, COLUMNS>(p, tile, values, block * KEYS + slot * 64 + part * 32, 1 + which);
+          Operand v(values, 4096);
+          products_begin();
 #pragma unroll
-        for (int i = 0; i < 2; ++i) o.multiply(a.at(64 * part + 32 * i), v, 2048 * i);
-        products_commit();
-        if (part) {
-          products_wait<1>();
-          release(before);
+          for (int i = 0; i < 2; ++i) o.multiply(a.at(64 * part + 32 * i), v, 2048 * i);
+          products_commit();
+          if (part) {
+            products_wait<1>();
+            release(before);
+          }
+          before = ring.stage;
+          ring.advance(VALUE_GROUPS);
         }
-        before = ring.stage;
-        ring.advance(VALUE_GROUPS);
+        products_wait<0>();
+        o.settle();
+        release(before);
+        release_slot();
       }
-      products_wait<0>();
-      o.settle();
-      release(before);
-      if (lane == 0) arrive(barrier(shared, P_EMPTY + slots.stage));
-      slots.advance();
     }
-  }
-  wait(barrier(shared, P_FULL + slots.stage), slots.parity);
-  rescale(true);
-  int row = tile.row + rank * 64 + warp * 16 + lane / 4;
-  int column = which * COLUMNS_A + 2 * (lane % 4);
+    wait(barrier(shared, P_FULL + slots.stage), slots.parity);
+    rescale(true);
+    float share[2] = {0.0f, 0.0f};  // of the result before
+    if (JOINS && p.joined) {
 #pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    if (row + 8 * r >= p.q_len) break;
-    float before = 0.0f;
-    if (JOINS && p.joined)
-      before = load_shared_f32(shared + P_AT + slots.stage * SLOT_BYTES + warp * 2048 + 32 * r + lane / 4 * 4);
-    i64 at = tile.batch * p.out_batch + tile.head * p.out_head + (row + 8 * r) * p.out_token + column;
-#pragma unroll
-    for (int j = 0; j < COLUMNS / 8; ++j) {
-      if (column + 8 * j >= p.dv) break;
-      store(p, at + 8 * j, o.at(4 * j + 2 * r), o.at(4 * j + 2 * r + 1), before);
+      for (int r = 0; r < 2; ++r)
+        share[r] = load_shared_f32(shared + P_AT + slots.stage * SLOT_BYTES + warp * 2048 + 32 * r + lane / 4 * 4);
     }
-  }
+    release_slot();
+    const Place place(tile, rank, warp, lane);
+    int column = which * COLUMNS_A + 2 * (lane % 4);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      if (place.row + 8 * r >= p.q_len) break;
+      i64 at = tile.batch * p.out_batch + place.head * p.out_head + (place.row + 8 * r) * p.out_token + column;
+#pragma unroll
+      for (int j = 0; j < COLUMNS / 8; ++j)  // (with a break, registers are spilled)
+        if (column + 8 * j < p.dv) store(p, at + 8 * j, o.at(4 * j + 2 * r), o.at(4 * j + 2 * r + 1), share[r]);
+    }
+  });
 }
 
 #if CLUSTER == 2
@@ -307,8 +329,6 @@ extern "C" __global__ void SHAPE
             const __grid_constant__ TensorMap v_map) {
   wait_for_earlier_kernels();
   let_later_kernels_start();
-  const Tile tile(p);
-  if (tile.leaves_results(p)) return;  // all blocks of a cluster do
   u32 shared = shared_address(memory), rank = CLUSTER == 2 ? cluster_rank() : 0;
   int warp = __shfl_sync(~0u, (int)threadIdx.x / 32, 0);
   if (threadIdx.x == 0) {
@@ -316,12 +336,15 @@ extern "C" __global__ void SHAPE
       for (int i = 0; i < many; ++i) barrier_init(barrier(shared, from + i), count);
     };
     init(Q_FULL, 1, 1);
+    init(Q_EMPTY, 1, 4);
     init(K_FULL, K_STAGES, 1);
     init(K_EMPTY, K_STAGES, 4 * CLUSTER);
     init(V_FULL, V_STAGES, 1);
     init(V_EMPTY, V_STAGES, 4 * CLUSTER);
     init(P_FULL, SLOTS, 4);
     init(P_EMPTY, SLOTS, 4 * VALUE_GROUPS);
+    init(MASK_FULL, MASK_STAGES, 64);
+    init(MASK_EMPTY, MASK_STAGES, 4);
     fence_barrier_init();
     prefetch(&q_map);
     prefetch(&k_map);
@@ -331,17 +354,18 @@ extern "C" __global__ void SHAPE
   else __syncthreads();
   if (warp < 4) {
     registers<LOAD_REGISTERS, 128>();
-    if (warp == 0) load_keys(p, &q_map, &k_map, tile, shared, rank);
-    if (warp == 1) load_values(p, &v_map, tile, shared, rank);
+    if (warp == 0) load_keys(p, &q_map, &k_map, shared, rank);
+    if (warp == 1) load_values(p, &v_map, shared, rank);
+    if (MASK && warp >= 2) load_mask(p, shared + MASK_AT, barrier(shared, MASK_FULL), barrier(shared, MASK_EMPTY));
   } else if (warp < 8) {
     registers<SCORE_REGISTERS, 128>();
-    score_role(p, tile, shared, rank);
+    score_role(p, shared, rank);
   } else if (warp < 12 || COLUMNS_A == COLUMNS_B) {
     registers<A_REGISTERS, 128>();
-    value_role<COLUMNS_A>(p, tile, shared, rank, warp >= 12);
+    value_role<COLUMNS_A>(p, shared, rank, warp >= 12);
   } else if constexpr (COLUMNS_B > 0) {
     registers<B_REGISTERS, 128>();
-    value_role<COLUMNS_B>(p, tile, shared, rank, 1);
+    value_role<COLUMNS_B>(p, shared, rank, 1);
   } else {
     registers<LOAD_REGISTERS, 128>();
   }

@@ -1,163 +1,177 @@
-// Flash attention, forward, for many query rows on Hopper, for heads whose output fits beside the scores: DV <= 128.
+// Flash attention, forward, for many query rows on Hopper, for heads whose output fits beside the scores: DV <= 256.
 //
 // Each of GROUPS warpgroups owns 64 rows of a tile: scores, weights and output stay in its registers (Shah et al. 2024). It
 // asks for the scores of the next block before it multiplies the values of this one, so that the softmax of one warpgroup
 // runs while the tensor cores have work of its own and of the others. One more warpgroup loads.
 //
-// The host defines what prefill.cu asks for, but for CLUSTER; DV 64 or 128, KEYS 128, K_STAGES, V_STAGES (blocks
-// of keys), and GROUPS (2; 3 for DV 64 without a mask). Launch: grid batches * q_heads * ceil(q_len / (64 * GROUPS)), block
-// 128 * (GROUPS + 1), shared memory BYTES. Tensor maps as there, with boxes q (64, 64, 1, 1), k and v (64, KEYS, 1, 1).
+// The host defines what prefill.cu asks for, but for CLUSTER; DV at most 256, KEYS 128 (64 for DV > 128, or where 128 do not
+// fit), K_STAGES, V_STAGES (blocks of keys), GROUPS (2; 3 for DV 64). Launch: grid at most the number of tiles, block
+// 128 * (GROUPS + 1), shared memory BYTES. Tensor maps as there, with boxes of KEYS keys for k and v.
 constexpr int ROWS = 64 * GROUPS, BLOCKS = 1, SPAN = KEYS;
-#include "hopper.cuh"
-#include "prefill.cuh"
+#include "hopper_prefill.cuh"
 
 constexpr int CHUNKS = DK / 64, COLUMNS = DV / 64;
 constexpr int CHUNK_BYTES = KEYS * 128, K_BYTES = CHUNKS * CHUNK_BYTES, V_BYTES = COLUMNS * CHUNK_BYTES;
 constexpr int Q_BYTES = CHUNKS * 8192;  // of a warpgroup
-constexpr int K_AT = GROUPS * Q_BYTES, V_AT = K_AT + K_STAGES * K_BYTES, BARRIERS_AT = V_AT + V_STAGES * V_BYTES;
-constexpr int Q_FULL = 0, K_FULL = 1, K_EMPTY = K_FULL + K_STAGES, V_FULL = K_EMPTY + K_STAGES, V_EMPTY = V_FULL + V_STAGES;
-constexpr int BARRIERS = V_EMPTY + V_STAGES, BYTES = BARRIERS_AT + 8 * BARRIERS;
+constexpr int K_AT = GROUPS * Q_BYTES, V_AT = K_AT + K_STAGES * K_BYTES, MASK_AT = V_AT + V_STAGES * V_BYTES;
+constexpr int BARRIERS_AT = MASK_AT + MASK_STAGES * MaskTile::BYTES;
+constexpr int Q_FULL = 0, Q_EMPTY = 1, K_FULL = 2, K_EMPTY = K_FULL + K_STAGES, V_FULL = K_EMPTY + K_STAGES;
+constexpr int V_EMPTY = V_FULL + V_STAGES, MASK_FULL = V_EMPTY + V_STAGES;
+constexpr int MASK_EMPTY = MASK_FULL + MASK_STAGES, BARRIERS = MASK_EMPTY + MASK_STAGES;
+constexpr int BYTES = BARRIERS_AT + 8 * BARRIERS;
 constexpr int THREADS = 128 * (GROUPS + 1), ENTRY = GROUPS == 3 ? 128 : 168;  // registers of a thread
-constexpr int LOAD_REGISTERS = GROUPS == 3 ? 32 : 24, REGISTERS = GROUPS == 3 ? 160 : 240;
+constexpr int LOAD_REGISTERS = GROUPS == 3 ? 32 : MASK ? 40 : 24, REGISTERS = GROUPS == 3 ? 160 : MASK ? 232 : 240;
 static_assert(BYTES <= 232448, "shared memory of a block");
-static_assert(DV == 64 || DV == 128, "columns of the output");
+static_assert(DV % 64 == 0 && DV <= 256, "columns of the output");
 
 extern __shared__ __align__(1024) char memory[];
 
 INLINE u32 barrier(u32 shared, int index) { return shared + BARRIERS_AT + 8 * index; }
 
 // one warp each; one of its lanes asks for copies
-INLINE void load_keys(const Prefill& p, const TensorMap* q_map, const TensorMap* k_map, const Tile& tile, u32 shared) {
+INLINE void load_keys(const Prefill& p, const TensorMap* q_map, const TensorMap* k_map, u32 shared) {
   Ring<K_STAGES> ring;
-  if (tile.block < 0) return;
-  if (elected()) {
-    arrive_expect(barrier(shared, Q_FULL), GROUPS * Q_BYTES);
-    for (int i = 0; i < GROUPS * CHUNKS; ++i)
-      load_box(shared + i * 8192, q_map, i % CHUNKS * 64, tile.row + i / CHUNKS * 64, tile.head, tile.batch,
-               barrier(shared, Q_FULL));
-  }
-  for (int block = tile.block; block >= 0; block = tile.seen(block - 1), ring.advance()) {
-    u32 full = barrier(shared, K_FULL + ring.stage), to = shared + K_AT + ring.stage * K_BYTES;
-    wait(barrier(shared, K_EMPTY + ring.stage), ring.parity ^ 1);
-    if (elected()) {
-      arrive_expect(full, K_BYTES);
-      for (int c = 0; c < CHUNKS; ++c)
-        each_box<KEYS, K_PAGED>(p, tile, block * KEYS, [&](int before, int token, int batch) {
-          load_box(to + c * CHUNK_BYTES + before * 128, k_map, c * 64, token, tile.kv_head, batch, full);
-        });
+  Ring<1> q_ring;
+  each_tile(p, [&](const Tile& tile) {
+    for (int block = tile.block; block >= 0; block = tile.seen(block - 1), ring.advance()) {
+      u32 full = barrier(shared, K_FULL + ring.stage), to = shared + K_AT + ring.stage * K_BYTES;
+      wait(barrier(shared, K_EMPTY + ring.stage), ring.parity ^ 1);
+      if (elected()) {
+        arrive_expect(full, K_BYTES);
+        for (int c = 0; c < CHUNKS; ++c)
+          each_box<KEYS, K_PAGED>(p, tile, block * KEYS, [&](int before, int token, int batch) {
+            load_box(to + c * CHUNK_BYTES + before * 128, k_map, c * 64, token, tile.kv_head, batch, full);
+          });
+      }
+      if (block != tile.block) continue;
+      wait(barrier(shared, Q_EMPTY), q_ring.parity ^ 1);
+      q_ring.advance();
+      if (elected()) {
+        arrive_expect(barrier(shared, Q_FULL), GROUPS * Q_BYTES);
+        for (int i = 0; i < GROUPS * CHUNKS; ++i)
+          load_box(shared + i * 8192, q_map, i % CHUNKS * 64, tile.row + i / CHUNKS * TURN, tile.head, tile.batch,
+                   barrier(shared, Q_FULL));
+      }
     }
-  }
+  });
 }
 
-INLINE void load_values(const Prefill& p, const TensorMap* v_map, const Tile& tile, u32 shared) {
+INLINE void load_values(const Prefill& p, const TensorMap* v_map, u32 shared) {
   Ring<V_STAGES> ring;
-  for (int block = tile.block; block >= 0; block = tile.seen(block - 1), ring.advance()) {
-    u32 full = barrier(shared, V_FULL + ring.stage), to = shared + V_AT + ring.stage * V_BYTES;
-    wait(barrier(shared, V_EMPTY + ring.stage), ring.parity ^ 1);
-    if (elected()) {
-      arrive_expect(full, V_BYTES);
-      for (int c = 0; c < COLUMNS; ++c)
-        each_box<KEYS, V_PAGED>(p, tile, block * KEYS, [&](int before, int token, int batch) {
-          load_box(to + c * CHUNK_BYTES + before * 128, v_map, c * 64, token, tile.kv_head, batch, full);
-        });
+  each_tile(p, [&](const Tile& tile) {
+    for (int block = tile.block; block >= 0; block = tile.seen(block - 1), ring.advance()) {
+      u32 full = barrier(shared, V_FULL + ring.stage), to = shared + V_AT + ring.stage * V_BYTES;
+      wait(barrier(shared, V_EMPTY + ring.stage), ring.parity ^ 1);
+      if (elected()) {
+        arrive_expect(full, V_BYTES);
+        for (int c = 0; c < COLUMNS; ++c)
+          each_box<KEYS, V_PAGED>(p, tile, block * KEYS, [&](int before, int token, int batch) {
+            load_box(to + c * CHUNK_BYTES + before * 128, v_map, c * 64, token, tile.kv_head, batch, full);
+          });
+      }
     }
-  }
+  });
 }
 
-INLINE void attend_role(const Prefill& p, const Tile& tile, u32 shared, int group) {
-  int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, row = tile.row + group * 64 + warp * 16 + lane / 4;
-  float slope = ALIBI ? p.slopes[tile.head] : 1.0f, scale = p.scale * LOG2E;
-  Softmax softmax;
+INLINE void attend_role(const Prefill& p, u32 shared, int group) {
+  int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+  const float scale = Softmax::unit(p);
+  Mask mask(shared + MASK_AT, barrier(shared, MASK_FULL), barrier(shared, MASK_EMPTY), group, warp, lane);
+  Ring<1> q_ring;
   Ring<K_STAGES> k_ring;
   Ring<V_STAGES> v_ring;
-  float s[SCORES], o[DV / 2];
-  u32 w[UNITS][4];
+  if (group == GROUPS - 1) go_by(1);
+  each_tile(p, [&](const Tile& tile) {
+    const Place place(tile, group, warp, lane);
+    Softmax softmax;
+    float s[SCORES], o[DV / 2];
+    u32 w[UNITS][4];
 #pragma unroll
-  for (int i = 0; i < DV / 2; ++i) o[i] = 0.0f;
+    for (int i = 0; i < DV / 2; ++i) o[i] = 0.0f;
+    if constexpr (MASK > 0) mask.start(p, place.head);
 
-  auto scores = [&] {
-    wait(barrier(shared, K_FULL + k_ring.stage), k_ring.parity);
-    Operand a(shared + group * Q_BYTES), b(shared + K_AT + k_ring.stage * K_BYTES);
-    products_begin();
+    auto scores = [&] {
+      wait(barrier(shared, K_FULL + k_ring.stage), k_ring.parity);
+      Operand a(shared + group * Q_BYTES), b(shared + K_AT + k_ring.stage * K_BYTES);
+      products_begin();
 #pragma unroll
-    for (int i = 0; i < DK / 16; ++i)
-      product<KEYS, BF16, 0>(s, a.at(i / 4 * 8192 + i % 4 * 32), b.at(i / 4 * CHUNK_BYTES + i % 4 * 32), i > 0);
-    products_commit();
-  };
-  auto values = [&](int block) {
-    wait(barrier(shared, V_FULL + v_ring.stage), v_ring.parity);
-    if (CLEARS) clear_values<KEYS, DV>(p, tile, shared + V_AT + v_ring.stage * V_BYTES, block * KEYS, 1 + group);
-    Operand v(shared + V_AT + v_ring.stage * V_BYTES, CHUNK_BYTES);
-    products_begin();
+      for (int i = 0; i < DK / 16; ++i)
+        product<KEYS, BF16, 0>(s, a.at(i / 4 * 8192 + i % 4 * 32), b.at(i / 4 * CHUNK_BYTES + i % 4 * 32), i > 0);
+      products_commit();
+    };
+    auto values = [&](int block) {
+      wait(barrier(shared, V_FULL + v_ring.stage), v_ring.parity);
+      if (CLEARS) clear_values<KEYS, DV>(p, tile, shared + V_AT + v_ring.stage * V_BYTES, block * KEYS, 1 + GROUPS + group);
+      Operand v(shared + V_AT + v_ring.stage * V_BYTES, CHUNK_BYTES);
+      products_begin();
 #pragma unroll
-    for (int unit = 0; unit < UNITS; ++unit) product_across<DV, V_BF16>(o, w[unit], v.at(unit * 2048));
-    products_commit();
-  };
-  auto release_k = [&] {
-    if (lane == 0) arrive(barrier(shared, K_EMPTY + k_ring.stage));
-    k_ring.advance();
-  };
-  auto release_v = [&] {
-    if (lane == 0) arrive(barrier(shared, V_EMPTY + v_ring.stage));
-    v_ring.advance();
-  };
-  auto weigh = [&] {
+      for (int unit = 0; unit < UNITS; ++unit) product_across<DV, V_BF16>(o, w[unit], v.at(unit * 2048));
+      products_commit();
+    };
+    auto release_k = [&] {
+      if (lane == 0) arrive(barrier(shared, K_EMPTY + k_ring.stage));
+      k_ring.advance();
+    };
+    auto release_v = [&] {
+      if (lane == 0) arrive(barrier(shared, V_EMPTY + v_ring.stage));
+      v_ring.advance();
+    };
+    auto begin = [&](int block) {
+      softmax.begin(s, p, Range(p, tile, block, place.row, lane % 4), mask, tile.masked(block));
+    };
+    auto weigh = [&] {
 #pragma unroll
-    for (int unit = 0; unit < UNITS; ++unit) softmax.weights(s, unit, scale, w[unit]);
-  };
-  int block = tile.block;
-  if (block >= 0) {
-    Mask mask;
-    wait(barrier(shared, Q_FULL), 0);
-    scores();
-    if constexpr (MASK > 0) mask.load(p, tile, block, row, lane % 4);
-    products_wait<0>();
-    settle(s);
-    release_k();
-    softmax.begin(s, p, Range(p, tile, block, row, lane % 4), mask, slope);
-    weigh();
-    int before = block;
-    while ((block = tile.seen(block - 1)) >= 0) {
-      Mask mask;
+      for (int unit = 0; unit < UNITS; ++unit) softmax.weights(s, unit, scale, w[unit]);
+    };
+    int block = tile.block;
+    if (block >= 0) {
+      wait(barrier(shared, Q_FULL), q_ring.parity);
       scores();
-      if constexpr (MASK > 0 && MASK != 2) mask.load(p, tile, block, row, lane % 4);
-      values(before);
-      before = block;
-      if constexpr (MASK == 2) {  // no registers for more masks until the weights are used
-        products_wait<0>();
-        mask.load(p, tile, block, row, lane % 4);
-      } else {
-        products_wait<1>();
-      }
+      products_wait<0>();
       settle(s);
       release_k();
-      softmax.begin(s, p, Range(p, tile, block, row, lane % 4), mask, slope);
+      begin(block);
+      weigh();
+      int before = block;
+      while ((block = tile.seen(block - 1)) >= 0) {
+        meet(1 + group);  // products are asked for in turn, so that one's softmax has the others' products beside it
+        scores();
+        values(before);
+        before = block;
+        go_by(1 + (group + 1) % GROUPS);
+        products_wait<1>();
+        settle(s);
+        release_k();
+        begin(block);
+        products_wait<0>();
+        settle(o);
+        release_v();
+        if (softmax.grown) {
+#pragma unroll
+          for (int i = 0; i < DV / 2; ++i) o[i] *= softmax.factor[i / 2 % 2];
+        }
+        weigh();
+      }
+      if (lane == 0) arrive(barrier(shared, Q_EMPTY));
+      q_ring.advance();
+      values(before);
       products_wait<0>();
       settle(o);
       release_v();
-      if (softmax.grown) {
+    }
+    float last[2], share[2];  // share: of the result before
+    softmax.finish(last, share, p, tile.batch, place.head, place.row, lane % 4);
 #pragma unroll
-        for (int i = 0; i < DV / 2; ++i) o[i] *= softmax.factor[i / 2 % 2];
+    for (int r = 0; r < 2; ++r) {
+      if (place.row + 8 * r >= p.q_len) break;
+      i64 at = tile.batch * p.out_batch + place.head * p.out_head + (place.row + 8 * r) * p.out_token + 2 * (lane % 4);
+#pragma unroll
+      for (int j = 0; j < DV / 8; ++j) {
+        if (8 * j + 2 * (lane % 4) >= p.dv) break;
+        store(p, at + 8 * j, o[4 * j + 2 * r] * last[r], o[4 * j + 2 * r + 1] * last[r], share[r]);
       }
-      weigh();
     }
-    values(before);
-    products_wait<0>();
-    settle(o);
-    release_v();
-  }
-  float last[2], before[2];
-  softmax.finish(last, before, p, tile, row, lane % 4);
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    if (row + 8 * r >= p.q_len) break;
-    i64 at = tile.batch * p.out_batch + tile.head * p.out_head + (row + 8 * r) * p.out_token + 2 * (lane % 4);
-#pragma unroll
-    for (int j = 0; j < DV / 8; ++j) {
-      if (8 * j + 2 * (lane % 4) >= p.dv) break;
-      store(p, at + 8 * j, o[4 * j + 2 * r] * last[r], o[4 * j + 2 * r + 1] * last[r], before[r]);
-    }
-  }
+  });
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
@@ -165,12 +179,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             const __grid_constant__ TensorMap v_map) {
   wait_for_earlier_kernels();
   let_later_kernels_start();
-  const Tile tile(p);
-  if (tile.leaves_results(p)) return;
   u32 shared = shared_address(memory);
   int warp = __shfl_sync(~0u, (int)threadIdx.x / 32, 0);
   if (threadIdx.x == 0) {
     barrier_init(barrier(shared, Q_FULL), 1);
+    barrier_init(barrier(shared, Q_EMPTY), 4 * GROUPS);
     for (int i = 0; i < K_STAGES; ++i) {
       barrier_init(barrier(shared, K_FULL + i), 1);
       barrier_init(barrier(shared, K_EMPTY + i), 4 * GROUPS);
@@ -179,15 +192,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
       barrier_init(barrier(shared, V_FULL + i), 1);
       barrier_init(barrier(shared, V_EMPTY + i), 4 * GROUPS);
     }
+    for (int i = 0; i < MASK_STAGES; ++i) {
+      barrier_init(barrier(shared, MASK_FULL + i), 64);
+      barrier_init(barrier(shared, MASK_EMPTY + i), 4 * GROUPS);
+    }
     fence_barrier_init();
   }
   __syncthreads();
   if (warp < 4) {
     registers<LOAD_REGISTERS, ENTRY>();
-    if (warp == 0) load_keys(p, &q_map, &k_map, tile, shared);
-    if (warp == 1) load_values(p, &v_map, tile, shared);
+    if (warp == 0) load_keys(p, &q_map, &k_map, shared);
+    if (warp == 1) load_values(p, &v_map, shared);
+    if (MASK && warp >= 2) load_mask(p, shared + MASK_AT, barrier(shared, MASK_FULL), barrier(shared, MASK_EMPTY));
   } else {
     registers<REGISTERS, ENTRY>();
-    attend_role(p, tile, shared, warp / 4 - 1);
+    attend_role(p, shared, warp / 4 - 1);
   }
 }

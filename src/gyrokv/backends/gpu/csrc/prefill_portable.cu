@@ -22,7 +22,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     prefill_portable(const __grid_constant__ Prefill p, const __grid_constant__ Operands from) {
   wait_for_earlier_kernels();
   let_later_kernels_start();
-  const Tile tile(p);
+  const Tile tile(p, blockIdx.x);
   if (tile.leaves_results(p)) return;
   u32 shared = shared_address(memory);
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first = warp * 16 * TALL, row = tile.row + first + lane / 4;
@@ -105,7 +105,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     bool grows = false;
 #pragma unroll
     for (int m = 0; m < TALL; ++m) {
-      Mask mask;
+      RegisterMask mask;
       if constexpr (MASK > 0) mask.load(p, tile, block, row + 16 * m, lane % 4);
       softmax[m].adjust(s[m], p, Range(p, tile, block, row + 16 * m, lane % 4), mask, slope);
       most[2 * m] = Softmax::most(s[m], p, 0), most[2 * m + 1] = Softmax::most(s[m], p, 1);
@@ -149,7 +149,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
   for (int m = 0; m < TALL; ++m) {
     float last[2], before[2];
-    softmax[m].finish(last, before, p, tile, row + 16 * m, lane % 4);
+    softmax[m].finish(last, before, p, tile.batch, tile.head, row + 16 * m, lane % 4);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       int at_row = row + 16 * m + 8 * r;

@@ -33,7 +33,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     prefill_portable_wide(const __grid_constant__ Prefill p, const __grid_constant__ Operands from) {
   wait_for_earlier_kernels();
   let_later_kernels_start();
-  const Tile tile(p);
+  const Tile tile(p, blockIdx.x);
   if (tile.leaves_results(p)) return;
   const u32 shared = shared_address(memory);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, t = lane % 4;
@@ -84,7 +84,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     wait_copies<0>();
     __syncthreads();  // keys are here; weights and values have been used
     if (!TURNS) load_v(block);
-    Mask mask[TALL];
+    RegisterMask mask[TALL];
     if constexpr (MASK > 0)
 #pragma unroll
       for (int m = 0; m < TALL; ++m) mask[m].load(p, tile, block, tile.row + own + 16 * m, t + keys / 2);
@@ -235,7 +235,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
       for (int r = 0; r < 2; ++r)
         softmax[m].total[r] = t == 0 ? load_shared_f32(tops(0, own + 16 * m + 8 * r)) + load_shared_f32(tops(1, own + 16 * m + 8 * r)) : 0.0f;
-      softmax[m].finish(last, before, p, tile, tile.row + own + 16 * m, t);
+      softmax[m].finish(last, before, p, tile.batch, tile.head, tile.row + own + 16 * m, t);
 #pragma unroll
       for (int r = 0; r < 2; ++r)
         if (t == 0) store_shared(factors(own + 16 * m + 8 * r), last[r]), store_shared(tops(0, own + 16 * m + 8 * r), before[r]);
