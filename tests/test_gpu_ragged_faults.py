@@ -113,7 +113,7 @@ FAULTS = (
     Fault("shares are not sent", joined, "prefill.cu",
           "    store_shared(to.weights() + lane, before[0]);\n", "", joined=True, dim=512),
     Fault("heads share the log-sum-exp of the first", lambda s: not dense(s) and plain(s), "prefill.cuh",
-          " + head * p.lse_head + row;", " + row;"),
+          " + rows.head[r] * p.lse_head + rows.row[r];", " + rows.row[r];"),
 )  # fmt: skip
 
 

@@ -69,7 +69,7 @@ class Shape:
     def boxes(self) -> tuple[int, int, int]:
         """Tokens of a box of q, k and v."""
         sizes = (self.keys, self.keys if self.groups else 32)
-        return 64 // self.pack, *(math.gcd(size, page) for size, page in zip(sizes, self.pages))
+        return 8 if self.pack > 1 else 64, *(math.gcd(size, page) for size, page in zip(sizes, self.pages))
 
     @property
     def _parts(self) -> tuple[int, int, int, int]:

@@ -120,24 +120,6 @@ INLINE void arrive_after_copies(u32 barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
 }
 
-// two values; those of -65504 or less become -inf. bfloat16 has -65280 and -65536.
-template <bool BF16>
-INLINE u32 lowest_to_infinity(u32 x) {
-  u32 is;
-  if (BF16) asm("set.le.u32.bf16x2 %0, %1, %2;" : "=r"(is) : "r"(x), "r"(0xC780C780u));
-  else asm("set.le.u32.f16x2 %0, %1, %2;" : "=r"(is) : "r"(x), "r"(0xFBFFFBFFu));
-  return (x & ~is) | (is & (BF16 ? 0xFF80FF80u : 0xFC00FC00u));
-}
-
-// a, or a float below LOWEST where x is -65504 or less: 1 there, else 0, times the lowest power of 2, on the pipe of additions
-constexpr float LOWEST = -1e38f;
-INLINE float hide_least(float x, float a) {
-  constexpr float BIG = 1 << 20, BEFORE = 65503.99609375f;
-  float is;
-  asm("fma.rn.sat.f32 %0, %1, %2, %3;" : "=f"(is) : "f"(x), "f"(-BIG), "f"(-BIG * BEFORE));
-  return __fmaf_rn(is, -0x1p127f, a);
-}
-
 // a becomes -inf where x is 0. (In C++, the compiler branches, and then has too few registers to let products run meanwhile.)
 INLINE void hide_zero(u32 x, float& a) {
   asm("{\n.reg .pred p;\nsetp.eq.u32 p, %1, 0;\nselp.f32 %0, %2, %0, p;\n}" : "+f"(a) : "r"(x), "f"(-INFINITY));

@@ -1,11 +1,13 @@
 // What Hopper's prefill kernels share: which tiles a block takes, masks in shared memory, caps, the running softmax.
-// Each 64 rows of a tile hold 64 / PACK positions, head by head, so that heads share a mask's tile too.
+// Each 64 rows of a tile hold 64 / PACK positions. Where heads share a tile, 8 positions of one head are followed by the same 8 of
+// the next, so that a thread's two rows are two heads at one position: what it reads of a mask serves both.
 #pragma once
 #include "hopper.cuh"
 #include "prefill.cuh"
 
 constexpr bool BOUNDED = SOFTCAP == 2;  // scores are so small that exponents need no reference
-constexpr int TURN = 64 / PACK;         // rows of a head in each 64
+constexpr int TURN = 64 / PACK;         // positions of each 64 rows
+constexpr int RUN = PACK > 1 ? 8 : 64;  // of a box of q
 
 // f(tile) of each tile of a block. The host starts as many blocks as run at a time: loads of a tile run beside the end of
 // the one before. Every other round goes backwards: tiles get shorter.
@@ -19,15 +21,26 @@ INLINE void each_tile(const Prefill& p, F f) {
     }
 }
 
-// The head and the first row, g, of a thread of 64 rows; the other is g + 8.
-struct Place {
-  int head, row;
+// Among 64 rows: the head and the position of row 8 * eight.
+INLINE int head_of(int eight) { return eight % PACK; }
+INLINE int position_of(int eight) { return eight / PACK * 8; }
 
-  INLINE Place(const Tile& tile, int sixtyfour, int warp, int lane) {
-    head = tile.head + warp * 16 / TURN;
-    row = tile.row + sixtyfour * TURN + warp * 16 % TURN + lane / 4;
+INLINE Rows rows_of(const Tile& tile, int sixtyfour, int warp, int lane) {
+  Rows found;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    found.head[r] = tile.head + head_of(2 * warp + r);
+    found.row[r] = tile.row + sixtyfour * TURN + position_of(PACK > 1 ? 2 * warp : 2 * warp + r) + lane / 4;
   }
-};
+  return found;
+}
+
+// 64 rows of q: chunks of 64 dims
+INLINE void load_queries(u32 to, const TensorMap* map, const Tile& tile, int sixtyfour, u32 full) {
+  for (int i = 0; i < DK / 64; ++i)
+    for (int first = 0; first < TURN; first += RUN)
+      load_box(to + i * 8192 + first * PACK * 128, map, i * 64, tile.row + sixtyfour * TURN + first, tile.head, tile.batch, full);
+}
 
 // A mask's tile in shared memory, as stored: rows of PITCH bytes, part c (16 bytes) of row r at c ^ (r % 8). Heads that share
 // a mask share its rows.
@@ -44,7 +57,7 @@ using MaskRing = Ring<MASK ? MASK_STAGES : 1>;
 // 64 threads copy tiles of the mask to shared memory: asynchronously, 16 bytes at a time or 4, where all strides are such.
 struct MaskLoader {
   static constexpr int SIZE = MaskTile::SIZE, ROW = KEYS * SIZE;  // row: bytes
-  static constexpr int RUN = HEAD_MASK ? TURN : POSITIONS;        // rows of one head that follow each other
+  static constexpr int MANY = HEAD_MASK ? TURN : POSITIONS;       // rows of one head that follow each other
   const Prefill& p;
   const char* from;
   i64 token, key;  // bytes
@@ -64,11 +77,11 @@ struct MaskLoader {
     constexpr int PARTS = ROW / PART, STEP = PARTS < 64 ? 64 / PARTS : 1;
     for (int byte = thread % PARTS * PART; byte < ROW; byte += 64 * PART) {
       int row = PARTS < 64 ? thread / PARTS : 0, left = (p.kv_len - block * KEYS) * SIZE - byte;
-      for (int span = 0; span < MaskTile::COUNT; span += RUN) {
+      for (int span = 0; span < MaskTile::COUNT; span += MANY) {
         int first = HEAD_MASK ? span / 64 * TURN : 0;
         const char* at = from + (first + row) * token + (block * KEYS + byte / SIZE) * key;
         if (HEAD_MASK) at += span / TURN % PACK * p.mask_head * SIZE;
-        f(at, STEP * token, to + span * MaskTile::PITCH, row, min(RUN, rows - first), STEP, byte, left);
+        f(at, STEP * token, to + span * MaskTile::PITCH, row, min(MANY, rows - first), STEP, byte, left);
       }
     }
   }
@@ -97,14 +110,14 @@ struct MaskLoader {
   }
   template <bool DENSE>
   INLINE void copy_words(u32 to, int block) const {
-    constexpr int MANY = 8;  // loads under way
+    constexpr int LOADS = 8;  // under way
     each<4>(to, block, [&](const char* at, i64 next, u32 to, int row, int end, int step, int byte, int left) {
-      for (; row < end; row += MANY * step) {
-        u32 x[MANY];
+      for (; row < end; row += LOADS * step) {
+        u32 x[LOADS];
 #pragma unroll
-        for (int i = 0; i < MANY; ++i, at += next) x[i] = word<DENSE>(at, row + i * step < end ? min(left, 4) : 0);
+        for (int i = 0; i < LOADS; ++i, at += next) x[i] = word<DENSE>(at, row + i * step < end ? min(left, 4) : 0);
 #pragma unroll
-        for (int i = 0; i < MANY; ++i)
+        for (int i = 0; i < LOADS; ++i)
           if (row + i * step < end) store_shared(to + MaskTile::place(row + i * step, byte), x[i]);
       }
     });
@@ -133,91 +146,111 @@ INLINE void load_mask(const Prefill& p, u32 to, u32 full, u32 empty) {
   });
 }
 
-// What a thread reads of a mask's tile: for its two rows, two keys in WORDS registers.
+// What a thread reads of a mask's tile, for its two rows. A value of -65504 or less means "masked". Added as it is, it hides a key
+// from a row that has a score above LOW (a power of 2); other rows are looked at again. (A score of 64,000 it would not hide.)
 struct Mask {
-  static constexpr int WORDS = MASK == 2 ? 2 : 1;
+  static constexpr bool AGAIN = MASK > 1 && !ALIBI, COMMON = PACK > 1 && !HEAD_MASK;
+  static constexpr int SIZE = MaskTile::SIZE, WORDS = MASK == 2 ? 2 : 1;
+  static constexpr int OWN = COMMON ? 1 : 2, STEP = COMMON && SIZE == 2 ? 2 : 1;  // rows that differ; units of a read
+  static constexpr float LOW = -1000.0f, LEAST = -65504.0f;
+  using Value = typename Choose<MASK == 1, u32, float>::type;
   MaskRing ring;
-  u32 at, full, empty;  // at: 16-bit values come by matrices: of a lane's row there; else of the thread's first row, g
-  float factor;         // of values, to the unit of scores
+  u32 at, full, empty;  // at: 16-bit values come by matrices: of a lane's row there; else of the thread's first row
+  float factor[2];      // of values, to the unit of scores
 
   INLINE Mask(u32 to, u32 full, u32 empty, int sixtyfour, int warp, int lane) : full(full), empty(empty) {
-    int first = HEAD_MASK ? sixtyfour * 64 + warp * 16 : sixtyfour * TURN + warp * 16 % TURN;
-    if (MaskTile::SIZE == 2) at = to + MaskTile::place(first + lane % 16, lane / 16 * 16);
-    else at = to + MaskTile::place(first + lane / 4, lane % 4 * 2 * MaskTile::SIZE);
+    auto row = [=](int r) {
+      int eight = 2 * warp + r, position = position_of(eight);
+      return (HEAD_MASK ? sixtyfour * 64 + head_of(eight) * TURN : sixtyfour * TURN) + position;
+    };
+    if (SIZE == 2) at = to + MaskTile::place(row(COMMON ? 0 : lane / 8 % 2) + lane % 8, lane / (COMMON ? 8 : 16) * 16);
+    else at = to + MaskTile::place(row(0) + lane / 4, lane % 4 * 2 * SIZE);
   }
-  INLINE void start(const Prefill& p, int head) { factor = (ALIBI ? p.slopes[head] : 1.0f) / (ANY_SCALE ? 1.0f : p.scale); }
+  INLINE void start(const Prefill& p, const Rows& rows) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+      factor[r] = (ALIBI ? p.slopes[rows.head[r]] : 1.0f) * (SOFTCAP ? LOG2E : 1.0f / (ANY_SCALE ? 1.0f : p.scale));
+  }
   INLINE void look(float (&s)[SCORES]) {
     wait(full + 8 * ring.stage, ring.parity);
-#pragma unroll
-    for (int unit = 0; unit < UNITS; ++unit) {
-      u32 x[2][2][WORDS];
-      read(ring.stage * MaskTile::BYTES, unit, x);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) apply(s[8 * unit + 2 * i], s[8 * unit + 2 * i + 1], x[i / 2][i % 2]);
-    }
+    each(s, [&](Value y, int r, float& score) {
+      if constexpr (MASK == 1) hide_zero(y, score);
+      else score = __fmaf_rn(!AGAIN && y <= LEAST ? -INFINITE : y, factor[r], score);
+    });
+  }
+  // May a value that means "masked" count, among keys of row r whose largest score is ``most``?
+  INLINE static bool counts(float most, float top) { return AGAIN && most > -INFINITE && fmaxf(most, top) < LOW; }
+  INLINE void hide(float (&s)[SCORES]) const {
+    each(s, [&](Value y, int, float& score) { score = y <= LEAST ? -INFINITE : score; });
+  }
+  INLINE void release() {
     __syncwarp();
     if (threadIdx.x % 32 == 0) arrive(empty + 8 * ring.stage);
     ring.advance();
   }
 
  private:
-  // keys 16 unit + 8 j + 2 t (+ 1) of rows g + 8 r: x[j][r]
-  INLINE void read(u32 stage, int unit, u32 (&x)[2][2][WORDS]) const {
-    if constexpr (MaskTile::SIZE == 2) {
-      u32 y[4];
-      load_matrices((at ^ unit << 5) + stage, y);
-      x[0][0][0] = y[0], x[0][1][0] = y[1], x[1][0][0] = y[2], x[1][1][0] = y[3];
-    } else {
+  template <class F>
+  INLINE void each(float (&s)[SCORES], F f) const {  // f(value, row, its score)
 #pragma unroll
-      for (int j = 0; j < 2; ++j)
+    for (int unit = 0; unit < UNITS; unit += STEP) {
+      u32 x[2 * STEP][OWN][WORDS];
+      read(ring.stage * MaskTile::BYTES, unit, x);
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          u32 from = stage + r * 8 * MaskTile::PITCH;
-          if (MASK == 1) x[j][r][0] = load_shared_u16((at ^ unit << 4) + from + 8 * j);
-          else load_shared<WORDS>((at ^ (2 * unit + j) << 5) + from, x[j][r]);
-        }
+      for (int i = 0; i < 2 * STEP * 4; ++i) {
+        int j = i / 4, r = i / 2 % 2;
+        f(value(x[j][r % OWN], i % 2), r, s[8 * unit + i]);
+      }
     }
   }
-  // scores of two keys; a value of -65504 or less means "masked"
-  INLINE void apply(float& a, float& b, const u32 (&x)[WORDS]) const {
-    if constexpr (MASK == 1) {
-      hide_zero(x[0] & 0xFF, a);
-      hide_zero(x[0] & 0xFF00, b);
-    } else if constexpr (MASK == 2) {
-      float y[2] = {__uint_as_float(x[0]), __uint_as_float(x[WORDS - 1])};
-      a = hide_least(y[0], __fmaf_rn(y[0], factor, a));
-      b = hide_least(y[1], __fmaf_rn(y[1], factor, b));
+  INLINE static Value value(const u32 (&x)[WORDS], int e) {
+    if constexpr (MASK == 1) return x[0] & 0xFF << 8 * e;
+    else if constexpr (MASK == 2) return __uint_as_float(x[e % WORDS]);
+    else if constexpr (MASK == 3) return f32_of_f16(x[0] >> 16 * e);
+    else return __uint_as_float(e ? x[0] & 0xFFFF0000u : x[0] << 16);
+  }
+  // keys 16 unit + 8 j + 2 t (+ 1) of the rows: x[j][r]
+  INLINE void read(u32 stage, int unit, u32 (&x)[2 * STEP][OWN][WORDS]) const {
+    if constexpr (SIZE == 2) {
+      u32 y[4];
+      load_matrices((at ^ unit << 5) + stage, y);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) x[i / OWN][i % OWN][0] = y[i];
     } else {
-      u32 y = lowest_to_infinity<MASK == 4>(x[0]);
-      a = __fmaf_rn(MASK == 4 ? f32_of_bf16(y) : f32_of_f16(y), factor, a);
-      b = __fmaf_rn(MASK == 4 ? __uint_as_float(y & 0xFFFF0000u) : f32_of_f16(y >> 16), factor, b);
+      constexpr int NEXT = (PACK > 1 ? TURN : 8) * MaskTile::PITCH;  // from row to row
+#pragma unroll
+      for (int i = 0; i < 2 * OWN; ++i) {
+        int j = i / OWN, r = i % OWN;
+        if (MASK == 1) x[j][r][0] = load_shared_u16((at ^ unit << 4) + stage + r * NEXT + 8 * j);
+        else load_shared<WORDS>((at ^ (2 * unit + j) << 5) + stage + r * NEXT, x[j][r]);
+      }
     }
   }
 };
 
-// c tanh(x / c) of scores. While those of a warp are within 0.7 c it is x times a polynomial of x^2 - (0.7 c)^2 (largest error
-// 2e-6 c: the least there is), whose sign is the test; else it takes exponentials.
+// c tanh(x / c) of scores, in powers of 2. While those of a warp are within c / 2 it is x times a polynomial of x^2 (largest error
+// 5e-6 c and 1.3e-7 c: the least there is); else it takes exponentials.
 struct Cap {
-  static constexpr int DEGREE = 3;
-  static constexpr float TERMS[] = {0.863379568f, -0.233542314f, 0.0747803453f, -0.035721797f};
-  float cap, square, limit, twice, terms[DEGREE + 1];
+  static constexpr int DEGREE = BOUNDED ? 2 : 3;
+  static constexpr float TERMS[2][4] = {{0.99992484f, -0.33085483f, 0.11254052f},
+                                        {0.99999768f, -0.33320653f, 0.13145135f, -0.04337221f}};
+  float cap, limit, twice, terms[DEGREE + 1];
 
   INLINE Cap(const Prefill& p) {
-    float inverse = (ANY_SCALE ? 1.0f : p.scale) / p.softcap, power = 1.0f;
-    cap = 1.0f / inverse, twice = 2.0f * LOG2E * inverse;
-    square = cap > 1e-4f && cap < 1e4f ? 0.49f * cap * cap : -1.0f;  // powers stay finite
-    limit = square * 0.999f;  // another number, for there are no registers to keep the differences
+    float inverse = (ANY_SCALE ? 1.0f : p.scale) / p.softcap, power = inverse;
+    cap = LOG2E * p.softcap, twice = 2.0f * LOG2E * inverse;
+    limit = inverse > 1e-4f && inverse < 1e4f ? 0.5f / inverse : -1.0f;  // powers stay finite
 #pragma unroll
-    for (int i = 0; i <= DEGREE; ++i, power *= inverse * inverse) terms[i] = TERMS[i] * power;
+    for (int i = 0; i <= DEGREE; ++i, power *= inverse * inverse) terms[i] = TERMS[DEGREE - 2][i] * cap * power;
   }
   INLINE void apply(float (&s)[SCORES]) const {
-    u32 within[2] = {~0u, ~0u};
+    float most[2] = {0.0f, 0.0f};
 #pragma unroll
-    for (int i = 0; i < SCORES; ++i) within[i / 2 % 2] &= __float_as_uint(__fmaf_rn(s[i], s[i], -limit));
-    if (__all_sync(~0u, (int)(within[0] & within[1]) < 0)) {
+    for (int i = 0; i < SCORES; ++i) most[i % 2] = fmaxf(most[i % 2], fabsf(s[i]));
+    if (__all_sync(~0u, fmaxf(most[0], most[1]) <= limit)) {
 #pragma unroll
       for (int i = 0; i < SCORES; ++i) {
-        float w = __fmaf_rn(s[i], s[i], -square), y = terms[DEGREE];
+        float w = s[i] * s[i], y = terms[DEGREE];
 #pragma unroll
         for (int n = DEGREE - 1; n >= 0; --n) y = __fmaf_rn(y, w, terms[n]);
         s[i] *= y;
@@ -234,7 +267,9 @@ struct Cap {
 
 // of a thread's two rows, g and g + 8 of its warp's 16
 struct Softmax : Sums {
-  INLINE static float unit(const Prefill& p) { return (ANY_SCALE ? 1.0f : p.scale) * LOG2E; }  // log2 of e to a score
+  INLINE static float unit(const Prefill& p) {  // log2 of e to a score, once capped
+    return SOFTCAP ? 1.0f : (ANY_SCALE ? 1.0f : p.scale) * LOG2E;
+  }
 
   // Scores of a block, of which unit(p) are a power of 2; maxima and factors. masked: is its mask to be looked at?
   INLINE void begin(float (&s)[SCORES], const Prefill& p, const Range& range, Mask& mask, bool masked) {
@@ -248,21 +283,34 @@ struct Softmax : Sums {
     range.hide(s);
     if constexpr (BOUNDED) {
       top[0] = top[1] = base[0] = base[1] = 0.0f, factor[0] = factor[1] = 1.0f, grown = false;
+      if constexpr (MASK > 0)
+        if (masked) mask.release();
       return;
     }
     float x[2] = {most(s, p, 0), most(s, p, 1)};
-    grown = __any_sync(~0u, passed(0, x[0]) || passed(1, x[1]));
+    grown = __any_sync(~0u, matters(0, x[0]) || matters(1, x[1]));
     if (grown) {
+      if constexpr (Mask::AGAIN) {
+        if (masked && __any_sync(~0u, Mask::counts(x[0], top[0]) || Mask::counts(x[1], top[1]))) {
+          mask.hide(s);
+          x[0] = most(s, p, 0), x[1] = most(s, p, 1);
+        }
+      }
       most_of_quads(x);
       raise(0, x[0]);
       raise(1, x[1]);
     }
+    if constexpr (MASK > 0)
+      if (masked) mask.release();
+  }
+  INLINE bool matters(int r, float most) const {  // it passes the reference, or a value that means "masked" may count
+    return most > (Mask::AGAIN && top[r] < Mask::LOW ? -INFINITE : top[r] + SLACK);
   }
   INLINE static float most(const float (&s)[SCORES], const Prefill& p, int r) {  // of a thread's keys of a row, log2
     float x = s[2 * r];
 #pragma unroll
     for (int j = 0; j < KEYS / 8; ++j) x = fmaxf(x, fmaxf(s[4 * j + 2 * r], s[4 * j + 2 * r + 1]));
-    return MASK == 2 && x < LOWEST ? -INFINITE : x * unit(p);
+    return x * unit(p);
   }
 
   // weights of 16 keys: two of a row in each of 4 registers
@@ -273,7 +321,7 @@ struct Softmax : Sums {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         float y = s[8 * unit + 2 * i + e];
-        x[e] = exp2_fast(__fmaf_rn(y, scale, -base[i % 2]));
+        x[e] = exp2_fast(BOUNDED ? y : SOFTCAP ? y - base[i % 2] : __fmaf_rn(y, scale, -base[i % 2]));
         total[i % 2] += x[e];
       }
       w[i] = V_BF16 ? bf16x2(x[0], x[1]) : f16x2(x[0], x[1]);

@@ -13,6 +13,8 @@ struct Operands {
   int dk, dv;                                                                        // true columns
 };
 
+INLINE Rows rows_of(const Tile& tile, int row) { return {{tile.head, tile.head}, {row, row + 8}}; }
+
 template <int COLUMNS>
 INLINE int turn(int row) {
   return (COLUMNS % 64 == 0 ? row % 8 : COLUMNS % 32 == 0 ? row / 2 % 4 : row / 4 % 2) << 4;

@@ -24,7 +24,7 @@
 // block 512, shared memory BYTES:
 //   128 DK + 32768 + K_STAGES * 128 KEYS + V_STAGES * 64 up(DV / 2, 64) + those of a mask + 1280 + 8 * barriers
 // Tensor maps of q, k, v: 16 bits, dims (dim, token, head, batch), true sizes and strides, swizzle of 128 bytes, zeros out of
-// bounds, boxes q (64, 64 / PACK, PACK, 1), k (64, KEYS, 1, 1), v (64, 32, 1, 1); in pages at most as many tokens as divide
+// bounds, boxes q (64, 8, PACK, 1) or, with PACK 1, (64, 64, 1, 1), k (64, KEYS, 1, 1), v (64, 32, 1, 1); in pages at most as many tokens as divide
 // these and a page.
 constexpr int ROWS = 64 * CLUSTER, BLOCKS = CLUSTER, SPAN = KEYS;
 #include "hopper_prefill.cuh"
@@ -83,8 +83,7 @@ INLINE void load_keys(const Prefill& p, const TensorMap* q_map, const TensorMap*
         q_ring.advance();
         if (elected()) {
           arrive_expect(barrier(shared, Q_FULL), 64 * DK * 2);
-          for (int i = 0; i < CHUNKS; ++i)
-            load_box(shared + i * 8192, q_map, i * 64, tile.row + rank * TURN, tile.head, tile.batch, barrier(shared, Q_FULL));
+          load_queries(shared, q_map, tile, rank, barrier(shared, Q_FULL));
         }
       }
   });
@@ -172,9 +171,9 @@ INLINE void score_role(const Prefill& p, u32 shared, u32 rank) {
     }
   };
   each_tile(p, [&](const Tile& tile) {
-    const Place place(tile, rank, warp, lane);
+    const Rows rows = rows_of(tile, rank, warp, lane);
     Softmax softmax;
-    if constexpr (MASK > 0) mask.start(p, place.head);
+    if constexpr (MASK > 0) mask.start(p, rows);
     float s[SCORES];
     u32 w[UNITS][4];
     if (tile.block >= 0) wait(barrier(shared, Q_FULL), q_ring.parity);
@@ -191,7 +190,7 @@ INLINE void score_role(const Prefill& p, u32 shared, u32 rank) {
       products_wait<0>();
       settle(s);
       release((ring.stage + K_STAGES - 1) % K_STAGES);
-      softmax.begin(s, p, Range(p, tile, block, place.row, lane % 4), mask, tile.masked(block));
+      softmax.begin(s, p, Range(p, tile, block, rows, lane % 4), mask, tile.masked(block));
 #pragma unroll
       for (int unit = 0; unit < UNITS; ++unit) softmax.weights(s, unit, scale, w[unit]);
     }
@@ -201,7 +200,7 @@ INLINE void score_role(const Prefill& p, u32 shared, u32 rank) {
       send(to, softmax, w);
     }
     float last[2], before[2];
-    softmax.finish(last, before, p, tile.batch, place.head, place.row, lane % 4);
+    softmax.finish(last, before, p, tile.batch, rows, lane % 4);
     to.open(last[0], last[1], true);
     if (JOINS && p.joined && lane % 4 == 0) {  // in place of weights
       store_shared(to.weights() + lane, before[0]);
@@ -306,12 +305,12 @@ INLINE void value_role(const Prefill& p, u32 shared, u32 rank, int which) {
         share[r] = load_shared_f32(shared + P_AT + slots.stage * SLOT_BYTES + warp * 2048 + 32 * r + lane / 4 * 4);
     }
     release_slot();
-    const Place place(tile, rank, warp, lane);
+    const Rows rows = rows_of(tile, rank, warp, lane);
     int column = which * COLUMNS_A + 2 * (lane % 4);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      if (place.row + 8 * r >= p.q_len) break;
-      i64 at = tile.batch * p.out_batch + place.head * p.out_head + (place.row + 8 * r) * p.out_token + column;
+      if (rows.row[r] >= p.q_len) continue;
+      i64 at = tile.batch * p.out_batch + rows.head[r] * p.out_head + rows.row[r] * p.out_token + column;
 #pragma unroll
       for (int j = 0; j < COLUMNS / 8; ++j)  // (with a break, registers are spilled)
         if (column + 8 * j < p.dv) store(p, at + 8 * j, o.at(4 * j + 2 * r), o.at(4 * j + 2 * r + 1), share[r]);

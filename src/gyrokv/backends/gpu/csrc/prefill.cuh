@@ -132,15 +132,20 @@ INLINE void settle(float (&x)[N]) {
   for (int i = 0; i < N; ++i) asm volatile("" : "+f"(x[i])::"memory");
 }
 
-// Which keys a thread's two rows see, g and g + 8 of its warp's 16: those from low to high, relative to its first of a block.
+// A thread's two rows, g and g + 8 of its warp's 16: the heads and queries there.
+struct Rows {
+  int head[2], row[2];
+};
+
+// Which keys they see: those from low to high, relative to the thread's first of a block.
 struct Range {
   int low[2], high[2];
 
-  INLINE Range(const Prefill& p, const Tile& tile, int block, int row, int t) {
+  INLINE Range(const Prefill& p, const Tile& tile, int block, const Rows& rows, int t) {
     int key = block * KEYS + 2 * t, end = tile.end(p) - 1;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      int position = row + 8 * r + tile.first(p);
+      int position = rows.row[r] + tile.first(p);
       high[r] = (p.causal || p.window ? min(end, position) : end) - key;
       low[r] = p.window ? position - p.window + 1 - key : tile.begin() - key;
       if (RAGGED) low[r] = max(low[r], tile.begin() - key);
@@ -169,7 +174,7 @@ INLINE void most_of_quads(float (&x)[N]) {
     for (int i = 0; i < N; ++i) x[i] = fmaxf(x[i], __shfl_xor_sync(~0u, x[i], lanes));
 }
 
-// Sums of a thread's two rows, g and g + 8 of its warp's 16.
+// Sums of a thread's two rows.
 struct Sums {
   float top[2] = {-INFINITE, -INFINITE}, total[2] = {0.0f, 0.0f};  // top: reference of the exponents, log2
   float base[2] = {0.0f, 0.0f}, factor[2];                         // of the block at hand
@@ -188,25 +193,26 @@ struct Sums {
 
   // after the last block: what the output is multiplied by, and the result that it joins; lse. A result over other keys is
   // a sink that has a value.
-  INLINE void finish(float (&last)[2], float (&before)[2], const Prefill& p, int batch, int head, int row, int t) {
-    float* lse = p.lse + batch * p.lse_batch + head * p.lse_head + row;
-    float old[2];
+  INLINE void finish(float (&last)[2], float (&before)[2], const Prefill& p, int batch, const Rows& rows, int t) {
+    float *lse[2], old[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) lse[r] = p.lse + batch * p.lse_batch + rows.head[r] * p.lse_head + rows.row[r];
     bool joins = JOINS && p.joined;
     if (joins) {
 #pragma unroll
-      for (int r = 0; r < 2; ++r) old[r] = row + 8 * r < p.q_len ? lse[8 * r] * LOG2E : -INFINITE;
+      for (int r = 0; r < 2; ++r) old[r] = rows.row[r] < p.q_len ? *lse[r] * LOG2E : -INFINITE;
       __syncwarp();  // lanes that read a row's lse before one of them writes it
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float sum = total[r], sink = joins ? old[r] : p.sinks ? p.sinks[head] * LOG2E : -INFINITE;
+      float sum = total[r], sink = joins ? old[r] : p.sinks ? p.sinks[rows.head[r]] * LOG2E : -INFINITE;
       sum += __shfl_xor_sync(~0u, sum, 1);
       sum += __shfl_xor_sync(~0u, sum, 2);
       float reached = sum > 0.0f ? top[r] : -INFINITE, most = fmaxf(reached, sink);
       float all = most == -INFINITE ? 0.0f : sum * exp2_fast(reached - most) + exp2_fast(sink - most);
       last[r] = sum > 0.0f ? exp2_fast(reached - most) / all * p.v_scale : 0.0f;
       before[r] = joins && all > 0.0f ? exp2_fast(sink - most) / all : 0.0f;
-      if (t == 0 && row + 8 * r < p.q_len) lse[8 * r] = all > 0.0f ? (most + log2f(all)) * LN2 : -INFINITE;
+      if (t == 0 && rows.row[r] < p.q_len) *lse[r] = all > 0.0f ? (most + log2f(all)) * LN2 : -INFINITE;
     }
   }
 };

@@ -48,9 +48,7 @@ INLINE void load_keys(const Prefill& p, const TensorMap* q_map, const TensorMap*
       q_ring.advance();
       if (elected()) {
         arrive_expect(barrier(shared, Q_FULL), GROUPS * Q_BYTES);
-        for (int i = 0; i < GROUPS * CHUNKS; ++i)
-          load_box(shared + i * 8192, q_map, i % CHUNKS * 64, tile.row + i / CHUNKS * TURN, tile.head, tile.batch,
-                   barrier(shared, Q_FULL));
+        for (int i = 0; i < GROUPS; ++i) load_queries(shared + i * Q_BYTES, q_map, tile, i, barrier(shared, Q_FULL));
       }
     }
   });
@@ -82,13 +80,13 @@ INLINE void attend_role(const Prefill& p, u32 shared, int group) {
   Ring<V_STAGES> v_ring;
   if (group == GROUPS - 1) go_by(1);
   each_tile(p, [&](const Tile& tile) {
-    const Place place(tile, group, warp, lane);
+    const Rows rows = rows_of(tile, group, warp, lane);
     Softmax softmax;
     float s[SCORES], o[DV / 2];
     u32 w[UNITS][4];
 #pragma unroll
     for (int i = 0; i < DV / 2; ++i) o[i] = 0.0f;
-    if constexpr (MASK > 0) mask.start(p, place.head);
+    if constexpr (MASK > 0) mask.start(p, rows);
 
     auto scores = [&] {
       wait(barrier(shared, K_FULL + k_ring.stage), k_ring.parity);
@@ -117,7 +115,7 @@ INLINE void attend_role(const Prefill& p, u32 shared, int group) {
       v_ring.advance();
     };
     auto begin = [&](int block) {
-      softmax.begin(s, p, Range(p, tile, block, place.row, lane % 4), mask, tile.masked(block));
+      softmax.begin(s, p, Range(p, tile, block, rows, lane % 4), mask, tile.masked(block));
     };
     auto weigh = [&] {
 #pragma unroll
@@ -160,11 +158,11 @@ INLINE void attend_role(const Prefill& p, u32 shared, int group) {
       release_v();
     }
     float last[2], share[2];  // share: of the result before
-    softmax.finish(last, share, p, tile.batch, place.head, place.row, lane % 4);
+    softmax.finish(last, share, p, tile.batch, rows, lane % 4);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      if (place.row + 8 * r >= p.q_len) break;
-      i64 at = tile.batch * p.out_batch + place.head * p.out_head + (place.row + 8 * r) * p.out_token + 2 * (lane % 4);
+      if (rows.row[r] >= p.q_len) continue;
+      i64 at = tile.batch * p.out_batch + rows.head[r] * p.out_head + rows.row[r] * p.out_token + 2 * (lane % 4);
 #pragma unroll
       for (int j = 0; j < DV / 8; ++j) {
         if (8 * j + 2 * (lane % 4) >= p.dv) break;

@@ -107,7 +107,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     for (int m = 0; m < TALL; ++m) {
       RegisterMask mask;
       if constexpr (MASK > 0) mask.load(p, tile, block, row + 16 * m, lane % 4);
-      softmax[m].adjust(s[m], p, Range(p, tile, block, row + 16 * m, lane % 4), mask, slope);
+      softmax[m].adjust(s[m], p, Range(p, tile, block, rows_of(tile, row + 16 * m), lane % 4), mask, slope);
       most[2 * m] = Softmax::most(s[m], p, 0), most[2 * m + 1] = Softmax::most(s[m], p, 1);
     }
 #pragma unroll
@@ -149,7 +149,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
   for (int m = 0; m < TALL; ++m) {
     float last[2], before[2];
-    softmax[m].finish(last, before, p, tile.batch, tile.head, row + 16 * m, lane % 4);
+    softmax[m].finish(last, before, p, tile.batch, rows_of(tile, row + 16 * m), lane % 4);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       int at_row = row + 16 * m + 8 * r;

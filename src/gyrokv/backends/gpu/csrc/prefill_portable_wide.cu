@@ -154,7 +154,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     };
 #pragma unroll
     for (int m = 0; m < TALL; ++m) {
-      softmax[m].adjust(s[m], p, Range(p, tile, block, tile.row + own + 16 * m, t + keys / 2), mask[m], slope);
+      softmax[m].adjust(s[m], p, Range(p, tile, block, rows_of(tile, tile.row + own + 16 * m), t + keys / 2), mask[m], slope);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         grows |= softmax[m].passed(r, Softmax::most(s[m], p, r));
@@ -235,7 +235,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
       for (int r = 0; r < 2; ++r)
         softmax[m].total[r] = t == 0 ? load_shared_f32(tops(0, own + 16 * m + 8 * r)) + load_shared_f32(tops(1, own + 16 * m + 8 * r)) : 0.0f;
-      softmax[m].finish(last, before, p, tile.batch, tile.head, tile.row + own + 16 * m, t);
+      softmax[m].finish(last, before, p, tile.batch, rows_of(tile, tile.row + own + 16 * m), t);
 #pragma unroll
       for (int r = 0; r < 2; ++r)
         if (t == 0) store_shared(factors(own + 16 * m + 8 * r), last[r]), store_shared(tops(0, own + 16 * m + 8 * r), before[r]);
