@@ -1,4 +1,4 @@
-"""Speed of prefill on a Hopper GPU beside PyTorch's kernels, FlashInfer and our kernels for other GPUs,
+"""Speed of prefill on a Hopper GPU beside PyTorch's kernels, FlashInfer's, FFPA's and ours for other GPUs,
 measured in one run.
 
 ``python benchmarks/gpu_prefill.py`` writes ``results/gpu_prefill.json``. Four parts: ``attention`` (plain tensors, causal
@@ -6,7 +6,7 @@ and full), ``feature`` (each optional part of a problem, as a share of the plain
 cost, beside those of the causal run), ``onto`` (a long packed cache). Times are medians of replayed CUDA graphs. FLOP are
 those of the visible keys. The workspace is what a call allocates beyond its output.
 
-Before anything is timed, every kernel is compared with float64 on a small problem (the gate), in several threads, which
+Before anything is timed, every kernel is compared with float64 on a small problem (the gate), in several processes, which
 also compile them; one that is wrong ends the run without a number.
 """
 
@@ -14,14 +14,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import sys
 import time
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from datetime import datetime, timezone
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 from unittest import mock
 
 import gpu_stock
@@ -49,7 +52,7 @@ DIMS = ((64, 64), (128, 128), (256, 256), (512, 512), (576, 512))
 TOKENS, MIDDLE = (2048, 8192, 32768), 8192  # middle: of features and of kernels that are slow
 WINDOW = 1024
 LONG, QUERIES, LONG_HEADS, LONG_KV_HEADS = 65536, 4096, 32, 8  # the last queries of a long cache
-FORMATS = ("bf16", "q8_0", "turbo4", "turbo4/turbo2", "tq6")
+FORMATS = ("bf16", "q8_0", "turbo4", "turbo4/turbo2", "tq6", "tq8")
 LIMIT = 6e-3  # relative error that the gate allows: weights and outputs are bfloat16
 BOUND = 1e-2  # that a kernel of others may differ from ours, on what is timed
 FEATURES = {  # name: what is asked for, beside causal (True) or full attention
@@ -67,34 +70,39 @@ FEATURES = {  # name: what is asked for, beside causal (True) or full attention
 # -- the gate
 
 
-def configurations() -> list[tuple[str, tuple[int, int], str, bool]]:
-    """(formats, dims, feature or "causal", paired) of all kernels that are timed."""
-    plain = [("bf16", dims, "causal", dims[1] > 256 and paired) for dims, paired in product(DIMS, (False, True))]
-    featured = [("bf16", dims, name, False) for dims, name in product(DIMS[:4], FEATURES)]
-    packed = [(formats, (d, d), "causal", d > 256) for formats, d in product(FORMATS, (128, 512))]
-    return list(dict.fromkeys(plain + featured + packed))
+class Config(NamedTuple):
+    formats: str
+    dims: tuple[int, int]
+    feature: str = "causal"
+    kernels: str = ""  # "pairs": of blocks that load for each other, as they do once K and V outgrow L2; "portable"
+
+    def error(self) -> float:
+        """The relative error on a small problem, in the dtype that is timed."""
+        causal, features = FEATURES.get(self.feature, (True, {}))
+        k, _, v = self.formats.partition("/")
+        sizes = dict(batch=2, q_heads=8, kv_heads=2, q_len=200, kv_len=777, dtype=BF16, device="cuda")
+        forced = gpu.forced("portable") if self.kernels == "portable" else nullcontext()
+        section = 0 if self.kernels == "pairs" else shapes.SECTION
+        with torch.no_grad(), forced, mock.patch.object(shapes, "SECTION", section):
+            problem = inputs(case(k, v or k, self.dims, causal=causal, **sizes, **features))
+            out, exact = problem.run("gpu")[0], problem.exact[0]
+            return float((out.double() - exact).norm() / exact.norm())
 
 
-def check(config: tuple[str, tuple[int, int], str, bool]) -> float:
-    """The relative error of one configuration on a small problem, in the dtype that is timed."""
-    formats, dims, name, _ = config
-    causal, features = FEATURES.get(name, (name == "causal", {}))
-    k, _, v = formats.partition("/")
-    sizes = dict(batch=2, q_heads=8, kv_heads=2, q_len=200, kv_len=777, dtype=BF16, device="cuda")
-    with torch.no_grad():
-        problem = inputs(case(k, v or k, dims, causal=causal, **sizes, **features))
-        out, exact = problem.run("gpu")[0], problem.exact[0]
-        return float((out.double() - exact).norm() / exact.norm())
+def configurations() -> list[Config]:
+    """All kernels that are timed."""
+    found = [Config("bf16", dims, kernels=kernels) for kernels in ("", "portable") for dims in DIMS]
+    found += [Config("bf16", dims, name) for dims, name in product(DIMS[:4], FEATURES)]
+    found += [Config(formats, (d, d)) for formats, d in product(FORMATS, (128, 512))]
+    found += [c._replace(kernels="pairs") for c in found if c.dims[1] > 256 and c.feature == "causal" and not c.kernels]
+    return list(dict.fromkeys(found))
 
 
-def gate(threads: int) -> dict:
+def gate(processes: int) -> dict:
     """Raises SystemExit on a kernel that is wrong. Returns the number of checks and the worst relative error."""
-    errors = {}
-    with ThreadPoolExecutor(threads) as pool:
-        for paired, section in ((False, shapes.SECTION), (True, 0)):  # blocks share loads once K and V outgrow L2
-            configs = [c for c in configurations() if c[3] == paired]
-            with mock.patch.object(shapes, "SECTION", section):
-                errors |= dict(zip(configs, pool.map(check, configs)))
+    configs = configurations()
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        errors = dict(zip(configs, pool.map(Config.error, configs)))
     for config, error in errors.items():
         if not error <= LIMIT:
             raise SystemExit(f"gate: {config} is off by {error:.3g}, allowed {LIMIT:g}; nothing was timed")
@@ -141,7 +149,7 @@ def attention(dims: tuple[int, int], tokens: int, causal: bool) -> dict:
 
 
 def others(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> dict[str, Callable[[], Tensor]]:
-    """PyTorch's fused kernels (the memory-efficient one gets K and V repeated per query head) and FlashInfer's."""
+    """PyTorch's fused kernels (the memory-efficient one gets K and V repeated per query head), FlashInfer's and FFPA's."""
     repeated = [x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v)]
 
     def stock(name: str) -> Tensor:
@@ -154,7 +162,13 @@ def others(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> dict[str, Callable[
 
         return run(*(x[0].transpose(0, 1) for x in (q, k, v)), causal=causal).transpose(0, 1)[None]
 
-    return {n: lambda n=n: stock(n) for n in ("cudnn", "flash", "efficient")} | {"flashinfer": flashinfer}
+    def ffpa() -> Tensor:
+        from ffpa_attn import ffpa_attn_func as run
+
+        return run(q, k, v, is_causal=causal, enable_gqa=True)
+
+    found = {n: lambda n=n: stock(n) for n in ("cudnn", "flash", "efficient")}
+    return found | {"flashinfer": flashinfer, "ffpa": ffpa}
 
 
 def peer(call: Callable[[], Tensor], expected: Tensor, speed: Callable[[float], float]) -> float | str:
@@ -265,12 +279,12 @@ def measured() -> list[dict]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/gpu_prefill.json", help="JSON file to write")
-    parser.add_argument("--threads", type=int, default=16, help="that compile and check (default 16)")
+    parser.add_argument("--processes", type=int, default=16, help="that compile and check (default 16)")
     parser.add_argument("--commit", help="commit of a tree that is no git checkout")
     options = parser.parse_args()
     begun = time.monotonic()
     with torch.no_grad():
-        checked = gate(options.threads)
+        checked = gate(options.processes)
         found = measured()
     about = environment()
     about["commit"] = about["commit"] or options.commit
