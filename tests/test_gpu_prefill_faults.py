@@ -61,7 +61,7 @@ FAULTS = (
     Fault("sinks_are_not_in_the_denominator",
           shared("sum * exp2_fast(reached - most) + exp2_fast(sink - most);", "sum * exp2_fast(reached - most);"),
           dict(sinks=True)),
-    Fault("a_term_of_the_cap_is_off", hopper("{{0.99992484f,", "{{0.98992484f,"), dict(softcap=9.0)),
+    Fault("a_term_of_the_cap_is_off", hopper("{{0.99992484f,", "{{0.98992484f,"), dict(softcap=60.0)),
     Fault("scores_beyond_the_cap_are_off", hopper("fabsf(x * twice)", "fabsf(x)"), dict(softcap=2.0)),
     Fault("a_mask_is_a_row_off", hopper("+ lane % 8, lane / (COMMON", "+ (lane + 1) % 8, lane / (COMMON"), ADDITIVE),
     Fault("a_mask_of_bytes_is_a_row_off", hopper("row(0) + lane / 4,", "row(0) + (lane / 4 + 1) % 8,"),

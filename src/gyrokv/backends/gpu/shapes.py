@@ -60,7 +60,7 @@ class Shape:
     def keys(self) -> int:
         """Keys of a block. It does not depend on the kind of mask: block maps have one tile shape."""
         if not self.groups:
-            return 128 if self.dv <= 512 else 64
+            return 128 if self.dv <= 512 and (self.dk <= 512 or not self.mask) else 64
         rows = 64 * self.groups
         room = _SHARED - _BARRIERS - 2 * rows * self.dk - (4 * rows * 128 if self.mask else 0)
         return 128 if self.dv <= 128 and room >= 2 * 256 * (self.dk + self.dv) else 64
@@ -86,19 +86,20 @@ class Shape:
 
     @property
     def mask_stages(self) -> int:
-        """Two where that leaves two stages of k and v."""
+        """Two where that leaves the fewest stages of k and v that there may be."""
         before, k, v, after = self._parts
-        room = _SHARED - before - after - _BARRIERS - 2 * (k + v)
+        room = _SHARED - before - after - _BARRIERS - 2 * k - (2 if self.groups else 4) * v
         return min(2, room // self.mask_bytes) if self.mask else 0
 
     @property
     def stages(self) -> tuple[int, int]:
-        """Stages of k and of v, as many as fit; those of v in twos where two warpgroups take turns."""
+        """Stages of k and of v, as many as fit. In the wide kernel each of two warpgroups has its own stages of v, and keeps one
+        until it has asked for the products of the next."""
         before, k, v, after = self._parts
         left = _SHARED - before - after - self.mask_stages * self.mask_bytes - _BARRIERS
         if self.groups:
             return (min(4, left // (k + v)),) * 2
-        many = next(n for n in (6, 4, 2) if n * v + max(2, n - 1) * k <= left)
+        many = 6 if 6 * v + 5 * k <= left else 4
         return min(6, (left - many * v) // k), many
 
     @property

@@ -44,8 +44,10 @@ constexpr int P_FULL = V_EMPTY + V_STAGES, P_EMPTY = P_FULL + SLOTS, MASK_FULL =
 constexpr int MASK_EMPTY = MASK_FULL + MASK_STAGES, BARRIERS = MASK_EMPTY + MASK_STAGES;
 constexpr int BYTES = BARRIERS_AT + 8 * BARRIERS;
 static_assert(BYTES <= 232448, "shared memory of a block");
-static_assert(K_STAGES >= 2 && V_STAGES >= 2, "a product runs while the next operand arrives");
+static_assert(K_STAGES >= 2, "a product runs while the next operand arrives");
 static_assert(V_STAGES % 2 == 0, "a stage always serves the same warpgroup: it may be two rounds ahead of the other");
+static_assert(V_STAGES >= 2 * VALUE_GROUPS, "a warpgroup waits for a stage before it releases the one before");
+static_assert(!MASK || MASK_STAGES >= 1, "a mask has a stage");
 
 // registers of a thread, by role: all that is left goes to the scores
 constexpr int LOAD_REGISTERS = MASK ? 40 : 24;
