@@ -1,6 +1,11 @@
-"""A few small problems on a GPU, to be run under compute-sanitizer: see CONTRIBUTING.md. No test by itself."""
+"""A few small problems on a GPU, to be run under compute-sanitizer: see CONTRIBUTING.md. No test by itself.
+
+Arguments: the parts to run, of ``append best joined portable``; without any, all.
+"""
 
 from __future__ import annotations
+
+import sys
 
 import torch
 
@@ -21,18 +26,43 @@ CASES = (
     case("bf16", "bf16", (512, 512), kv_len=300, q_len=70, dtype=BF16, lengths=True, paged=True, page=64),
     case("q8_0", "turbo4", (128, 128), kv_len=300, q_len=70, dtype=BF16, causal=True, lengths=True, paged=True),
     case("bf16", "turbo4", (512, 512), kv_len=300, q_len=70, dtype=BF16, causal=True, lengths=True, window=100),
+    case("bf16", "bf16", (64, 64), kv_len=300, q_len=70, q_heads=8, kv_heads=2, dtype=BF16, softcap=30.0, mask="bool"),
+    case("bf16", "bf16", (128, 128), kv_len=304, q_len=70, q_heads=8, dtype=BF16, mask="additive", mask_dtype=BF16),
+    case("bf16", "bf16", (256, 256), kv_len=302, q_len=70, dtype=BF16, mask="additive", masked=-1e5),
+    case("bf16", "bf16", (512, 512), kv_len=300, q_len=70, dtype=BF16, mask="additive", mask_axes="bhqk"),
 )
 
-if __name__ == "__main__":
-    for one in CASES:
-        print(one, float(inputs(one.on("cuda")).run("gpu")[0].float().abs().sum()))
+
+def run(name: str, cases: tuple) -> None:
+    for one in cases:
+        print(name, one, float(inputs(one.on("cuda")).run("gpu")[0].float().abs().sum()), flush=True)
+
+
+def best() -> None:
+    run("best", CASES)
+
+
+def portable() -> None:
     with gpu.forced("portable"):
-        for one in CASES[3:]:
-            print("portable", one, float(inputs(one.on("cuda")).run("gpu")[0].float().abs().sum()))
-    staging.STAGED = 1  # in pieces of 128 keys, whose results are joined
-    for one in CASES[-4:]:
-        print("joined", one, float(inputs(one.on("cuda")).run("gpu")[0].float().abs().sum()))
+        run("portable", CASES[3:])
+
+
+def joined() -> None:
+    """In pieces of 128 keys, whose results are joined."""
+    staging.STAGED = 1
+    run("joined", CASES[5:])
+
+
+def append() -> None:
     layer = LayerCache(Codec("turbo4", 128), Codec("q8_0", 128), batch=2, kv_heads=2, dtype=BF16, device="cuda", capacity=64)
     x = torch.randn(2, 2, 5, 128, device="cuda", dtype=BF16)
     gpu.append(layer, x, x)
+
+
+PARTS = {part.__name__: part for part in (append, best, joined, portable)}
+
+
+if __name__ == "__main__":
+    for part in sys.argv[1:] or PARTS:
+        PARTS[part]()
     torch.cuda.synchronize()

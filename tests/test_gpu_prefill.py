@@ -330,7 +330,7 @@ def test_a_thread_may_begin_with_attention(backend_here):
 
 
 def test_plans_fit():
-    """Every problem has a kernel whose shared memory fits, with as many stages of each operand as a warpgroup holds at once."""
+    """Every problem has a kernel whose shared memory fits, with as many stages as a warpgroup holds at once."""
     for (dk, dv), mask, heads, own in product(HEADS, range(5), (2, 4, 8), (False, True)):
         spec = case("bf16", "bf16", (dk, dv), q_heads=heads, q_len=100, dtype=BF16, device="cuda").spec
         made = shapes.shape(spec, (dk, dv), (BF16, F16, BF16), mask, head_mask=own)

@@ -93,8 +93,8 @@ class Shape:
 
     @property
     def stages(self) -> tuple[int, int]:
-        """Stages of k and of v, as many as fit. In the wide kernel each of two warpgroups has its own stages of v, and keeps one
-        until it has asked for the products of the next."""
+        """Stages of k and of v, as many as fit. In the wide kernel each of two warpgroups has its own stages of v, and keeps
+        one until it has asked for the products of the next."""
         before, k, v, after = self._parts
         left = _SHARED - before - after - self.mask_stages * self.mask_bytes - _BARRIERS
         if self.groups:
