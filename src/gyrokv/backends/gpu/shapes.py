@@ -98,7 +98,8 @@ class Shape:
         before, k, v, after = self._parts
         left = _SHARED - before - after - self.mask_stages * self.mask_bytes - _BARRIERS
         if self.groups:
-            return (min(4, left // (k + v)),) * 2
+            many = min(4, left // (k + v))
+            return min(4, (left - many * v) // k), many
         many = 6 if 6 * v + 5 * k <= left else 4
         return min(6, (left - many * v) // k), many
 

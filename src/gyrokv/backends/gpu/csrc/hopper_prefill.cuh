@@ -42,13 +42,15 @@ INLINE void load_queries(u32 to, const TensorMap* map, const Tile& tile, int six
       load_box(to + i * 8192 + first * PACK * 128, map, i * 64, tile.row + sixtyfour * TURN + first, tile.head, tile.batch, full);
 }
 
-// A mask's tile in shared memory, as stored: rows of PITCH bytes, part c (16 bytes) of row r at c ^ (r % 8). Heads that share
-// a mask share its rows.
+// A mask's tile in shared memory, as stored: rows of PITCH bytes, part c (16 bytes; 32 of floats, of which a quad of threads reads
+// 32) of row r at c ^ r, within 128 bytes. Heads that share a mask share its rows.
 struct MaskTile {
   static constexpr int SIZE = MASK == 1 ? 1 : MASK == 2 ? 4 : 2, PITCH = KEYS * SIZE > 128 ? KEYS * SIZE : 128;
   static constexpr int COUNT = HEAD_MASK ? ROWS : POSITIONS, BYTES = COUNT * PITCH;
 
-  INLINE static u32 place(int row, int byte) { return row * PITCH + ((byte >> 4 ^ row % 8) << 4) + byte % 16; }
+  static constexpr int PART = SIZE == 4 ? 32 : 16;
+
+  INLINE static u32 place(int row, int byte) { return row * PITCH + (byte ^ row % (128 / PART) * PART); }
 };
 
 // Its ring of MASK_STAGES: 64 threads arrive at a barrier ``full`` of a stage, a lane of each warp that reads at ``empty``.

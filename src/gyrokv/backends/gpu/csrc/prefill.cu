@@ -179,7 +179,7 @@ INLINE void score_role(const Prefill& p, u32 shared, u32 rank) {
     float s[SCORES];
     u32 w[UNITS][4];
     if (tile.block >= 0) wait(barrier(shared, Q_FULL), q_ring.parity);
-    for (int block = tile.block; block >= 0; block = tile.seen(block - 1)) {
+    for (int block = tile.block, next; block >= 0; block = next) {
 #pragma unroll
       for (int c = 0; c < CHUNKS; ++c) {
         multiply(s, c);
@@ -192,12 +192,13 @@ INLINE void score_role(const Prefill& p, u32 shared, u32 rank) {
       products_wait<0>();
       settle(s);
       release((ring.stage + K_STAGES - 1) % K_STAGES);
+      next = tile.seen(block - 1);
+      if (next < 0 && lane == 0) arrive(barrier(shared, Q_EMPTY));  // the next tile's is loaded meanwhile
       softmax.begin(s, p, Range(p, tile, block, rows, lane % 4), mask, tile.masked(block));
 #pragma unroll
       for (int unit = 0; unit < UNITS; ++unit) softmax.weights(s, unit, scale, w[unit]);
     }
     if (tile.block >= 0) {
-      if (lane == 0) arrive(barrier(shared, Q_EMPTY));
       q_ring.advance();
       send(to, softmax, w);
     }

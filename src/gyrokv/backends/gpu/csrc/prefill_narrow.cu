@@ -106,9 +106,12 @@ INLINE void attend_role(const Prefill& p, u32 shared, int group) {
       for (int unit = 0; unit < UNITS; ++unit) product_across<DV, V_BF16>(o, w[unit], v.at(unit * 2048));
       products_commit();
     };
-    auto release_k = [&] {
+    int block = tile.block, next;
+    auto release_k = [&] {  // and q, after the last block: the next tile's is loaded meanwhile
       if (lane == 0) arrive(barrier(shared, K_EMPTY + k_ring.stage));
       k_ring.advance();
+      next = tile.seen(block - 1);
+      if (next < 0 && lane == 0) arrive(barrier(shared, Q_EMPTY));
     };
     auto release_v = [&] {
       if (lane == 0) arrive(barrier(shared, V_EMPTY + v_ring.stage));
@@ -121,9 +124,9 @@ INLINE void attend_role(const Prefill& p, u32 shared, int group) {
 #pragma unroll
       for (int unit = 0; unit < UNITS; ++unit) softmax.weights(s, unit, scale, w[unit]);
     };
-    int block = tile.block;
     if (block >= 0) {
       wait(barrier(shared, Q_FULL), q_ring.parity);
+      q_ring.advance();
       scores();
       products_wait<0>();
       settle(s);
@@ -131,7 +134,7 @@ INLINE void attend_role(const Prefill& p, u32 shared, int group) {
       begin(block);
       weigh();
       int before = block;
-      while ((block = tile.seen(block - 1)) >= 0) {
+      while ((block = next) >= 0) {
         meet(1 + group);  // products are asked for in turn, so that one's softmax has the others' products beside it
         scores();
         values(before);
@@ -150,8 +153,6 @@ INLINE void attend_role(const Prefill& p, u32 shared, int group) {
         }
         weigh();
       }
-      if (lane == 0) arrive(barrier(shared, Q_EMPTY));
-      q_ring.advance();
       values(before);
       products_wait<0>();
       settle(o);
