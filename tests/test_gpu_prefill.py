@@ -75,6 +75,8 @@ def cases() -> list[Case]:
         found.append(case("bf16", "bf16", (dim, dim), dtype=BF16, causal=True, **(SIZES | dict(q_heads=2 * groups))))
     for softcap, dim in product((2.0, 9.0, 30.0), (64, 128, 256)):
         found.append(case("bf16", "f16", (dim, dim), dtype=BF16, causal=True, softcap=softcap, **(SIZES | dict(q_heads=8))))
+    for dim, v, scale in product((64, 128, 256, 512), ("bf16", "f16"), (1.0, 3.0)):  # weights outgrow their references
+        found.append(case("bf16", v, (dim, dim), dtype=BF16, causal=True, scale=scale, **(SIZES | dict(kv_len=1000))))
     return list(dict.fromkeys(found + masked() + ragged()))
 
 
@@ -304,7 +306,7 @@ def test_strides_of_a_mask_change_no_bit(kind, layout, backend_here):
     sizes = SIZES | dict(q_heads=8, kv_len=336, dtype=BF16)
     own = dict(mask="bool") if kind == "bool" else dict(mask="additive", mask_dtype=kind)
     data = inputs(case("bf16", "bf16", (128, 128), **sizes, **own).on("cuda"))
-    full, other = data.mask, torch.ones((), dtype=data.mask.dtype, device="cuda") * (1 if kind == "bool" else torch.nan)
+    full, other = data.mask, torch.full((), 1 if kind == "bool" else torch.nan, dtype=data.mask.dtype, device="cuda")
     if layout in ("one row", "one column"):
         given = full[-1:] if layout == "one row" else full[:, :1]
         full = given.expand(full.shape).contiguous()
