@@ -243,6 +243,9 @@ def _prefill() -> list[str]:
             if any(isinstance(x, float) for x in found):
                 cells = [f"{x:.0f}" if isinstance(x, float) else "–" for x in found]
                 lines.append(f"| {tokens:,} | {name} | {' | '.join(cells)} |")
+    absent = [name for name, found in causal[0]["others"].items() if found == "not installed"]
+    if absent:
+        lines += ["", f"Not installed: {', '.join(absent)}."]
     dims = list(dict.fromkeys(_dims(r) for r in features))
     lines += [
         "",
