@@ -19,7 +19,6 @@ from gyrokv.testing import inputs
 
 BF16, F16 = torch.bfloat16, torch.float16
 SIZES = dict(batch=2, q_heads=8, kv_heads=2, q_len=200, kv_len=333, dtype=BF16)
-STEEP = dict(kv_len=2000, scale=3.0)  # maxima grow beyond what weights have room for
 ADDITIVE = dict(mask="additive", mask_dtype=BF16, masked=-1e5)
 
 
@@ -57,26 +56,18 @@ FAULTS = (
           shared("min(end, position) :", "min(end, position + 1) :"), dict(causal=True)),
     Fault("the_first_key_of_a_window_is_dropped",
           shared("position - p.window + 1 - key", "position - p.window + 2 - key"), dict(causal=True, window=40)),
-    Fault("the_denominator_is_not_rescaled", shared("      total[r] *= factor[r];\n", ""), STEEP),
-    Fault("the_output_is_not_rescaled", (("prefill.cu", "        rescale(false);\n", ""),), STEEP, 512),
-    Fault("the_own_output_is_not_rescaled", (("prefill_narrow.cu", "o[i] *= softmax.factor[i / 2 % 2];", ""),), STEEP),
-    Fault("weights_have_endless_room", hopper("      off = __any_sync(~0u, off);\n", "      off = false;\n"), STEEP),
-    Fault("references_are_not_found_anew", hopper("      refer(s, p);\n      factor[0]", "      factor[0]"), STEEP),
+    Fault("the_denominator_is_not_rescaled", shared("      total[r] *= factor[r];\n", ""), dict(kv_len=2000)),
+    Fault("the_output_is_not_rescaled", (("prefill.cu", "      rescale(false);\n", ""),), dict(kv_len=2000), 512),
     Fault("sinks_are_not_in_the_denominator",
           shared("sum * exp2_fast(reached - most) + exp2_fast(sink - most);", "sum * exp2_fast(reached - most);"),
           dict(sinks=True)),
     Fault("a_term_of_the_cap_is_off", hopper("{{0.99992484f,", "{{0.98992484f,"), dict(softcap=60.0)),
     Fault("scores_beyond_the_cap_are_off", hopper("fabsf(x * twice)", "fabsf(x)"), dict(softcap=2.0)),
-    Fault("sums_do_not_tell_of_scores_near_the_cap", hopper("cap.off(total[0]) || cap.off(total[1])", "false"),
-          dict(softcap=20.0, scale=0.5)),
-    Fault("weights_made_twice_count_twice", hopper("off ? before[r] :", "off ? total[r] + before[r] :"),
-          dict(softcap=20.0, scale=0.5)),
-    Fault("hidden_keys_have_the_lowest_score", hopper("x == -INFINITE ? x : y;", "y;"), dict(softcap=2.0, causal=True)),
     Fault("a_mask_is_a_row_off", hopper("+ lane % 8, lane / (COMMON", "+ (lane + 1) % 8, lane / (COMMON"), ADDITIVE),
     Fault("a_mask_of_bytes_is_a_row_off", hopper("row(0) + lane / 4,", "row(0) + (lane / 4 + 1) % 8,"),
           dict(mask="bool")),
     Fault("a_mask_has_the_unit_of_exponents", hopper("1.0f / (ANY_SCALE ? 1.0f : p.scale));", "1.0f);"), ADDITIVE),
-    Fault("the_lowest_value_is_a_number", hopper("counts(s, p, 1))) mask.hide(s);", "counts(s, p, 1))) {}"),
+    Fault("the_lowest_value_is_a_number", hopper("          mask.hide(s);\n", ""),
           dict(mask="additive", mask_dtype=F16, masked=-65504.0)),
     Fault("the_lowest_value_times_a_slope_is_a_number", hopper("!AGAIN && y <= LEAST", "false && y <= LEAST"),
           dict(mask="additive", mask_dtype=F16, masked=-65504.0, alibi=8.0)),
@@ -120,7 +111,7 @@ def test_a_row_of_low_values_is_looked_at_again(dim, backend_here):
     """A score near -65504 has 6 bits after the point."""
     backend_here("gpu")
     assert _lowest_values(dim) < 3e-2
-    with nvrtc.sources(hopper("fminf(top[0], top[1]) < LOW)", "fminf(top[0], top[1]) < -1e38f)")):
+    with nvrtc.sources(hopper("(Mask::AGAIN && top[r] < Mask::LOW ? -INFINITE : top[r] + SLACK)", "top[r] + SLACK")):
         assert _lowest_values(dim) > 1e-1
 
 

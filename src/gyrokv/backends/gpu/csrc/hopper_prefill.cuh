@@ -8,9 +8,6 @@
 constexpr bool BOUNDED = SOFTCAP == 2;  // scores are so small that exponents need no reference
 constexpr int TURN = 64 / PACK;         // positions of each 64 rows
 constexpr int RUN = PACK > 1 ? 8 : 64;  // of a box of q
-// A row's exponents refer to the maximum of the first block that it sees, until a thread's sum of weights passes MOST, for that
-// is all that weights have room for; a reference below LOW (powers of 2) is found anew for each block.
-constexpr float LOW = -1000.0f, MOST = V_BF16 ? 0x1p60f : 0x1p14f;
 
 // f(tile) of each tile of a block. The host starts as many blocks as run at a time: loads of a tile run beside the end of
 // the one before. Every other round goes backwards: tiles get shorter.
@@ -152,12 +149,12 @@ INLINE void load_mask(const Prefill& p, u32 to, u32 full, u32 empty) {
 }
 
 // What a thread reads of a mask's tile, for its two rows. A value of -65504 or less means "masked". Added as it is, it hides a key
-// from a row whose reference is above LOW; other rows are looked at again. (A score of 64,000 it would not hide.)
+// from a row that has a score above LOW (a power of 2); other rows are looked at again. (A score of 64,000 it would not hide.)
 struct Mask {
   static constexpr bool AGAIN = MASK > 1 && !ALIBI, COMMON = PACK > 1 && !HEAD_MASK;
   static constexpr int SIZE = MaskTile::SIZE, WORDS = MASK == 2 ? 2 : 1;
   static constexpr int OWN = COMMON ? 1 : 2, STEP = COMMON && SIZE == 2 ? 2 : 1;  // rows that differ; units of a read
-  static constexpr float LEAST = -65504.0f;
+  static constexpr float LOW = -1000.0f, LEAST = -65504.0f;
   using Value = typename Choose<MASK == 1, u32, float>::type;
   MaskRing ring;
   u32 at, full, empty;  // at: 16-bit values come by matrices: of a lane's row there; else of the thread's first row
@@ -183,6 +180,8 @@ struct Mask {
       else score = __fmaf_rn(!AGAIN && y <= LEAST ? -INFINITE : y, factor[r], score);
     });
   }
+  // May a value that means "masked" count, among keys of row r whose largest score is ``most``?
+  INLINE static bool counts(float most, float top) { return AGAIN && most > -INFINITE && fmaxf(most, top) < LOW; }
   INLINE void hide(float (&s)[SCORES]) const {
     each(s, [&](Value y, int, float& score) { score = y <= LEAST ? -INFINITE : score; });
   }
@@ -231,36 +230,20 @@ struct Mask {
   }
 };
 
-// c tanh(x / c) of scores, in powers of 2: within c / 2 x times a polynomial of x^2 (largest error 5e-6 c and 1.3e-7 c: the least
-// there is), else exponentials. A polynomial of degree 2 is monotone everywhere. So where exponents need no reference, sums of
-// weights tell afterwards: one within MOST has no score beyond c / 2, and far below, weights are off by 1e-7 at most where c is 20
-// or more, nothing beside LEAST.
+// c tanh(x / c) of scores, in powers of 2. While those of a warp are within c / 2 it is x times a polynomial of x^2 (largest error
+// 5e-6 c and 1.3e-7 c: the least there is); else it takes exponentials.
 struct Cap {
   static constexpr int DEGREE = BOUNDED ? 2 : 3;
   static constexpr float TERMS[2][4] = {{0.99992484f, -0.33085483f, 0.11254052f},
                                         {0.99999768f, -0.33320653f, 0.13145135f, -0.04337221f}};
-  static constexpr float LEAST = 4e-3f;
   float cap, limit, twice, terms[DEGREE + 1];
 
   INLINE Cap(const Prefill& p) {
     float inverse = (ANY_SCALE ? 1.0f : p.scale) / p.softcap, power = inverse;
     cap = LOG2E * p.softcap, twice = 2.0f * LOG2E * inverse;
-    limit = inverse > 1e-4f && inverse < 1e4f && p.softcap >= 20.0f ? 0.5f / inverse : -1.0f;  // powers stay finite
+    limit = inverse > 1e-4f && inverse < 1e4f ? 0.5f / inverse : -1.0f;  // powers stay finite
 #pragma unroll
     for (int i = 0; i <= DEGREE; ++i, power *= inverse * inverse) terms[i] = TERMS[DEGREE - 2][i] * cap * power;
-  }
-  INLINE float near(float s) const {
-    float w = s * s, y = terms[DEGREE];
-#pragma unroll
-    for (int n = DEGREE - 1; n >= 0; --n) y = __fmaf_rn(y, w, terms[n]);
-    return s * y;
-  }
-  INLINE void far(float (&s)[SCORES]) const {
-#pragma unroll
-    for (int i = 0; i < SCORES; ++i) {  // tanh(x) = 1 - 2 / (exp(2 x) + 1)
-      float x = s[i], y = copysignf(__fmaf_rn(-2.0f * cap, inverse_fast(exp2_fast(fabsf(x * twice)) + 1.0f), cap), x);
-      s[i] = x == -INFINITE ? x : y;  // hidden before
-    }
   }
   INLINE void apply(float (&s)[SCORES]) const {
     float most[2] = {0.0f, 0.0f};
@@ -268,13 +251,20 @@ struct Cap {
     for (int i = 0; i < SCORES; ++i) most[i % 2] = fmaxf(most[i % 2], fabsf(s[i]));
     if (__all_sync(~0u, fmaxf(most[0], most[1]) <= limit)) {
 #pragma unroll
-      for (int i = 0; i < SCORES; ++i) s[i] = near(s[i]);
+      for (int i = 0; i < SCORES; ++i) {
+        float w = s[i] * s[i], y = terms[DEGREE];
+#pragma unroll
+        for (int n = DEGREE - 1; n >= 0; --n) y = __fmaf_rn(y, w, terms[n]);
+        s[i] *= y;
+      }
     } else {
-      far(s);
+#pragma unroll
+      for (int i = 0; i < SCORES; ++i) {  // tanh(x) = 1 - 2 / (exp(2 x) + 1)
+        float x = s[i];
+        s[i] = copysignf(__fmaf_rn(-2.0f * cap, inverse_fast(exp2_fast(fabsf(x * twice)) + 1.0f), cap), x);
+      }
     }
   }
-  // of a thread's keys of a row, made from near()
-  INLINE bool off(float sum) const { return !(sum >= LEAST && sum <= exp2_fast(0.46f * cap)); }
 };
 
 // of a thread's two rows, g and g + 8 of its warp's 16
@@ -289,7 +279,7 @@ struct Softmax : Sums {
 #pragma unroll
       for (int i = 0; i < SCORES; ++i) s[i] *= p.scale;
     }
-    if constexpr (SOFTCAP && !BOUNDED) Cap(p).apply(s);
+    if constexpr (SOFTCAP) Cap(p).apply(s);
     if constexpr (MASK > 0)
       if (masked) mask.look(s);
     range.hide(s);
@@ -299,26 +289,24 @@ struct Softmax : Sums {
         if (masked) mask.release();
       return;
     }
-    grown = __any_sync(~0u, fminf(top[0], top[1]) < LOW);
+    float x[2] = {most(s, p, 0), most(s, p, 1)};
+    grown = __any_sync(~0u, matters(0, x[0]) || matters(1, x[1]));
     if (grown) {
       if constexpr (Mask::AGAIN) {
-        if (masked && __any_sync(~0u, counts(s, p, 0) || counts(s, p, 1))) mask.hide(s);
+        if (masked && __any_sync(~0u, Mask::counts(x[0], top[0]) || Mask::counts(x[1], top[1]))) {
+          mask.hide(s);
+          x[0] = most(s, p, 0), x[1] = most(s, p, 1);
+        }
       }
-      refer(s, p);
+      most_of_quads(x);
+      raise(0, x[0]);
+      raise(1, x[1]);
     }
     if constexpr (MASK > 0)
       if (masked) mask.release();
   }
-  // may a value that means "masked" count, among a thread's keys of a row?
-  INLINE bool counts(const float (&s)[SCORES], const Prefill& p, int r) const {
-    float x = most(s, p, r);
-    return x > -INFINITE && fmaxf(x, top[r]) < LOW;
-  }
-  INLINE void refer(const float (&s)[SCORES], const Prefill& p) {
-    float x[2] = {most(s, p, 0), most(s, p, 1)};
-    most_of_quads(x);
-    raise(0, x[0]);
-    raise(1, x[1]);
+  INLINE bool matters(int r, float most) const {  // it passes the reference, or a value that means "masked" may count
+    return most > (Mask::AGAIN && top[r] < Mask::LOW ? -INFINITE : top[r] + SLACK);
   }
   INLINE static float most(const float (&s)[SCORES], const Prefill& p, int r) {  // of a thread's keys of a row, log2
     float x = s[2 * r];
@@ -327,44 +315,18 @@ struct Softmax : Sums {
     return x * unit(p);
   }
 
-  // Weights of a block's keys: two of a row in each of 4 registers of 16 keys. Sums tell afterwards whether they are right.
-  INLINE void weigh(float (&s)[SCORES], const Prefill& p, float scale, u32 (&w)[UNITS][4]) {
-    const Cap cap(p);
-    auto exponent = [&](float x, int r) { return SOFTCAP ? x - base[r] : __fmaf_rn(x, scale, -base[r]); };
-    if (!BOUNDED || cap.limit > 0.0f) {
-      float before[2] = {total[0], total[1]};
-      total[0] = total[1] = 0.0f;
-      if constexpr (BOUNDED) weights(s, w, [&](float x, int) { return cap.near(x); });
-      else weights(s, w, exponent);
-      bool off = BOUNDED ? cap.off(total[0]) || cap.off(total[1]) : fmaxf(total[0], total[1]) > MOST;
-      off = __any_sync(~0u, off);
+  // weights of 16 keys: two of a row in each of 4 registers
+  INLINE void weights(const float (&s)[SCORES], int unit, float scale, u32 (&w)[4]) {
 #pragma unroll
-      for (int r = 0; r < 2; ++r) total[r] = off ? before[r] : total[r] + before[r];
-      if (!off) return;
-    }
-    if constexpr (BOUNDED) {
-      cap.far(s);
-      weights(s, w, [](float x, int) { return x; });
-    } else {
-      float before[2] = {grown ? factor[0] : 1.0f, grown ? factor[1] : 1.0f};
-      refer(s, p);
-      factor[0] *= before[0], factor[1] *= before[1], grown = true;
-      weights(s, w, exponent);
-    }
-  }
-
- private:
-  template <class F>
-  INLINE void weights(const float (&s)[SCORES], u32 (&w)[UNITS][4], F exponent) {
-#pragma unroll
-    for (int i = 0; i < SCORES / 2; ++i) {
+    for (int i = 0; i < 4; ++i) {
       float x[2];
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        x[e] = exp2_fast(exponent(s[2 * i + e], i % 2));
+        float y = s[8 * unit + 2 * i + e];
+        x[e] = exp2_fast(BOUNDED ? y : SOFTCAP ? y - base[i % 2] : __fmaf_rn(y, scale, -base[i % 2]));
         total[i % 2] += x[e];
       }
-      w[i / 4][i % 4] = V_BF16 ? bf16x2(x[0], x[1]) : f16x2(x[0], x[1]);
+      w[i] = V_BF16 ? bf16x2(x[0], x[1]) : f16x2(x[0], x[1]);
     }
   }
 };

@@ -5,7 +5,7 @@
 //   score   s = q k^T of a block of keys, the running softmax; weights go to shared memory, 16 bits, in slots of 64 keys
 //   value   o += p v: two warpgroups, each with its columns of the output
 // The tensor cores are never idle if there are values to multiply while a softmax runs; so weights are held back until
-// the next scores have been asked for. References change when weights outgrow them: the output is rarely rescaled, and
+// the next scores have been asked for. Maxima grow lazily, by 2^8 or not at all: the output is rarely rescaled, and
 // a slot says by which factor, and whether.
 //
 // A key costs 2 (DK + DV) bytes of L2 per block of 64 rows, and that is what limits long contexts. CLUSTER 2: two blocks with
@@ -195,7 +195,8 @@ INLINE void score_role(const Prefill& p, u32 shared, u32 rank) {
       next = tile.seen(block - 1);
       if (next < 0 && lane == 0) arrive(barrier(shared, Q_EMPTY));  // the next tile's is loaded meanwhile
       softmax.begin(s, p, Range(p, tile, block, rows, lane % 4), mask, tile.masked(block));
-      softmax.weigh(s, p, scale, w);
+#pragma unroll
+      for (int unit = 0; unit < UNITS; ++unit) softmax.weights(s, unit, scale, w[unit]);
     }
     if (tile.block >= 0) {
       q_ring.advance();

@@ -120,6 +120,10 @@ INLINE void attend_role(const Prefill& p, u32 shared, int group) {
     auto begin = [&](int block) {
       softmax.begin(s, p, Range(p, tile, block, rows, lane % 4), mask, tile.masked(block));
     };
+    auto weigh = [&] {
+#pragma unroll
+      for (int unit = 0; unit < UNITS; ++unit) softmax.weights(s, unit, scale, w[unit]);
+    };
     if (block >= 0) {
       wait(barrier(shared, Q_FULL), q_ring.parity);
       q_ring.advance();
@@ -128,7 +132,7 @@ INLINE void attend_role(const Prefill& p, u32 shared, int group) {
       settle(s);
       release_k();
       begin(block);
-      softmax.weigh(s, p, scale, w);
+      weigh();
       int before = block;
       while ((block = next) >= 0) {
         meet(1 + group);  // products are asked for in turn, so that one's softmax has the others' products beside it
@@ -143,11 +147,11 @@ INLINE void attend_role(const Prefill& p, u32 shared, int group) {
         products_wait<0>();
         settle(o);
         release_v();
-        softmax.weigh(s, p, scale, w);
         if (softmax.grown) {
 #pragma unroll
           for (int i = 0; i < DV / 2; ++i) o[i] *= softmax.factor[i / 2 % 2];
         }
+        weigh();
       }
       values(before);
       products_wait<0>();
