@@ -230,12 +230,22 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
     copy_v(free, later, stage);
   };
 
+  // Tiles that all rows see whole, and whose successor in the ring is whole: of slots from the first one on, of those before it
+  struct Range {
+    int low;
+    u32 count;
+    INLINE bool holds(int tile) const { return (u32)(tile - low) < count; }
+  };
+  auto free_tiles = [&](int shift, int low, int high) {  // of offsets low .. high - 1, in slots that are `shift` further
+    int from = (max(low, free_low) + shift + TILE - 1) / TILE, stop = min((high + shift) / TILE, end) - STAGES * WARPS;
+    return Range{from, (u32)max(0, min(stop, (min(free_high, high) + shift + TILE) / TILE) - from)};
+  };
+  int ahead = slots.capacity - slots.first_slot;  // slots before the ring wraps
+  Range free = free_tiles(slots.first_slot, 0, min(slots.count, ahead)), wrapped = free_tiles(-ahead, ahead, slots.count);
+
   int stage = 0;
   for (int tile = begin + warp; tile < end; tile += WARPS) {
-    int last = tile + STAGES * WARPS, offset = slots.offset(tile * TILE);
-    bool free = MASK == 0 && last < end && slots.whole(tile * TILE, TILE) && offset >= free_low && offset <= free_high &&
-                slots.whole(last * TILE, TILE) && (STAGES == 1 || slots.whole((tile + WARPS) * TILE, TILE));
-    if (FREE && free) step(Bool<true>(), tile, stage);
+    if (FREE && MASK == 0 && (free.holds(tile) || wrapped.holds(tile))) step(Bool<true>(), tile, stage);
     else step(Bool<false>(), tile, stage);
     stage = stage + 1 == STAGES ? 0 : stage + 1;
   }

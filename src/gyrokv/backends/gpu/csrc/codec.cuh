@@ -144,6 +144,12 @@ INLINE u32 bytes_of(const ByteTables<R>& tables, int pass, u32 nibbles) {
   return prmt(table.low, table.high, nibbles);
 }
 
+// the upper four codes: of 2 or 3 bits, they are finite as half precision
+template <class R>
+INLINE u32 upper(u32 nibbles) {
+  return R::BITS == 4 ? nibbles >> 16 : upper_f16(nibbles);
+}
+
 // entry of a lookup table in shared memory: entries are 256 bytes apart, one copy per lane
 INLINE u32 look_up(const char* lut, u32 place) { return *(const u32*)(lut + place); }
 
@@ -151,8 +157,8 @@ INLINE u32 look_up(const char* lut, u32 place) { return *(const u32*)(lut + plac
 INLINE void from_table(u32 codes, const char* lut, u32 lane4, u32& a, u32& b) {
   u32 a0 = look_up(lut, prmt(codes, lane4, 0x7604)), b0 = look_up(lut, prmt(codes, lane4, 0x7614));
   u32 a1 = look_up(lut, prmt(codes, lane4, 0x7624)), b1 = look_up(lut, prmt(codes, lane4, 0x7634));
-  a = prmt(a0, a1, 0x5410);
-  b = prmt(b0, b1, 0x5410);
+  a = side_by_side(a0, a1);
+  b = side_by_side(b0, b1);
 }
 
 INLINE void from_nibbles(u32 nibbles, const char* lut, u32 lane4, u32& a, u32& b, u32& c, u32& d) {

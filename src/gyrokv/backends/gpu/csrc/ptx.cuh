@@ -46,6 +46,22 @@ INLINE u32 fma_f16x2(u32 a, u32 b, u32 c) {
   return d;
 }
 
+// These do a permute's and a shift's work in the pipe of products, which is wider and has less to do.
+// Low halves of a and b, which are finite; the upper half of a is zero
+INLINE u32 side_by_side(u32 a, u32 b) {
+  u32 d;
+  asm("{\n .reg .b16 l, h;\n .reg .b32 x;\n mov.b32 {l, h}, %2;\n mov.b32 x, {l, l};\n fma.rn.f16x2 %0, x, %3, %1;\n}"
+      : "=r"(d) : "r"(a), "r"(b), "r"(0x3C000000));
+  return d;
+}
+// the upper half of x, which is finite, twice
+INLINE u32 upper_f16(u32 x) {
+  u32 d;
+  asm("{\n .reg .b16 l, h;\n .reg .b32 y;\n mov.b32 {l, h}, %1;\n mov.b32 y, {h, h};\n add.rn.f16x2 %0, y, %2;\n}"
+      : "=r"(d) : "r"(x), "r"(0x80008000));
+  return d;
+}
+
 // two float8 e4m3 in the low half of x
 INLINE u32 f16x2_of_e4m3(u32 x) {
   u32 d;

@@ -266,8 +266,8 @@ INLINE void score(float (&s)[TILES][COLUMNS][4], u32 ring, const char* memory, c
 #pragma unroll
             for (int tile = 0; tile < TILES; ++tile) {
               u32 x = of_pass(pass, nibbles[tile][0][n]), y = of_pass(pass, nibbles[tile][1][n]);
-              a[tile][0] = bytes_of(tables, pass, x), a[tile][2] = bytes_of(tables, pass, x >> 16);
-              a[tile][1] = bytes_of(tables, pass, y), a[tile][3] = bytes_of(tables, pass, y >> 16);
+              a[tile][0] = bytes_of(tables, pass, x), a[tile][2] = bytes_of(tables, pass, upper<K>(x));
+              a[tile][1] = bytes_of(tables, pass, y), a[tile][3] = bytes_of(tables, pass, upper<K>(y));
             }
 #pragma unroll
             for (int group = low; group <= high; ++group)

@@ -273,7 +273,7 @@ INLINE void add_values_bytes(Running& r, const float (&s)[TILES][COLUMNS][4], u3
 #pragma unroll
         for (int tile = 0; tile < 2; ++tile) {
           u32 x = tile < TILES ? of_pass(pass, codes[m % 2][tile][m / 2]) : 0;
-          a[0][tile] = tile < TILES ? bytes_of(tables, pass, x) : 0, a[1][tile] = tile < TILES ? bytes_of(tables, pass, x >> 16) : 0;
+          a[0][tile] = tile < TILES ? bytes_of(tables, pass, x) : 0, a[1][tile] = tile < TILES ? bytes_of(tables, pass, upper<V>(x)) : 0;
         }
 #pragma unroll
         for (int group = 0; group < V::GROUPS; ++group) {
