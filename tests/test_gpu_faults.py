@@ -59,6 +59,10 @@ def codec(old: str, new: str) -> tuple[tuple[str, str, str], ...]:
     return (("codec.cuh", old, new),)
 
 
+def bits(old: str, new: str) -> tuple[tuple[str, str, str], ...]:
+    return (("bits.cuh", old, new),)
+
+
 def turn(old: str, new: str) -> tuple[tuple[str, str, str], ...]:
     return (("turn.cuh", old, new),)
 
@@ -98,6 +102,17 @@ def v_rows(test: Callable[[plan.Row], bool]) -> Callable[[Case], bool]:
 def v_bytes(case: Case) -> bool:
     """Values are multiplied as bytes."""
     return v_rows(lambda r: r.kind == plan.BYTES and r.bits < 4)(case) and case.spec.groups * case.spec.q_len <= 4
+
+
+def k_bits(scales: int) -> Callable[[Case], bool]:
+    """Keys are multiplied bit by bit, and have this many scales or more."""
+
+    def relevant(case: Case) -> bool:
+        s = case.spec
+        r = row(s.k_format, s.head_dim)
+        return plain(s) and s.groups * s.q_len <= 4 and plan._bitwise(r, 4) and r.scales >= scales
+
+    return relevant
 
 
 def masked_rows(case: Case) -> bool:
@@ -147,7 +162,7 @@ FAULTS = (
           rows("from + (live ? row * stride : 0) + part * COPY, live);",
                "from + (slot + row < slots.capacity ? row * stride : 0) + part * COPY, true);")),
     Fault("a_table_is_one_entry_late", k_rows(lambda r: r.kind == plan.TABLE),
-          score("f16x2(table[i / 32], 0.0f)", "f16x2(table[max(0, i / 32 - 1)], 0.0f)")),
+          score("(const char*)table, code(n))", "(const char*)table, max(0, code(n) - 1))")),
     Fault("one_byte_of_a_table_is_off", k_rows(lambda r: r.kind == plan.BYTES and r.bits < 4),
           codec("return prmt(table.low, table.high, nibbles);", "return prmt(table.low ^ 0x0800, table.high, nibbles);")),
     Fault("codes_of_one_sign_are_not_looked_up", k_rows(lambda r: r.kind == plan.BYTES and r.bits == 4 and r.scales <= 2),
@@ -211,6 +226,15 @@ FAULTS = (
           attend("  if (p.starts) first =", "  if (false) first =")),
     Fault("a_ring_is_read_in_the_order_of_its_slots", lambda c: c.sliding > 0 and c.spec.ring,
           rows("return slot - first_slot + (slot < first_slot ? capacity : 0);", "return slot - first_slot;")),
+    Fault("the_end_of_a_ring_is_free_of_checks", lambda c: c.sliding > 1000 and c.spec.ring,
+          attend("free_tiles(-ahead, ahead, slots.count)", "free_tiles(-ahead, ahead, slots.capacity)"), splits=1),
+    Fault("the_sign_of_q_counts_as_a_bit", k_bits(1), bits("? -2.0f * first", "? 2.0f * first")),
+    Fault("signs_do_not_flip_magnitudes", k_bits(1), bits("z[0][i] ^ (z[0][i] >> 1 & 0x55555555)", "z[0][i]")),
+    Fault("sums_of_bits_are_not_centred", k_bits(1), bits("(-0.5f / 68719476736.0f)", "0.0f")),
+    Fault("bits_of_two_scales_change_places", k_bits(2),
+          bits("y[0][i] = prmt(x[2 * i], x[2 * i + 1], 0x6420), y[1][i] = prmt(x[2 * i], x[2 * i + 1], 0x7531);",
+               "y[1][i] = prmt(x[2 * i], x[2 * i + 1], 0x6420), y[0][i] = prmt(x[2 * i], x[2 * i + 1], 0x7531);")
+          + bits("int half = at / 4 % 2;", "int half = at / 4 % 2 ^ (K::GROUPS == 4);")),
     Fault("the_softcap_comes_after_the_mask", spec(lambda s: s.softcap > 0 and s.mask == "additive"),
           attend("          if (SOFTCAP) {", "          if (false) {")
           + attend("x = bias == -INFINITY ? bias : (x + (MASK == 1 ? 0.0f : slope[j][e] * bias)) * LOG2E;",
@@ -294,7 +318,7 @@ def test_every_fault_is_one_of_the_sources(fault):
 def test_faults_are_many_and_in_every_source():
     assert len({f.name for f in FAULTS}) == len(FAULTS) >= 24
     files = {name for fault in FAULTS for name, _, _ in fault.edits}
-    assert files == {"attend.cu", "score.cuh", "values.cuh", "codec.cuh", "rows.cuh", "merge.cu", "turn.cuh"}
+    assert files == {"attend.cu", "score.cuh", "values.cuh", "codec.cuh", "rows.cuh", "merge.cu", "turn.cuh", "bits.cuh"}
 
 
 def test_edited_sources_are_forgotten():

@@ -12,6 +12,7 @@ F16, BF16, F32, FP8, LINEAR, BYTES, TABLE = range(7)  # csrc/codec.cuh
 _DENSE = {"float16": F16, "bfloat16": BF16, "float32": F32, "float8_e4m3fn": FP8}
 SHARED_MEMORY = 227 * 1024  # bytes of a block on compute capability 9.0
 _IN_FLIGHT = 32 * 1024  # bytes on their way to a processor that hide the memory's latency
+_BITWISE_ROWS = 4
 _STATIC = 4096  # bytes that kernels declare themselves, at most
 
 
@@ -205,6 +206,15 @@ def _integers(row: Row, side: str, rows: int) -> bool:
     return row.bits < 4 and rows == 4
 
 
+def _bitwise(row: Row, rows: int) -> bool:
+    """True for keys of 2 bits that are multiplied bit by bit (csrc/bits.cuh): symmetric levels by sign and magnitude, one
+    scale, or two or four of 128 values. Four query rows only: sums of bits cost by the row, lookups do not."""
+    levels = row.low.to_bytes(4, "little")
+    symmetric = levels[2] == 256 - levels[0] and levels[3] == 256 - levels[1]
+    alike = row.scales == 1 or (row.span == 128 and row.scales in (2, 4))
+    return row.kind == BYTES and row.bits == 2 and rows <= _BITWISE_ROWS and symmetric and alike
+
+
 def _registers(problem: Problem, rows: int, terms: int, tile: int) -> int:
     """About how many registers a lane needs: sums, weights, and what every kernel has."""
     v, k, tiles = problem.v, problem.k, tile // 16
@@ -230,7 +240,7 @@ def plan(problem: Problem, shared_memory: int = SHARED_MEMORY) -> Plan:
 def _plan(problem: Problem, shared_memory: int) -> Plan:
     k, v = problem.k, problem.v
     rows = 4 if problem.columns <= 4 else 8 if problem.columns <= 8 or v.dim > 256 else 16
-    k_int, v_int = _integers(k, "k", rows), _integers(v, "v", rows)
+    k_int, v_int = 2 if _bitwise(k, rows) else int(_integers(k, "k", rows)), _integers(v, "v", rows)
     # one bfloat16 holds a q of that dtype only; where four rows fill half a product, two terms are free
     rounded = k.kind in (BF16, F32) and (problem.q_type != BF16 or problem.k_turn > 0)
     terms = 2 if problem.two_terms or rounded or k_int or rows == 4 else 1
@@ -260,7 +270,7 @@ def _plan(problem: Problem, shared_memory: int) -> Plan:
     shared = max(fixed + warps * stages * per_stage, warps * per_warp)
     defines = {
         "K_KIND": k.kind, "K_BITS": k.bits, "K_SPAN": k.span, "K_SCALE32": int(k.wide_scale),
-        "K_INT": int(k_int), "DK": k.dim,
+        "K_INT": k_int, "DK": k.dim,
         "V_KIND": v.kind, "V_BITS": v.bits, "V_SPAN": v.span, "V_SCALE32": int(v.wide_scale),
         "V_INT": int(v_int), "DV": v.dim,
         "ROWS": rows, "TERMS": terms, "Q_TYPE": problem.q_type, "SOFTCAP": int(problem.softcap), "MASK": problem.mask,
@@ -275,8 +285,11 @@ def _plan(problem: Problem, shared_memory: int) -> Plan:
     return Plan(tuple(defines.items()), rows, tile, warps, stages, shared)
 
 
-def _query_bytes(k: Row, k_columns: int, integers: bool) -> int:
-    """Shared memory that q takes as operands: ``Q_BYTES`` in csrc/score.cuh."""
+def _query_bytes(k: Row, k_columns: int, integers: int) -> int:
+    """Shared memory that q takes as operands: ``Q_BYTES`` in csrc/score.cuh. ``integers``: ``K_INT``."""
+    if integers == 2:
+        rows = 4 * k_columns
+        return rows * (k.scales * 7 * 64 + k.dim * 4)
     fold = 1 if integers else k.fold
     vector = _vector(k.words // 2, 4 // fold)
     size, words, span = 8 // fold * vector, k.words, k.span or k.dim

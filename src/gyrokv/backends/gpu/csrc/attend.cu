@@ -19,6 +19,9 @@ static_assert(RING_AT + WARPS * STAGES * STAGE_BYTES <= SHARED && WARPS * ALL_RO
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_constant__ Attend p) {
   extern __shared__ __align__(128) char memory[];
   __shared__ float norms[ALL_ROWS];
+#if K_INT == 2
+  __shared__ float centres[K::GROUPS][ALL_ROWS];
+#endif
   __shared__ float2 tops[WARPS][ALL_ROWS];
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   Unit unit;
@@ -29,9 +32,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
   u32 shared = shared_address(memory);
 
   // tables, and positions that the host knows, do not wait
+  TableCopy<K::LUT_BYTES / 256> k_levels(p.k_table);
+  TableCopy<K_KIND == TABLE && SAME_TABLE ? 0 : V::LUT_BYTES / 256> v_levels(p.v_table);
   if (p.lengths || p.starts) wait_for_earlier_kernels();
-  fill_table<K::LUT_BYTES / 256>(shared, p.k_table);
-  fill_table<K_KIND == TABLE && SAME_TABLE ? 0 : V::LUT_BYTES / 256>(shared + V_LUT, p.v_table);
   // positions: which are live, then all relative to the first of them
   int length = p.lengths ? (int)(p.lengths[unit.batch * p.lengths_batch] - p.origin) : p.length, q_first = length - p.q_len;
   int first = max(p.first, length - p.keep), stop = min(p.stop, length - p.trail);
@@ -47,8 +50,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
   int tiles = slots.count == 0 ? 0 : ((straight ? slots.first_slot + slots.count : slots.capacity) + TILE - 1) / TILE - tile_low;
   int share = quotient(tiles, p.splits, p.over_splits), rest = tiles - share * p.splits;  // the first `rest` splits take one more
   int begin = tile_low + split * share + min(split, rest), end = begin + share + (split < rest);
-  wait_for_earlier_kernels();
-  Early early(p, unit);
   // a tile whose first position is in this range is seen by all rows
   int free_low = window ? high - window + 1 : 0, free_high = p.causal || window ? low - TILE + 1 : 0x7FFFFFFF;
 
@@ -80,34 +81,51 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
       copy_rows<V, TILE, V_PITCH, V_COPY, V_STRIDE, decltype(whole)::value>(v_ring + stage * TILE * V_PITCH, v_rows, tile * TILE, slots, lane);
     commit_copies();
   };
-  KScales k_next[TILES][2];
-  VScales v_next[TILES][2];
-  auto fetch_scales = [&](auto whole, int tile) {
-    constexpr bool WHOLE = decltype(whole)::value;
-    if (!(K::SCALED || V::SCALED) || (!WHOLE && tile >= end)) return;
-    const char* k_from = k_scale_rows.at<K_SCALE_STRIDE>(tile * TILE) + g * (K_SCALE_STRIDE ? K_SCALE_STRIDE : k_scale_rows.slot_stride);
-    const char* v_from = v_scale_rows.at<V_SCALE_STRIDE>(tile * TILE) + g * (V_SCALE_STRIDE ? V_SCALE_STRIDE : v_scale_rows.slot_stride);
+  KScales k_scales[TILES][2];  // of the tile that is next, from the moment that those before are used
+  VScales v_scales[TILES][2];
+  auto fetch = [&](auto whole, auto& scales, const Rows& rows, auto stride, int tile) {
+    constexpr int STRIDE = decltype(stride)::value;
+    if (!decltype(whole)::value && tile >= end) return;
+    i64 step = STRIDE ? STRIDE : rows.slot_stride;
+    const char* from = rows.at<STRIDE>(tile * TILE) + g * step;
 #pragma unroll
     for (int i = 0; i < TILES; ++i)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         int row = i * 16 + half * 8;
-        bool live = WHOLE || slots.live(tile * TILE + row + g);
-        k_next[i][half].load(k_from + row * (K_SCALE_STRIDE ? K_SCALE_STRIDE : k_scale_rows.slot_stride), live);
-        v_next[i][half].load(v_from + row * (V_SCALE_STRIDE ? V_SCALE_STRIDE : v_scale_rows.slot_stride), live);
+        scales[i][half].load(from + row * step, decltype(whole)::value || slots.live(tile * TILE + row + g));
       }
   };
+  auto fetch_k = [&](auto whole, int tile) {
+    if constexpr (K::SCALED) fetch(whole, k_scales, k_scale_rows, Int<K_SCALE_STRIDE>(), tile);
+  };
+  auto fetch_v = [&](auto whole, int tile) {
+    if constexpr (V::SCALED) fetch(whole, v_scales, v_scale_rows, Int<V_SCALE_STRIDE>(), tile);
+  };
 
+  Early early(p, unit);
+  k_levels.store(shared), v_levels.store(shared + V_LUT);
+  wait_for_earlier_kernels();
+  early.load();
 #pragma unroll
   for (int i = 0; i < STAGES; ++i) {
     int tile = begin + warp + i * WARPS;
     if (tile < end && slots.whole(tile * TILE, TILE)) copy_k(Bool<true>(), tile, i), copy_v(Bool<true>(), tile, i);
     else copy_k(Bool<false>(), tile, i), copy_v(Bool<false>(), tile, i);
   }
-  fetch_scales(Bool<false>(), begin + warp);
+  fetch_k(Bool<false>(), begin + warp), fetch_v(Bool<false>(), begin + warp);
+#if K_INT == 2
+  fill_bits(memory, p, early, norms, centres);
+#else
   fill_queries(memory, p, early, norms);
+#endif
   __syncthreads();
 
+#if K_INT == 2
+  float centre[K::GROUPS][PER_LANE];
+#pragma unroll
+  for (int i = 0; i < K::GROUPS * PER_LANE; ++i) centre[i / PER_LANE][i % PER_LANE] = centres[i / PER_LANE][row_of(0, i % PER_LANE, t)];
+#endif
   Table k_table{p.k_low, p.k_high}, v_table{p.v_low, p.v_high};
   float multiply[COLUMNS][PER_LANE], slope[COLUMNS][PER_LANE];
   int q_position[COLUMNS][PER_LANE];
@@ -118,7 +136,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
     for (int i = 0; i < PER_LANE; ++i) {
       int row = row_of(j, i, t);
       At at = row_at(p, unit, min(row, unit.rows - 1));
-      multiply[j][i] = __fdividef(p.scale * p.k_factor * (K_INT ? 1.0f : K::FACTOR) * (PLAIN ? LOG2E : 1.0f), norms[row]);
+      multiply[j][i] = __fdividef(p.scale * p.k_factor * (K_BITWISE ? 68719476736.0f : K_INT ? 1.0f : K::FACTOR) * (PLAIN ? LOG2E : 1.0f), norms[row]);
       q_position[j][i] = q_first - first + at.token;
       slope[j][i] = ALIBI ? p.slopes[at.head] : 1.0f;
       mask_row[j][i] = unit.batch * p.mask_batch + at.head * p.mask_head + at.token * p.mask_token;
@@ -142,17 +160,14 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
     int slot = tile * TILE, later = tile + STAGES * WARPS;
     wait_copies<2 * STAGES - 1>();
     __syncwarp();
-    KScales k_scales[TILES][2];
-    VScales v_scales[TILES][2];
-#pragma unroll
-    for (int i = 0; i < TILES; ++i)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) k_scales[i][half] = k_next[i][half], v_scales[i][half] = v_next[i][half];
-    fetch_scales(free, tile + WARPS);
-
     float s[TILES][COLUMNS][4];
+#if K_INT == 2
+    score_bits(s, k_ring + stage * TILE * K_PITCH, memory, k_scales, centre, lane);
+#else
     score<K_INT>(s, k_ring + stage * TILE * K_PITCH, memory, k_scales, k_table, lane);
+#endif
     __syncwarp();
+    fetch_k(free, tile + WARPS);
     copy_k(free, later, stage);
 
 #pragma unroll
@@ -224,8 +239,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
       }
     wait_copies<2 * STAGES - 1>();
     __syncwarp();
-    if constexpr (V_INT) add_values_bytes(run, s, v_ring + stage * TILE * V_PITCH, v_scales, v_table, lane);
-    else add_values_floats(run, s, v_ring + stage * TILE * V_PITCH, memory, v_scales, v_table, lane);
+    auto scales_are_used = [&] { fetch_v(free, tile + WARPS); };
+    if constexpr (V_INT) add_values_bytes(run, s, v_ring + stage * TILE * V_PITCH, v_scales, v_table, lane, scales_are_used);
+    else add_values_floats(run, s, v_ring + stage * TILE * V_PITCH, memory, v_scales, v_table, lane, scales_are_used);
     __syncwarp();
     copy_v(free, later, stage);
   };

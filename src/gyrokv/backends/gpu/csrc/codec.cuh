@@ -127,11 +127,16 @@ INLINE void nibbles_of(const u32* z, u32* nibbles) {
   }
 }
 
+// nibbles of x in the low places of bytes, of y in the high ones: the even ones of both, and the odd ones
+INLINE void pair_nibbles(u32 x, u32 y, u32& even, u32& odd) {
+  even = select(0x0F0F0F0F, x, y << 4), odd = select(0x0F0F0F0F, x >> 4, y);
+}
+
 // Words of tokens a, b in x and of c, d in y, each a half -> the nibbles of four tokens, in the order a, c, b, d, side by
 // side: nibbles 0 and 2 in the halves of `even`, 1 and 3 in those of `odd`
 INLINE void four_tokens(u32 x, u32 y, u32& even, u32& odd) {
-  even = prmt((x & 0x0F0F0F0F) | (y << 4 & 0xF0F0F0F0), 0, 0x3120);
-  odd = prmt((x >> 4 & 0x0F0F0F0F) | (y & 0xF0F0F0F0), 0, 0x3120);
+  pair_nibbles(x, y, even, odd);
+  even = prmt(even, 0, 0x3120), odd = prmt(odd, 0, 0x3120);
 }
 
 // What a pass looks up: codes, or codes of the other sign.

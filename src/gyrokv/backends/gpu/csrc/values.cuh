@@ -6,6 +6,9 @@
 // planes that come to stand side by side.
 #pragma once
 #include "score.cuh"
+#if K_INT == 2
+#include "bits.cuh"
+#endif
 
 constexpr int V_FOLD = V_INT ? 1 : fold_of<V>();
 constexpr int V_TERMS = V::IS_BF16 ? 2 : 1;
@@ -146,10 +149,10 @@ INLINE void load_units(u32 ring, int u, int lane, u32 (&z)[TILES * 2][V::NREG]) 
   }
 }
 
-// out += v^T times weights, in floats
-template <class R>
+// out += v^T times weights, in floats. scales_are_used: called when they are
+template <class R, class F>
 INLINE void add_values_floats(R& r, const float (&s)[TILES][COLUMNS][4], u32 ring, const char* memory,
-                              const VScales (&scales)[TILES][2], Table table, int lane) {
+                              const VScales (&scales)[TILES][2], Table table, int lane, F scales_are_used) {
   u32 b[TILES][V::GROUPS][V_TERMS][COLUMNS][2];
 #pragma unroll
   for (int tile = 0; tile < TILES; ++tile)
@@ -171,6 +174,7 @@ INLINE void add_values_floats(R& r, const float (&s)[TILES][COLUMNS][4], u32 rin
           }
         }
       }
+  scales_are_used();
 #pragma unroll
   for (int u = 0; u < EIGHTS; u += STEP) {
     u32 z[STEP][TILES * 2][V::NREG];
@@ -214,8 +218,9 @@ INLINE void add_values_floats(R& r, const float (&s)[TILES][COLUMNS][4], u32 rin
 }
 
 // out += v^T times weights, in integers. Weights are relative to the largest of the row in this tile, in two terms
+template <class F>
 INLINE void add_values_bytes(Running& r, const float (&s)[TILES][COLUMNS][4], u32 ring, const VScales (&scales)[TILES][2],
-                             Table table, int lane) {
+                             Table table, int lane, F scales_are_used) {
   ByteTables<V> tables(table);
   float unit[COLUMNS][PER_LANE];           // of a weight
   u32 b[2][V::GROUPS][COLUMNS][PER_LANE];  // of a row's term (lane / 4) and four tokens
@@ -234,7 +239,7 @@ INLINE void add_values_bytes(Running& r, const float (&s)[TILES][COLUMNS][4], u3
             most = fmaxf(most, fabsf(x[tile][i][group]));
           }
       most = over_tokens(most);
-      float inverse = most > 1e-30f ? __fdividef(V_LARGEST, most) : 0.0f;
+      float inverse = V_LARGEST * inverse_fast(fmaxf(most, 1e-30f));
       unit[j][e] = most * (1.0f / V_LARGEST);
 #pragma unroll
       for (int group = 0; group < V::GROUPS; ++group)
@@ -247,6 +252,7 @@ INLINE void add_values_bytes(Running& r, const float (&s)[TILES][COLUMNS][4], u3
           b[tile][group][j][e] = prmt(w[0], w[1], 0x6240);
         }
     }
+  scales_are_used();
 #pragma unroll
   for (int u = 0; u < EIGHTS; ++u) {
     u32 z[TILES * 2][V::NREG], codes[2][2][V::NIBBLES];  // [plane 0 or 1 of four][tile]
