@@ -273,11 +273,14 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
   for (int j = 0; j < COLUMNS; ++j)
 #pragma unroll
     for (int e = 0; e < PER_LANE; ++e) {
-      float total = run.total[j][e];
-#pragma unroll
-      for (int i = 4; i < 32; i *= 2) total += __shfl_xor_sync(~0u, total, i);
+      float total = sum_over_tokens(run.total[j][e]);
       if (g == 0) tops[warp][row_of(j, e, t)] = make_float2(run.top[j][e], total);
     }
+  auto place = [&](int row) {  // of a row in the results
+    if (row >= unit.rows) return (i64)-1;
+    At at = row_at(p, unit, row);
+    return (((i64)unit.batch * p.q_heads + at.head) * p.q_len + at.token) * p.splits_total + p.split_base + split;
+  };
   __syncthreads();
   float* parts = (float*)memory;  // [WARPS][DV][ALL_ROWS]
 #pragma unroll
@@ -285,9 +288,23 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
 #pragma unroll
     for (int e = 0; e < PER_LANE; ++e) {
       int row = row_of(j, e, t);
-      float most = -INFINITY;
-      for (int w = 0; w < WARPS; ++w) most = fmaxf(most, tops[w][row].x);
+      float2 all[(WARPS + 7) / 8];  // of warps g, g + 8
+      float most = -INFINITY, total = 0.0f;
+#pragma unroll
+      for (int i = 0; i < (WARPS + 7) / 8; ++i) {
+        all[i] = WARPS % 8 == 0 || g + 8 * i < WARPS ? tops[g + 8 * i][row] : make_float2(-INFINITY, 0.0f);
+        most = fmaxf(most, all[i].x);
+      }
+      most = over_tokens(most);
+      if (warp == 0) {
+#pragma unroll
+        for (int i = 0; i < (WARPS + 7) / 8; ++i) total += all[i].y > 0.0f ? all[i].y * exp2_fast(all[i].x - most) : 0.0f;
+        total = sum_over_tokens(total);
+        i64 at = place(row);
+        if (g == 0 && at >= 0) p.top[at] = make_float2(most, total);
+      }
       float factor = run.top[j][e] == -INFINITY ? 0.0f : exp2_fast(run.top[j][e] - most);
+      factor *= p.v_factor;
       if (!V_INT) factor *= V::FACTOR * (V::SCALED ? run.unit / WEIGHT : V::IS_BF16 ? 1.0f : 1.0f / WEIGHT);
 #pragma unroll
       for (int tile = 0; tile < V_TILES; ++tile)
@@ -295,28 +312,17 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
         for (int half = 0; half < 2; ++half)
           if (exists(tile, half, g)) {
             float x = run.out[tile][j][(V_INT ? PER_LANE : 2) * half + e];
-            parts[(warp * DV + dim_of(tile, half, g)) * ALL_ROWS + row] = x * factor * p.v_factor;
+            parts[(warp * DV + dim_of(tile, half, g)) * ALL_ROWS + row] = x * factor;
           }
     }
+  i64 at = place(threadIdx.x % ALL_ROWS);  // a thread's values are of one row
+  static_assert(WARPS * 32 % ALL_ROWS == 0, "rows of threads");
   __syncthreads();
-  auto place = [&](int row) {  // of a row in the results
-    if (row >= unit.rows) return (i64)-1;
-    At at = row_at(p, unit, row);
-    return (((i64)unit.batch * p.q_heads + at.head) * p.q_len + at.token) * p.splits_total + p.split_base + split;
-  };
+  if (at < 0) return;
+#pragma unroll 1
   for (int e = threadIdx.x; e < DV * ALL_ROWS; e += WARPS * 32) {
-    i64 at = place(e % ALL_ROWS);
-    if (at < 0) continue;
     float sum = 0.0f;
     for (int w = 0; w < WARPS; ++w) sum += parts[w * DV * ALL_ROWS + e];
     p.out[at * DV + e / ALL_ROWS] = sum;
-  }
-  if (threadIdx.x < ALL_ROWS) {
-    i64 at = place(threadIdx.x);
-    float most = -INFINITY, total = 0.0f;
-    for (int w = 0; w < WARPS; ++w) most = fmaxf(most, tops[w][threadIdx.x].x);
-    for (int w = 0; w < WARPS; ++w)
-      if (tops[w][threadIdx.x].y > 0.0f) total += tops[w][threadIdx.x].y * exp2_fast(tops[w][threadIdx.x].x - most);
-    if (at >= 0) p.top[at] = make_float2(most, total);
   }
 }

@@ -80,6 +80,12 @@ INLINE float over_tokens(float x) {  // the largest of the lanes that share colu
   return x;
 }
 
+INLINE float sum_over_tokens(float x) {
+#pragma unroll
+  for (int i = 4; i < 32; i *= 2) x += __shfl_xor_sync(~0u, x, i);
+  return x;
+}
+
 // new references for the scores and for V's scales; rare, because both may pass them by a factor
 INLINE void rescale(Running& r, const float (&s)[TILES][COLUMNS][4], float widest) {
 #pragma unroll
