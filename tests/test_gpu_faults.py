@@ -135,8 +135,7 @@ FAULTS = (
     Fault("a_ring_takes_the_next_tile_too_early", spec(long),
           attend("later = tile + STAGES * WARPS;", "later = tile + WARPS;"), splits=1),
     Fault("scales_are_one_tile_late", spec(long),
-          attend("fetch_k(free, tile + WARPS);", "fetch_k(free, tile);")
-          + attend("fetch_v(free, tile + WARPS);", "fetch_v(free, tile);"), splits=1),
+          attend("fetch_scales(free, tile + WARPS);", "fetch_scales(free, tile);"), splits=1),
     Fault("the_first_warp_is_left_out", spec(plain),
           attend("for (int w = 0; w < WARPS; ++w) sum += parts", "for (int w = 1; w < WARPS; ++w) sum += parts")),
     Fault("warps_are_added_without_factors", spec(long),

@@ -8,7 +8,7 @@
 // Scales never touch elements: K's multiplies scores, V's the weights.
 //
 // The host defines K_KIND, K_BITS, K_SPAN, K_SCALE32, K_INT (and V_), DK, DV, ROWS, TERMS, Q_TYPE, SOFTCAP, MASK, ALIBI, TILE, STAGES,
-// WARPS, K_TURN (the block of a rotation that q goes through, or 0), FREE (a loop of its own for tiles that all rows see whole), K_PITCH, K_COPY, K_STRIDE, K_SCALE_STRIDE (and V_), SAME_TABLE, PAGED,
+// WARPS, K_TURN (the block of a rotation that q goes through, or 0), FREE (a loop of its own for tiles that all rows see whole), K_PITCH, K_COPY, K_STRIDE, K_SCALE_STRIDE (and V_), SAME_TABLE, LUT_PAIRS, PAGED,
 // SHARED (bytes).
 #include "values.cuh"
 
@@ -32,8 +32,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
   u32 shared = shared_address(memory);
 
   // tables, and positions that the host knows, do not wait
-  TableCopy<K::LUT_BYTES / 256> k_levels(p.k_table);
-  TableCopy<K_KIND == TABLE && SAME_TABLE ? 0 : V::LUT_BYTES / 256> v_levels(p.v_table);
+  TableCopy<K, true> k_levels(p.k_table);
+  TableCopy<V, !(K_KIND == TABLE && SAME_TABLE)> v_levels(p.v_table);
   if (p.lengths || p.starts) wait_for_earlier_kernels();
   // positions: which are live, then all relative to the first of them
   int length = p.lengths ? (int)(p.lengths[unit.batch * p.lengths_batch] - p.origin) : p.length, q_first = length - p.q_len;
@@ -81,26 +81,22 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
       copy_rows<V, TILE, V_PITCH, V_COPY, V_STRIDE, decltype(whole)::value>(v_ring + stage * TILE * V_PITCH, v_rows, tile * TILE, slots, lane);
     commit_copies();
   };
-  KScales k_scales[TILES][2];  // of the tile that is next, from the moment that those before are used
-  VScales v_scales[TILES][2];
-  auto fetch = [&](auto whole, auto& scales, const Rows& rows, auto stride, int tile) {
-    constexpr int STRIDE = decltype(stride)::value;
-    if (!decltype(whole)::value && tile >= end) return;
-    i64 step = STRIDE ? STRIDE : rows.slot_stride;
-    const char* from = rows.at<STRIDE>(tile * TILE) + g * step;
+  KScales k_next[TILES][2];
+  VScales v_next[TILES][2];
+  auto fetch_scales = [&](auto whole, int tile) {
+    constexpr bool WHOLE = decltype(whole)::value;
+    if (!(K::SCALED || V::SCALED) || (!WHOLE && tile >= end)) return;
+    const char* k_from = k_scale_rows.at<K_SCALE_STRIDE>(tile * TILE) + g * (K_SCALE_STRIDE ? K_SCALE_STRIDE : k_scale_rows.slot_stride);
+    const char* v_from = v_scale_rows.at<V_SCALE_STRIDE>(tile * TILE) + g * (V_SCALE_STRIDE ? V_SCALE_STRIDE : v_scale_rows.slot_stride);
 #pragma unroll
     for (int i = 0; i < TILES; ++i)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         int row = i * 16 + half * 8;
-        scales[i][half].load(from + row * step, decltype(whole)::value || slots.live(tile * TILE + row + g));
+        bool live = WHOLE || slots.live(tile * TILE + row + g);
+        k_next[i][half].load(k_from + row * (K_SCALE_STRIDE ? K_SCALE_STRIDE : k_scale_rows.slot_stride), live);
+        v_next[i][half].load(v_from + row * (V_SCALE_STRIDE ? V_SCALE_STRIDE : v_scale_rows.slot_stride), live);
       }
-  };
-  auto fetch_k = [&](auto whole, int tile) {
-    if constexpr (K::SCALED) fetch(whole, k_scales, k_scale_rows, Int<K_SCALE_STRIDE>(), tile);
-  };
-  auto fetch_v = [&](auto whole, int tile) {
-    if constexpr (V::SCALED) fetch(whole, v_scales, v_scale_rows, Int<V_SCALE_STRIDE>(), tile);
   };
 
   Early early(p, unit);
@@ -113,7 +109,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
     if (tile < end && slots.whole(tile * TILE, TILE)) copy_k(Bool<true>(), tile, i), copy_v(Bool<true>(), tile, i);
     else copy_k(Bool<false>(), tile, i), copy_v(Bool<false>(), tile, i);
   }
-  fetch_k(Bool<false>(), begin + warp), fetch_v(Bool<false>(), begin + warp);
+  fetch_scales(Bool<false>(), begin + warp);
 #if K_INT == 2
   fill_bits(memory, p, early, norms, centres);
 #else
@@ -160,6 +156,14 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
     int slot = tile * TILE, later = tile + STAGES * WARPS;
     wait_copies<2 * STAGES - 1>();
     __syncwarp();
+    KScales k_scales[TILES][2];
+    VScales v_scales[TILES][2];
+#pragma unroll
+    for (int i = 0; i < TILES; ++i)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) k_scales[i][half] = k_next[i][half], v_scales[i][half] = v_next[i][half];
+    fetch_scales(free, tile + WARPS);
+
     float s[TILES][COLUMNS][4];
 #if K_INT == 2
     score_bits(s, k_ring + stage * TILE * K_PITCH, memory, k_scales, centre, lane);
@@ -167,7 +171,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
     score<K_INT>(s, k_ring + stage * TILE * K_PITCH, memory, k_scales, k_table, lane);
 #endif
     __syncwarp();
-    fetch_k(free, tile + WARPS);
     copy_k(free, later, stage);
 
 #pragma unroll
@@ -239,9 +242,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
       }
     wait_copies<2 * STAGES - 1>();
     __syncwarp();
-    auto scales_are_used = [&] { fetch_v(free, tile + WARPS); };
-    if constexpr (V_INT) add_values_bytes(run, s, v_ring + stage * TILE * V_PITCH, v_scales, v_table, lane, scales_are_used);
-    else add_values_floats(run, s, v_ring + stage * TILE * V_PITCH, memory, v_scales, v_table, lane, scales_are_used);
+    if constexpr (V_INT) add_values_bytes(run, s, v_ring + stage * TILE * V_PITCH, v_scales, v_table, lane);
+    else add_values_floats(run, s, v_ring + stage * TILE * V_PITCH, memory, v_scales, v_table, lane);
     __syncwarp();
     copy_v(free, later, stage);
   };

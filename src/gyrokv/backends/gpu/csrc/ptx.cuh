@@ -25,10 +25,6 @@ template <bool VALUE>
 struct Bool {
   static constexpr bool value = VALUE;
 };
-template <int VALUE>
-struct Int {
-  static constexpr int value = VALUE;
-};
 
 INLINE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
@@ -42,6 +38,13 @@ INLINE u32 prmt(u32 a, u32 b, u32 selector) {
 INLINE u32 select(u32 mask, u32 a, u32 b) {
   u32 d;
   asm("lop3.b32 %0, %1, %2, %3, 0xCA;" : "=r"(d) : "r"(mask), "r"(a), "r"(b));
+  return d;
+}
+
+// sum of products of four unsigned bytes
+INLINE u32 dot_bytes(u32 a, u32 b) {
+  u32 d;
+  asm("dp4a.u32.u32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(0));
   return d;
 }
 

@@ -40,6 +40,7 @@ constexpr int K_SUMS = K::GROUPS == 1 ? (TILES == 1 && !K_INT ? 2 : 1) : K_KEPT 
 constexpr bool K_BITWISE = K_INT == 2;  // bits.cuh
 constexpr int Q_BYTES = K_BITWISE ? K::GROUPS * 7 * PER_LANE * 256 + ALL_ROWS * DK * 4 : K_PAIRS * K_MOST * K_COLUMNS * 32 * 8;
 constexpr bool TWO_TABLES = K_KIND == TABLE && V_KIND == TABLE && !SAME_TABLE;
+static_assert(!TWO_TABLES || !LUT_PAIRS, "pairs are of one table");
 constexpr int V_LUT = TWO_TABLES ? 128 : 0;  // entries of two tables alternate
 constexpr int Q_AT = K::LUT_BYTES > V::LUT_BYTES ? K::LUT_BYTES : V::LUT_BYTES;
 constexpr int RING_AT = up(Q_AT + Q_BYTES, 128);
@@ -78,22 +79,31 @@ using VScales = Scales<V, V_SCALE32>;
 
 // A lookup table as half precision, once per bank: its values are asked for at once, and stored when they have arrived.
 // Eight lanes store 16 bytes each of an entry
-template <int CODES>
+template <class R, bool WANTED>
 struct TableCopy {
-  static constexpr int N = (CODES / 4 + WARPS - 1) / WARPS;
-  u32 x[N ? N : 1];
+  static constexpr int CODES = WANTED && R::KIND == TABLE ? LUT_PAIRS ? R::LEVELS * R::LEVELS : R::LEVELS : 0;
+  static constexpr int N = (CODES / 4 + WARPS - 1) / WARPS, KEPT = LUT_PAIRS || N == 0 ? 1 : N, UNROLLED = LUT_PAIRS ? 4 : 64;
+  u32 x[KEPT];  // of pairs: level lane % LEVELS
 
   static INLINE int code(int n) { return 4 * (threadIdx.x / 32 + n * WARPS) + threadIdx.x % 32 / 8; }
   INLINE explicit TableCopy(const float* table) {
+    if constexpr (CODES > 0)
 #pragma unroll
-    for (int n = 0; n < N; ++n) x[n] = code(n) < CODES ? load_now<4>((const char*)table, code(n)) : 0;
+      for (int n = 0; n < KEPT; ++n) {
+        int at = LUT_PAIRS ? threadIdx.x % R::LEVELS : code(n);
+        x[n] = at < CODES ? load_now<4>((const char*)table, at) : 0;
+      }
   }
   INLINE void store(u32 to) const {
-#pragma unroll
-    for (int n = 0; n < N; ++n) {
-      u32 y = f16x2(__uint_as_float(x[n]), 0.0f);
-      if (code(n) < CODES) store_shared(to + code(n) * 256 + threadIdx.x % 8 * 16, {y, y, y, y});
-    }
+    u32 level = CODES > 0 && LUT_PAIRS ? f16x2(__uint_as_float(x[0]), 0.0f) : 0;
+#pragma unroll UNROLLED
+    for (int n = 0; n < N; ++n)
+      if (code(n) < CODES) {  // all of a warp's
+        u32 y;
+        if (LUT_PAIRS) y = __shfl_sync(~0u, level, code(n) % R::LEVELS) | __shfl_sync(~0u, level, code(n) / R::LEVELS) << 16;
+        else y = f16x2(__uint_as_float(x[n % KEPT]), 0.0f);
+        store_shared(to + code(n) * (LUT_PAIRS ? 128 : 256) + threadIdx.x % 8 * 16, {y, y, y, y});
+      }
   }
 };
 

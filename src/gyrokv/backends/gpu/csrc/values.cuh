@@ -155,10 +155,10 @@ INLINE void load_units(u32 ring, int u, int lane, u32 (&z)[TILES * 2][V::NREG]) 
   }
 }
 
-// out += v^T times weights, in floats. scales_are_used: called when they are
-template <class R, class F>
+// out += v^T times weights, in floats
+template <class R>
 INLINE void add_values_floats(R& r, const float (&s)[TILES][COLUMNS][4], u32 ring, const char* memory,
-                              const VScales (&scales)[TILES][2], Table table, int lane, F scales_are_used) {
+                              const VScales (&scales)[TILES][2], Table table, int lane) {
   u32 b[TILES][V::GROUPS][V_TERMS][COLUMNS][2];
 #pragma unroll
   for (int tile = 0; tile < TILES; ++tile)
@@ -180,7 +180,6 @@ INLINE void add_values_floats(R& r, const float (&s)[TILES][COLUMNS][4], u32 rin
           }
         }
       }
-  scales_are_used();
 #pragma unroll
   for (int u = 0; u < EIGHTS; u += STEP) {
     u32 z[STEP][TILES * 2][V::NREG];
@@ -224,9 +223,8 @@ INLINE void add_values_floats(R& r, const float (&s)[TILES][COLUMNS][4], u32 rin
 }
 
 // out += v^T times weights, in integers. Weights are relative to the largest of the row in this tile, in two terms
-template <class F>
 INLINE void add_values_bytes(Running& r, const float (&s)[TILES][COLUMNS][4], u32 ring, const VScales (&scales)[TILES][2],
-                             Table table, int lane, F scales_are_used) {
+                             Table table, int lane) {
   ByteTables<V> tables(table);
   float unit[COLUMNS][PER_LANE];           // of a weight
   u32 b[2][V::GROUPS][COLUMNS][PER_LANE];  // of a row's term (lane / 4) and four tokens
@@ -258,7 +256,6 @@ INLINE void add_values_bytes(Running& r, const float (&s)[TILES][COLUMNS][4], u3
           b[tile][group][j][e] = prmt(w[0], w[1], 0x6240);
         }
     }
-  scales_are_used();
 #pragma unroll
   for (int u = 0; u < EIGHTS; ++u) {
     u32 z[TILES * 2][V::NREG], codes[2][2][V::NIBBLES];  // [plane 0 or 1 of four][tile]
