@@ -274,7 +274,7 @@ def _plan(problem: Problem, shared_memory: int) -> Plan:
             warps = max(1, min(most, (room - fixed) // (tile * (k_pitch + v_pitch)), room // per_warp))
             return most, warps - (warps % 4 if warps >= 8 else 0)  # alike on the four schedulers
 
-        # long tiles cost less per token, unless they leave too few warps; bytes gain more from them than spilled registers cost
+        # long tiles cost less per token, unless they leave too few warps; bytes gain more than spilled registers cost
         most, warps = warps_of(32)
         if whole and warps == most and not short and (v_int or _registers(problem, rows, terms, 32) + 24 * tables <= 176):
             return 32, warps
@@ -296,8 +296,8 @@ def _plan(problem: Problem, shared_memory: int) -> Plan:
         "V_KIND": v.kind, "V_BITS": v.bits, "V_SPAN": v.span, "V_SCALE32": int(v.wide_scale),
         "V_INT": int(v_int), "DV": v.dim,
         "ROWS": rows, "TERMS": terms, "Q_TYPE": problem.q_type, "SOFTCAP": int(problem.softcap), "MASK": problem.mask,
-        "ALIBI": int(problem.alibi), "PAGED": int(problem.page_slots > 0), "SAME_TABLE": int(problem.same_table), "LUT_PAIRS": int(pairs),
-        "K_TURN": problem.k_turn,
+        "ALIBI": int(problem.alibi), "PAGED": int(problem.page_slots > 0), "SAME_TABLE": int(problem.same_table),
+        "LUT_PAIRS": int(pairs), "K_TURN": problem.k_turn,
         "FREE": int(not (tables and v.dim > 256)), "TILE": tile, "STAGES": stages, "WARPS": warps,
         "K_PITCH": k_pitch, "V_PITCH": v_pitch,
         "K_COPY": problem.k_copy, "V_COPY": problem.v_copy, "K_STRIDE": problem.k_stride, "V_STRIDE": problem.v_stride,
