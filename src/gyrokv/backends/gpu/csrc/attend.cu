@@ -23,6 +23,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
   __shared__ float centres[K::GROUPS][ALL_ROWS];
 #endif
   __shared__ float2 tops[WARPS][ALL_ROWS];
+  touch(p, shared_address(norms));
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   Unit unit;
   unit.batch = quotient(blockIdx.z, p.splits, p.over_splits), unit.head = blockIdx.y;
@@ -143,7 +144,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
 #pragma unroll
   for (int j = 0; j < COLUMNS; ++j) {
 #pragma unroll
-    for (int i = 0; i < PER_LANE; ++i) run.top[j][i] = -INFINITY, run.total[j][i] = 0.0f;
+    for (int i = 0; i < PER_LANE; ++i) {
+      run.top[j][i] = -INFINITY, run.total[j][i] = 0.0f;
+      for (float& x : run.offset[j][i]) x = 0.0f;
+    }
 #pragma unroll
     for (int i = 0; i < V_TILES; ++i)
 #pragma unroll
@@ -308,12 +312,19 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
       float factor = run.top[j][e] == -INFINITY ? 0.0f : exp2_fast(run.top[j][e] - most);
       factor *= p.v_factor;
       if (!V_INT) factor *= V::FACTOR * (V::SCALED ? run.unit / WEIGHT : V::IS_BF16 ? 1.0f : 1.0f / WEIGHT);
+      float offset[V::GROUPS];
+#pragma unroll
+      for (int group = 0; group < V::GROUPS; ++group) offset[group] = V_INT ? 128.0f * sum_over_tokens(run.offset[j][e][group]) : 0.0f;
 #pragma unroll
       for (int tile = 0; tile < V_TILES; ++tile)
 #pragma unroll
         for (int half = 0; half < 2; ++half)
           if (exists(tile, half, g)) {
             float x = run.out[tile][j][(V_INT ? PER_LANE : 2) * half + e];
+            if (V_INT)
+#pragma unroll
+              for (int group = 0; group < V::GROUPS; ++group)
+                if (of_group(tile, half, group, g)) x = x * V_TINY - offset[group];
             parts[(warp * DV + dim_of(tile, half, g)) * ALL_ROWS + row] = x * factor;
           }
     }

@@ -23,6 +23,7 @@ INLINE void store(const Merge& p, i64 row, int d, float x) {
 extern "C" __global__ void merge(const __grid_constant__ Merge p) {
   __shared__ float factors[SPLITS];
   let_later_kernels_start();  // they wait, in turn, for this one's end
+  touch(p, shared_address(factors));
   wait_for_earlier_kernels();
   i64 row = blockIdx.x;
   int d = threadIdx.x;

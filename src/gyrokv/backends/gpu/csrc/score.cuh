@@ -313,7 +313,7 @@ INLINE void score(float (&s)[TILES][COLUMNS][4], u32 ring, const char* memory, c
                 load_shared<2>(q_at + ((pair * K_MOST + group - low) * K_COLUMNS + column) * 256, b);
 #pragma unroll
                 for (int tile = 0; tile < TILES; ++tile)
-                  mma_s8<false>(sums[tile][K::GROUPS > 1 ? group : 0][column], a[tile][0], a[tile][1], a[tile][2], a[tile][3], b[0], b[1]);
+                  mma_8<false>(sums[tile][K::GROUPS > 1 ? group : 0][column], a[tile][0], a[tile][1], a[tile][2], a[tile][3], b[0], b[1]);
               }
           }
         }
