@@ -104,15 +104,10 @@ def v_bytes(case: Case) -> bool:
     return v_rows(lambda r: r.kind == plan.BYTES and r.bits < 4)(case) and case.spec.groups * case.spec.q_len <= 4
 
 
-def k_bits(scales: int) -> Callable[[Case], bool]:
-    """Keys are multiplied bit by bit, and have this many scales or more."""
-
-    def relevant(case: Case) -> bool:
-        s = case.spec
-        r = row(s.k_format, s.head_dim)
-        return plain(s) and s.groups * s.q_len <= 4 and plan._bitwise(r, 4) and r.scales >= scales
-
-    return relevant
+def k_bits(case: Case) -> bool:
+    """Keys are multiplied bit by bit."""
+    s = case.spec
+    return plain(s) and s.groups * s.q_len <= 4 and plan._bitwise(row(s.k_format, s.head_dim), 4)
 
 
 def masked_rows(case: Case) -> bool:
@@ -230,13 +225,12 @@ FAULTS = (
           rows("return slot - first_slot + (slot < first_slot ? capacity : 0);", "return slot - first_slot;")),
     Fault("the_end_of_a_ring_is_free_of_checks", lambda c: c.sliding > 1000 and c.spec.ring,
           attend("free_tiles(-ahead, ahead, slots.count)", "free_tiles(-ahead, ahead, slots.capacity)"), splits=1),
-    Fault("the_sign_of_q_counts_as_a_bit", k_bits(1), bits("? -1.0f : 1.0f", "? 1.0f : 1.0f")),
-    Fault("signs_do_not_flip_magnitudes", k_bits(1), bits("z[0][i] ^ (z[0][i] >> 1 & 0x55555555)", "z[0][i]")),
-    Fault("sums_of_bits_are_not_centred", k_bits(1), bits("(-0.5f / 68719476736.0f)", "0.0f")),
-    Fault("bits_of_two_scales_change_places", k_bits(2),
-          bits("y[0][i] = prmt(x[2 * i], x[2 * i + 1], 0x6420), y[1][i] = prmt(x[2 * i], x[2 * i + 1], 0x7531);",
-               "y[1][i] = prmt(x[2 * i], x[2 * i + 1], 0x6420), y[0][i] = prmt(x[2 * i], x[2 * i + 1], 0x7531);")
-          + bits("int half = at / 4 % 2;", "int half = at / 4 % 2 ^ (K::GROUPS == 4);")),
+    Fault("the_sign_of_q_counts_as_a_bit", k_bits, bits("? -1.0f : 1.0f", "? 1.0f : 1.0f")),
+    Fault("signs_do_not_flip_magnitudes", k_bits, bits("z[0][i] ^ (z[0][i] >> 1 & 0x55555555)", "z[0][i]")),
+    Fault("sums_of_bits_are_not_centred", k_bits, bits("(-0.5f / 68719476736.0f)", "0.0f")),
+    Fault("bits_of_two_scales_change_places", k_bits,
+          bits("y[1][i] = prmt(odd[0], odd[1], 0x6420);", "y[1][i] = prmt(odd[0], odd[1], 0x7531);")
+          + bits("y[3][i] = prmt(odd[0], odd[1], 0x7531);", "y[3][i] = prmt(odd[0], odd[1], 0x6420);")),
     Fault("the_softcap_comes_after_the_mask", spec(lambda s: s.softcap > 0 and s.mask == "additive"),
           attend("          if (SOFTCAP) {", "          if (false) {")
           + attend("x = bias == -INFINITY ? bias : (x + (MASK == 1 ? 0.0f : slope[j][e] * bias)) * LOG2E;",

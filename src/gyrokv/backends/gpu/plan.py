@@ -12,7 +12,6 @@ F16, BF16, F32, FP8, LINEAR, BYTES, TABLE = range(7)  # csrc/codec.cuh
 _DENSE = {"float16": F16, "bfloat16": BF16, "float32": F32, "float8_e4m3fn": FP8}
 SHARED_MEMORY = 227 * 1024  # bytes of a block on compute capability 9.0
 _IN_FLIGHT = 32 * 1024  # bytes on their way to a processor that hide the memory's latency
-_BITWISE_ROWS = 4
 _STATIC = 4096  # bytes that kernels declare themselves, at most
 
 
@@ -212,12 +211,11 @@ def _integers(row: Row, side: str, rows: int) -> bool:
 
 
 def _bitwise(row: Row, rows: int) -> bool:
-    """True for keys of 2 bits that are multiplied bit by bit (csrc/bits.cuh): symmetric levels by sign and magnitude, one
-    scale, or two or four of 128 values. Four query rows only: sums of bits cost by the row, lookups do not."""
+    """True for keys of 2 bits that are multiplied bit by bit (csrc/bits.cuh): symmetric levels by sign and magnitude, in
+    long rows. Four query rows only: sums of bits cost by the row, lookups do not."""
     levels = row.low.to_bytes(4, "little")
     symmetric = levels[2] == 256 - levels[0] and levels[3] == 256 - levels[1]
-    alike = row.scales == 1 or (row.span == 128 and row.scales in (2, 4))
-    return row.kind == BYTES and row.bits == 2 and rows <= _BITWISE_ROWS and symmetric and alike
+    return row.kind == BYTES and row.bits == 2 and row.dim == 512 and row.span == 128 and rows == 4 and symmetric
 
 
 def _pairs(problem: Problem) -> bool:
@@ -262,7 +260,8 @@ def _plan(problem: Problem, shared_memory: int) -> Plan:
     per_warp = (4 if rows == 4 and terms == 2 else 8 * columns) * v.dim * 4
     tables = TABLE in (k.kind, v.kind)
     whole = problem.page_slots % 32 == 0  # a page holds whole tiles
-    short = tables and max(k.fold, v.fold) > 1  # these lanes hold many planes
+    # lookups of short rows, and of five fields, gain more from registers than from warps, by measurement
+    fewer = tables and (v.dim <= 64 or 5 in (k.bits, v.bits))
 
     def cut(fixed: int) -> tuple[int, int]:
         """(tile, warps) beside ``fixed`` bytes"""
@@ -270,13 +269,13 @@ def _plan(problem: Problem, shared_memory: int) -> Plan:
         def warps_of(tile: int) -> tuple[int, int]:
             """(as many as registers allow, as many as there are)"""
             registers = _registers(problem, rows, terms, tile)
-            most = 16 if registers <= (200 if v_int else 136) else 12 if registers <= 184 else 8
+            most = 16 if registers <= (150 if v_int else 136) and not fewer else 12 if registers <= 184 else 8
             warps = max(1, min(most, (room - fixed) // (tile * (k_pitch + v_pitch)), room // per_warp))
             return most, warps - (warps % 4 if warps >= 8 else 0)  # alike on the four schedulers
 
         # long tiles cost less per token, unless they leave too few warps; bytes gain more than spilled registers cost
         most, warps = warps_of(32)
-        if whole and warps == most and not short and (v_int or _registers(problem, rows, terms, 32) + 24 * tables <= 176):
+        if whole and warps == most and (v_int or _registers(problem, rows, terms, 32) + 24 * tables <= 176):
             return 32, warps
         return 16, warps_of(16)[1]
 
@@ -288,7 +287,7 @@ def _plan(problem: Problem, shared_memory: int) -> Plan:
     pairs = _pairs(problem) and cut(pair_fixed) == (tile, warps)
     fixed = pair_fixed if pairs else fixed
     per_stage = tile * (k_pitch + v_pitch)
-    stages = 2 if warps * per_stage < _IN_FLIGHT and fixed + 2 * warps * per_stage <= room and not short else 1
+    stages = 2 if warps * per_stage < _IN_FLIGHT and fixed + 2 * warps * per_stage <= room and not tables else 1
     shared = max(fixed + warps * stages * per_stage, warps * per_warp)
     defines = {
         "K_KIND": k.kind, "K_BITS": k.bits, "K_SPAN": k.span, "K_SCALE32": int(k.wide_scale),
@@ -298,7 +297,7 @@ def _plan(problem: Problem, shared_memory: int) -> Plan:
         "ROWS": rows, "TERMS": terms, "Q_TYPE": problem.q_type, "SOFTCAP": int(problem.softcap), "MASK": problem.mask,
         "ALIBI": int(problem.alibi), "PAGED": int(problem.page_slots > 0), "SAME_TABLE": int(problem.same_table),
         "LUT_PAIRS": int(pairs), "K_TURN": problem.k_turn,
-        "FREE": int(not (tables and v.dim > 256)), "TILE": tile, "STAGES": stages, "WARPS": warps,
+        "TILE": tile, "STAGES": stages, "WARPS": warps,
         "K_PITCH": k_pitch, "V_PITCH": v_pitch,
         "K_COPY": problem.k_copy, "V_COPY": problem.v_copy, "K_STRIDE": problem.k_stride, "V_STRIDE": problem.v_stride,
         "K_SCALE_STRIDE": problem.k_scale_stride, "V_SCALE_STRIDE": problem.v_scale_stride,
@@ -310,8 +309,7 @@ def _plan(problem: Problem, shared_memory: int) -> Plan:
 def _query_bytes(k: Row, k_columns: int, integers: int) -> int:
     """Shared memory that q takes as operands: ``Q_BYTES`` in csrc/score.cuh. ``integers``: ``K_INT``."""
     if integers == 2:
-        rows = 4 * k_columns
-        return rows * (k.scales * 7 * 64 + k.dim * 4)
+        return k.scales * 7 * 256 + 4 * k.dim * 4
     fold = 1 if integers else k.fold
     vector = _vector(k.words // 2, 4 // fold)
     size, words, span = 8 // fold * vector, k.words, k.span or k.dim

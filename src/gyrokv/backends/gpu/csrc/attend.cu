@@ -8,7 +8,7 @@
 // Scales never touch elements: K's multiplies scores, V's the weights.
 //
 // The host defines K_KIND, K_BITS, K_SPAN, K_SCALE32, K_INT (and V_), DK, DV, ROWS, TERMS, Q_TYPE, SOFTCAP, MASK, ALIBI, TILE, STAGES,
-// WARPS, K_TURN (the block of a rotation that q goes through, or 0), FREE (a loop of its own for tiles that all rows see whole), K_PITCH, K_COPY, K_STRIDE, K_SCALE_STRIDE (and V_), SAME_TABLE, LUT_PAIRS, PAGED,
+// WARPS, K_TURN (the block of a rotation that q goes through, or 0), K_PITCH, K_COPY, K_STRIDE, K_SCALE_STRIDE (and V_), SAME_TABLE, LUT_PAIRS, PAGED,
 // SHARED (bytes).
 #include "values.cuh"
 
@@ -119,9 +119,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
   __syncthreads();
 
 #if K_INT == 2
-  float centre[K::GROUPS][PER_LANE];
-#pragma unroll
-  for (int i = 0; i < K::GROUPS * PER_LANE; ++i) centre[i / PER_LANE][i % PER_LANE] = centres[i / PER_LANE][row_of(0, i % PER_LANE, t)];
+  float centre[4] = {centres[0][t], centres[1][t], centres[2][t], centres[3][t]};
 #endif
   Table k_table{p.k_low, p.k_high}, v_table{p.v_low, p.v_high};
   float multiply[COLUMNS][PER_LANE], slope[COLUMNS][PER_LANE];
@@ -267,7 +265,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
 
   int stage = 0;
   for (int tile = begin + warp; tile < end; tile += WARPS) {
-    if (FREE && MASK == 0 && (free.holds(tile) || wrapped.holds(tile))) step(Bool<true>(), tile, stage);
+    if (MASK == 0 && (free.holds(tile) || wrapped.holds(tile))) step(Bool<true>(), tile, stage);
     else step(Bool<false>(), tile, stage);
     stage = stage + 1 == STAGES ? 0 : stage + 1;
   }

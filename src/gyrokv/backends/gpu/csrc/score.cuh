@@ -38,7 +38,7 @@ constexpr int K_MOST = K_INT ? KBytes::most_scales() : KShare::MOST;
 constexpr bool K_KEPT = K::GROUPS <= 9;  // one accumulator per scale; else each product is scaled at once
 constexpr int K_SUMS = K::GROUPS == 1 ? (TILES == 1 && !K_INT ? 2 : 1) : K_KEPT ? K::GROUPS : 1;
 constexpr bool K_BITWISE = K_INT == 2;  // bits.cuh
-constexpr int Q_BYTES = K_BITWISE ? K::GROUPS * 7 * PER_LANE * 256 + ALL_ROWS * DK * 4 : K_PAIRS * K_MOST * K_COLUMNS * 32 * 8;
+constexpr int Q_BYTES = K_BITWISE ? 4 * 7 * 256 + 4 * DK * 4 : K_PAIRS * K_MOST * K_COLUMNS * 32 * 8;
 constexpr bool TWO_TABLES = K_KIND == TABLE && V_KIND == TABLE && !SAME_TABLE;
 static_assert(!TWO_TABLES || !LUT_PAIRS, "pairs are of one table");
 constexpr int V_LUT = TWO_TABLES ? 128 : 0;  // entries of two tables alternate
