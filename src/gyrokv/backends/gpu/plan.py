@@ -260,8 +260,8 @@ def _plan(problem: Problem, shared_memory: int) -> Plan:
     per_warp = (4 if rows == 4 and terms == 2 else 8 * columns) * v.dim * 4
     tables = TABLE in (k.kind, v.kind)
     whole = problem.page_slots % 32 == 0  # a page holds whole tiles
-    # lookups of short rows, and of five fields, gain more from registers than from warps, by measurement
-    fewer = tables and (v.dim <= 64 or 5 in (k.bits, v.bits))
+    # lookups of short rows, and pairs of five bits, gain more from registers than from warps, by measurement
+    fewer = tables and (v.dim <= 64 or (_pairs(problem) and 5 in (k.bits, v.bits)))
 
     def cut(fixed: int) -> tuple[int, int]:
         """(tile, warps) beside ``fixed`` bytes"""

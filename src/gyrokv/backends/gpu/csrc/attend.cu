@@ -7,9 +7,9 @@
 // memory straight into operands (codec.cuh): the order of dims in a product is free, so no value moves between lanes.
 // Scales never touch elements: K's multiplies scores, V's the weights.
 //
-// The host defines K_KIND, K_BITS, K_SPAN, K_SCALE32, K_INT (and V_), DK, DV, ROWS, TERMS, Q_TYPE, SOFTCAP, MASK, ALIBI, TILE, STAGES,
-// WARPS, K_TURN (the block of a rotation that q goes through, or 0), K_PITCH, K_COPY, K_STRIDE, K_SCALE_STRIDE (and V_), SAME_TABLE, LUT_PAIRS, PAGED,
-// SHARED (bytes).
+// The host defines K_KIND, K_BITS, K_SPAN, K_SCALE32, K_INT (and V_; 2: bits.cuh), DK, DV, ROWS, TERMS, Q_TYPE, SOFTCAP, MASK, ALIBI, TILE, STAGES,
+// WARPS, K_TURN (the block of a rotation that q goes through, or 0), K_PITCH, K_COPY, K_STRIDE, K_SCALE_STRIDE (and V_),
+// SAME_TABLE, LUT_PAIRS, PAGED, SHARED (bytes).
 #include "values.cuh"
 
 constexpr int STAGE_BYTES = TILE * (K_PITCH + V_PITCH);
