@@ -55,6 +55,8 @@ SOME = (
     dict(k="bf16", v="bf16", dims=(512, 512), q_heads=8, kv_len=2100, dtype=torch.bfloat16, sinks=True),
     dict(k="f32", v="fp8_e4m3", dims=(96, 96), q_len=5, kv_len=777, starts=True),
     dict(k="turbo2", v="q4_0", q_len=2, kv_len=900, unquantised=True, first=5, recent=60, ring=True, causal=True),
+    dict(k="turbo2", v="turbo3", dims=(256, 256), kv_len=4200),
+    dict(k="tq5", v="tq5", dims=(128, 128), kv_len=4200, dtype=torch.bfloat16),
 )
 
 

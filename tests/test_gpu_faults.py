@@ -59,6 +59,10 @@ def codec(old: str, new: str) -> tuple[tuple[str, str, str], ...]:
     return (("codec.cuh", old, new),)
 
 
+def bits(old: str, new: str) -> tuple[tuple[str, str, str], ...]:
+    return (("bits.cuh", old, new),)
+
+
 def turn(old: str, new: str) -> tuple[tuple[str, str, str], ...]:
     return (("turn.cuh", old, new),)
 
@@ -98,6 +102,12 @@ def v_rows(test: Callable[[plan.Row], bool]) -> Callable[[Case], bool]:
 def v_bytes(case: Case) -> bool:
     """Values are multiplied as bytes."""
     return v_rows(lambda r: r.kind == plan.BYTES and r.bits < 4)(case) and case.spec.groups * case.spec.q_len <= 4
+
+
+def k_bits(case: Case) -> bool:
+    """Keys are multiplied bit by bit."""
+    s = case.spec
+    return plain(s) and s.groups * s.q_len <= 4 and plan._bitwise(row(s.k_format, s.head_dim), 4)
 
 
 def masked_rows(case: Case) -> bool:
@@ -147,7 +157,9 @@ FAULTS = (
           rows("from + (live ? row * stride : 0) + part * COPY, live);",
                "from + (slot + row < slots.capacity ? row * stride : 0) + part * COPY, true);")),
     Fault("a_table_is_one_entry_late", k_rows(lambda r: r.kind == plan.TABLE),
-          score("f16x2(table[i / 32], 0.0f)", "f16x2(table[max(0, i / 32 - 1)], 0.0f)")),
+          score("(const char*)table, at)", "(const char*)table, max(0, at - 1))")),
+    Fault("two_values_of_a_lookup_change_places", k_rows(lambda r: r.kind == plan.TABLE and r.bits <= 5),
+          codec("constexpr u32 WORTH = 1 | R::LEVELS << 16;", "constexpr u32 WORTH = R::LEVELS | 1 << 16;")),
     Fault("one_byte_of_a_table_is_off", k_rows(lambda r: r.kind == plan.BYTES and r.bits < 4),
           codec("return prmt(table.low, table.high, nibbles);", "return prmt(table.low ^ 0x0800, table.high, nibbles);")),
     Fault("codes_of_one_sign_are_not_looked_up", k_rows(lambda r: r.kind == plan.BYTES and r.bits == 4 and r.scales <= 2),
@@ -189,10 +201,10 @@ FAULTS = (
           bound=_FLOAT32),
     Fault("weights_as_integers_have_their_high_term_only",
           v_bytes,
-          values("fmaf(fmaf(high, 256.0f, low) - 257.0f * 12582912.0f",
-                 "fmaf(fmaf(high, 256.0f, 0.0f) - 256.0f * 12582912.0f")),
+          values("fmaf(high, 256.0f * unit[j][e], fmaf(low, unit[j][e], out))", "fmaf(high, 256.0f * unit[j][e], out)")),
+    Fault("values_of_bytes_are_not_centred", v_bytes, attend("x = x * V_TINY - offset[group];", "x = x * V_TINY;")),
     Fault("two_of_four_tokens_change_places", v_bytes, values("prmt(w[0], w[1], 0x6240)", "prmt(w[0], w[1], 0x4260)")),
-    Fault("odd_nibbles_are_of_other_tokens", v_bytes, codec("(y & 0xF0F0F0F0), 0, 0x3120)", "(y & 0xF0F0F0F0), 0, 0x1320)")),
+    Fault("odd_nibbles_are_of_other_tokens", v_bytes, codec("odd = prmt(odd, 0, 0x3120);", "odd = prmt(odd, 0, 0x1320);")),
     Fault("float32_values_have_their_high_term_only",
           lambda c: v_rows(lambda r: r.kind == plan.F32)(c) and c.spec.dtype == torch.float32 and exact_rows(c.spec),
           values("part < (V::SPLIT ? 2 : 1)", "part < 1"), bound=_FLOAT32),
@@ -211,6 +223,14 @@ FAULTS = (
           attend("  if (p.starts) first =", "  if (false) first =")),
     Fault("a_ring_is_read_in_the_order_of_its_slots", lambda c: c.sliding > 0 and c.spec.ring,
           rows("return slot - first_slot + (slot < first_slot ? capacity : 0);", "return slot - first_slot;")),
+    Fault("the_end_of_a_ring_is_free_of_checks", lambda c: c.sliding > 1000 and c.spec.ring,
+          attend("free_tiles(-ahead, ahead, slots.count)", "free_tiles(-ahead, ahead, slots.capacity)"), splits=1),
+    Fault("the_sign_of_q_counts_as_a_bit", k_bits, bits("? -1.0f : 1.0f", "? 1.0f : 1.0f")),
+    Fault("signs_do_not_flip_magnitudes", k_bits, bits("z[0][i] ^ (z[0][i] >> 1 & 0x55555555)", "z[0][i]")),
+    Fault("sums_of_bits_are_not_centred", k_bits, bits("(-0.5f / 68719476736.0f)", "0.0f")),
+    Fault("bits_of_two_scales_change_places", k_bits,
+          bits("y[1][i] = prmt(odd[0], odd[1], 0x6420);", "y[1][i] = prmt(odd[0], odd[1], 0x7531);")
+          + bits("y[3][i] = prmt(odd[0], odd[1], 0x7531);", "y[3][i] = prmt(odd[0], odd[1], 0x6420);")),
     Fault("the_softcap_comes_after_the_mask", spec(lambda s: s.softcap > 0 and s.mask == "additive"),
           attend("          if (SOFTCAP) {", "          if (false) {")
           + attend("x = bias == -INFINITY ? bias : (x + (MASK == 1 ? 0.0f : slope[j][e] * bias)) * LOG2E;",
@@ -294,7 +314,7 @@ def test_every_fault_is_one_of_the_sources(fault):
 def test_faults_are_many_and_in_every_source():
     assert len({f.name for f in FAULTS}) == len(FAULTS) >= 24
     files = {name for fault in FAULTS for name, _, _ in fault.edits}
-    assert files == {"attend.cu", "score.cuh", "values.cuh", "codec.cuh", "rows.cuh", "merge.cu", "turn.cuh"}
+    assert files == {"attend.cu", "score.cuh", "values.cuh", "codec.cuh", "rows.cuh", "merge.cu", "turn.cuh", "bits.cuh"}
 
 
 def test_edited_sources_are_forgotten():

@@ -4,10 +4,11 @@ CUDA C++ in ``csrc/``, compiled for one problem at a time by the run-time compil
 ``plan.py`` says with which constants, ``calls.py`` launches. ``encode.py`` does both for new tokens.
 
 ``BOUND``: decode rounds q to half precision per row, relative to its largest value (to two halves or two bytes where
-that is free or the output is float32; to bfloat16 where K is), weights to half precision relative to their largest (two
-bfloat16 where V is bfloat16 or float32), levels of tables that are not integers to half precision: relative errors of
-2**-12 each, which add up like random walks. Errors of q and of levels are relative to the scores, so scores of some
-tens cost more. Prefill rounds weights to the 16-bit type of V: 2**-9 each for bfloat16.
+that is free or the output is float32; to bfloat16 where K is; to 14 bits where rows of 2 bits have 512 values), weights to
+half precision relative to their largest (two bfloat16 where V is bfloat16 or float32), levels of tables that are not
+integers to half precision: relative errors of 2**-12 each, which add up like random walks. Errors of q and of levels are
+relative to the scores, so scores of some tens cost more. Prefill rounds weights to the 16-bit type of V:
+2**-9 each for bfloat16.
 """
 
 from __future__ import annotations

@@ -64,6 +64,11 @@ class Row:
     def lut_bytes(self) -> int:
         return 256 << self.bits if self.kind == TABLE else 0
 
+    @property
+    def pair_bytes(self) -> int:
+        """Bytes of a table of pairs."""
+        return 128 << 2 * self.bits if self.kind == TABLE else 0
+
 
 @cache
 def _table(fmt: KVFormat) -> tuple[int, float, int, int]:
@@ -205,6 +210,20 @@ def _integers(row: Row, side: str, rows: int) -> bool:
     return row.bits < 4 and rows == 4
 
 
+def _bitwise(row: Row, rows: int) -> bool:
+    """True for keys of 2 bits that are multiplied bit by bit (csrc/bits.cuh): symmetric levels by sign and magnitude, in
+    long rows. Four query rows only: sums of bits cost by the row, lookups do not."""
+    levels = row.low.to_bytes(4, "little")
+    symmetric = levels[2] == 256 - levels[0] and levels[3] == 256 - levels[1]
+    return row.kind == BYTES and row.bits == 2 and row.dim == 512 and row.span == 128 and rows == 4 and symmetric
+
+
+def _pairs(problem: Problem) -> bool:
+    """True where one lookup may yield two values: tables of at most 5 bits, and not two different ones."""
+    bits = [row.bits for row in (problem.k, problem.v) if row.kind == TABLE]
+    return bool(bits) and max(bits) <= 5 and (len(bits) == 1 or problem.same_table)
+
+
 def _registers(problem: Problem, rows: int, terms: int, tile: int) -> int:
     """About how many registers a lane needs: sums, weights, and what every kernel has."""
     v, k, tiles = problem.v, problem.k, tile // 16
@@ -230,43 +249,55 @@ def plan(problem: Problem, shared_memory: int = SHARED_MEMORY) -> Plan:
 def _plan(problem: Problem, shared_memory: int) -> Plan:
     k, v = problem.k, problem.v
     rows = 4 if problem.columns <= 4 else 8 if problem.columns <= 8 or v.dim > 256 else 16
-    k_int, v_int = _integers(k, "k", rows), _integers(v, "v", rows)
+    k_int, v_int = 2 if _bitwise(k, rows) else int(_integers(k, "k", rows)), _integers(v, "v", rows)
     # one bfloat16 holds a q of that dtype only; where four rows fill half a product, two terms are free
     rounded = k.kind in (BF16, F32) and (problem.q_type != BF16 or problem.k_turn > 0)
     terms = 2 if problem.two_terms or rounded or k_int or rows == 4 else 1
     columns = -(-rows // 8)
     k_columns = columns if terms == 1 else 1 if rows == 4 else 2 * columns
     k_pitch, v_pitch = _pitch(k, problem.k_copy, "k"), _pitch(v, problem.v_copy, "v")
-    fixed = -(-(max(k.lut_bytes, v.lut_bytes) + _query_bytes(k, k_columns, k_int)) // 128) * 128
     room = shared_memory - _STATIC
     per_warp = (4 if rows == 4 and terms == 2 else 8 * columns) * v.dim * 4
-
-    def warps_of(tile: int) -> tuple[int, int]:
-        """(as many as registers allow, as many as there are)"""
-        registers = _registers(problem, rows, terms, tile)
-        most = 16 if registers <= (200 if v_int else 136) else 12 if registers <= 184 else 8
-        warps = max(1, min(most, (room - fixed) // (tile * (k_pitch + v_pitch)), room // per_warp))
-        return most, warps - (warps % 4 if warps >= 8 else 0)  # alike on the four schedulers
-
-    # long tiles cost less per token, unless they leave too few warps; bytes gain more from them than spilled registers cost
-    tile, (most, warps) = 32, warps_of(32)
     tables = TABLE in (k.kind, v.kind)
     whole = problem.page_slots % 32 == 0  # a page holds whole tiles
-    short = tables and max(k.fold, v.fold) > 1  # these lanes hold many planes
-    if not whole or warps < most or short or not (v_int or _registers(problem, rows, terms, 32) + 24 * tables <= 176):
-        tile, (most, warps) = 16, warps_of(16)
+    # lookups of short rows, and pairs of five bits, gain more from registers than from warps, by measurement
+    fewer = tables and (v.dim <= 64 or (_pairs(problem) and 5 in (k.bits, v.bits)))
+
+    def cut(fixed: int) -> tuple[int, int]:
+        """(tile, warps) beside ``fixed`` bytes"""
+
+        def warps_of(tile: int) -> tuple[int, int]:
+            """(as many as registers allow, as many as there are)"""
+            registers = _registers(problem, rows, terms, tile)
+            most = 16 if registers <= (150 if v_int else 136) and not fewer else 12 if registers <= 184 else 8
+            warps = max(1, min(most, (room - fixed) // (tile * (k_pitch + v_pitch)), room // per_warp))
+            return most, warps - (warps % 4 if warps >= 8 else 0)  # alike on the four schedulers
+
+        # long tiles cost less per token, unless they leave too few warps; bytes gain more than spilled registers cost
+        most, warps = warps_of(32)
+        if whole and warps == most and (v_int or _registers(problem, rows, terms, 32) + 24 * tables <= 176):
+            return 32, warps
+        return 16, warps_of(16)[1]
+
+    def beside(lut: int) -> int:
+        return -(-(lut + _query_bytes(k, k_columns, k_int)) // 128) * 128
+
+    fixed, pair_fixed = beside(max(k.lut_bytes, v.lut_bytes)), beside(max(k.pair_bytes, v.pair_bytes))
+    tile, warps = cut(fixed)
+    pairs = _pairs(problem) and cut(pair_fixed) == (tile, warps)
+    fixed = pair_fixed if pairs else fixed
     per_stage = tile * (k_pitch + v_pitch)
-    stages = 2 if warps * per_stage < _IN_FLIGHT and fixed + 2 * warps * per_stage <= room and not short else 1
+    stages = 2 if warps * per_stage < _IN_FLIGHT and fixed + 2 * warps * per_stage <= room and not tables else 1
     shared = max(fixed + warps * stages * per_stage, warps * per_warp)
     defines = {
         "K_KIND": k.kind, "K_BITS": k.bits, "K_SPAN": k.span, "K_SCALE32": int(k.wide_scale),
-        "K_INT": int(k_int), "DK": k.dim,
+        "K_INT": k_int, "DK": k.dim,
         "V_KIND": v.kind, "V_BITS": v.bits, "V_SPAN": v.span, "V_SCALE32": int(v.wide_scale),
         "V_INT": int(v_int), "DV": v.dim,
         "ROWS": rows, "TERMS": terms, "Q_TYPE": problem.q_type, "SOFTCAP": int(problem.softcap), "MASK": problem.mask,
         "ALIBI": int(problem.alibi), "PAGED": int(problem.page_slots > 0), "SAME_TABLE": int(problem.same_table),
-        "K_TURN": problem.k_turn,
-        "FREE": int(not (tables and v.dim > 256)), "TILE": tile, "STAGES": stages, "WARPS": warps,
+        "LUT_PAIRS": int(pairs), "K_TURN": problem.k_turn,
+        "TILE": tile, "STAGES": stages, "WARPS": warps,
         "K_PITCH": k_pitch, "V_PITCH": v_pitch,
         "K_COPY": problem.k_copy, "V_COPY": problem.v_copy, "K_STRIDE": problem.k_stride, "V_STRIDE": problem.v_stride,
         "K_SCALE_STRIDE": problem.k_scale_stride, "V_SCALE_STRIDE": problem.v_scale_stride,
@@ -275,8 +306,10 @@ def _plan(problem: Problem, shared_memory: int) -> Plan:
     return Plan(tuple(defines.items()), rows, tile, warps, stages, shared)
 
 
-def _query_bytes(k: Row, k_columns: int, integers: bool) -> int:
-    """Shared memory that q takes as operands: ``Q_BYTES`` in csrc/score.cuh."""
+def _query_bytes(k: Row, k_columns: int, integers: int) -> int:
+    """Shared memory that q takes as operands: ``Q_BYTES`` in csrc/score.cuh. ``integers``: ``K_INT``."""
+    if integers == 2:
+        return k.scales * 7 * 256 + 4 * k.dim * 4
     fold = 1 if integers else k.fold
     vector = _vector(k.words // 2, 4 // fold)
     size, words, span = 8 // fold * vector, k.words, k.span or k.dim

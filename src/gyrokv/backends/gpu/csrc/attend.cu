@@ -7,9 +7,9 @@
 // memory straight into operands (codec.cuh): the order of dims in a product is free, so no value moves between lanes.
 // Scales never touch elements: K's multiplies scores, V's the weights.
 //
-// The host defines K_KIND, K_BITS, K_SPAN, K_SCALE32, K_INT (and V_), DK, DV, ROWS, TERMS, Q_TYPE, SOFTCAP, MASK, ALIBI, TILE, STAGES,
-// WARPS, K_TURN (the block of a rotation that q goes through, or 0), FREE (a loop of its own for tiles that all rows see whole), K_PITCH, K_COPY, K_STRIDE, K_SCALE_STRIDE (and V_), SAME_TABLE, PAGED,
-// SHARED (bytes).
+// The host defines K_KIND, K_BITS, K_SPAN, K_SCALE32, K_INT (and V_; 2: bits.cuh), DK, DV, ROWS, TERMS, Q_TYPE, SOFTCAP, MASK, ALIBI, TILE, STAGES,
+// WARPS, K_TURN (the block of a rotation that q goes through, or 0), K_PITCH, K_COPY, K_STRIDE, K_SCALE_STRIDE (and V_),
+// SAME_TABLE, LUT_PAIRS, PAGED, SHARED (bytes).
 #include "values.cuh"
 
 constexpr int STAGE_BYTES = TILE * (K_PITCH + V_PITCH);
@@ -19,7 +19,11 @@ static_assert(RING_AT + WARPS * STAGES * STAGE_BYTES <= SHARED && WARPS * ALL_RO
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_constant__ Attend p) {
   extern __shared__ __align__(128) char memory[];
   __shared__ float norms[ALL_ROWS];
+#if K_INT == 2
+  __shared__ float centres[K::GROUPS][ALL_ROWS];
+#endif
   __shared__ float2 tops[WARPS][ALL_ROWS];
+  touch(p, shared_address(norms));
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   Unit unit;
   unit.batch = quotient(blockIdx.z, p.splits, p.over_splits), unit.head = blockIdx.y;
@@ -29,9 +33,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
   u32 shared = shared_address(memory);
 
   // tables, and positions that the host knows, do not wait
+  TableCopy<K, true> k_levels(p.k_table);
+  TableCopy<V, !(K_KIND == TABLE && SAME_TABLE)> v_levels(p.v_table);
   if (p.lengths || p.starts) wait_for_earlier_kernels();
-  fill_table<K::LUT_BYTES / 256>(shared, p.k_table);
-  fill_table<K_KIND == TABLE && SAME_TABLE ? 0 : V::LUT_BYTES / 256>(shared + V_LUT, p.v_table);
   // positions: which are live, then all relative to the first of them
   int length = p.lengths ? (int)(p.lengths[unit.batch * p.lengths_batch] - p.origin) : p.length, q_first = length - p.q_len;
   int first = max(p.first, length - p.keep), stop = min(p.stop, length - p.trail);
@@ -47,8 +51,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
   int tiles = slots.count == 0 ? 0 : ((straight ? slots.first_slot + slots.count : slots.capacity) + TILE - 1) / TILE - tile_low;
   int share = quotient(tiles, p.splits, p.over_splits), rest = tiles - share * p.splits;  // the first `rest` splits take one more
   int begin = tile_low + split * share + min(split, rest), end = begin + share + (split < rest);
-  wait_for_earlier_kernels();
-  Early early(p, unit);
   // a tile whose first position is in this range is seen by all rows
   int free_low = window ? high - window + 1 : 0, free_high = p.causal || window ? low - TILE + 1 : 0x7FFFFFFF;
 
@@ -98,6 +100,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
       }
   };
 
+  Early early(p, unit);
+  k_levels.store(shared), v_levels.store(shared + V_LUT);
+  wait_for_earlier_kernels();
+  early.load();
 #pragma unroll
   for (int i = 0; i < STAGES; ++i) {
     int tile = begin + warp + i * WARPS;
@@ -105,9 +111,16 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
     else copy_k(Bool<false>(), tile, i), copy_v(Bool<false>(), tile, i);
   }
   fetch_scales(Bool<false>(), begin + warp);
+#if K_INT == 2
+  fill_bits(memory, p, early, norms, centres);
+#else
   fill_queries(memory, p, early, norms);
+#endif
   __syncthreads();
 
+#if K_INT == 2
+  float centre[4] = {centres[0][t], centres[1][t], centres[2][t], centres[3][t]};
+#endif
   Table k_table{p.k_low, p.k_high}, v_table{p.v_low, p.v_high};
   float multiply[COLUMNS][PER_LANE], slope[COLUMNS][PER_LANE];
   int q_position[COLUMNS][PER_LANE];
@@ -118,7 +131,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
     for (int i = 0; i < PER_LANE; ++i) {
       int row = row_of(j, i, t);
       At at = row_at(p, unit, min(row, unit.rows - 1));
-      multiply[j][i] = __fdividef(p.scale * p.k_factor * (K_INT ? 1.0f : K::FACTOR) * (PLAIN ? LOG2E : 1.0f), norms[row]);
+      multiply[j][i] = __fdividef(p.scale * p.k_factor * (K_BITWISE ? 68719476736.0f : K_INT ? 1.0f : K::FACTOR) * (PLAIN ? LOG2E : 1.0f), norms[row]);
       q_position[j][i] = q_first - first + at.token;
       slope[j][i] = ALIBI ? p.slopes[at.head] : 1.0f;
       mask_row[j][i] = unit.batch * p.mask_batch + at.head * p.mask_head + at.token * p.mask_token;
@@ -129,7 +142,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
 #pragma unroll
   for (int j = 0; j < COLUMNS; ++j) {
 #pragma unroll
-    for (int i = 0; i < PER_LANE; ++i) run.top[j][i] = -INFINITY, run.total[j][i] = 0.0f;
+    for (int i = 0; i < PER_LANE; ++i) {
+      run.top[j][i] = -INFINITY, run.total[j][i] = 0.0f;
+      for (float& x : run.offset[j][i]) x = 0.0f;
+    }
 #pragma unroll
     for (int i = 0; i < V_TILES; ++i)
 #pragma unroll
@@ -151,7 +167,11 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
     fetch_scales(free, tile + WARPS);
 
     float s[TILES][COLUMNS][4];
+#if K_INT == 2
+    score_bits(s, k_ring + stage * TILE * K_PITCH, memory, k_scales, centre, lane);
+#else
     score<K_INT>(s, k_ring + stage * TILE * K_PITCH, memory, k_scales, k_table, lane);
+#endif
     __syncwarp();
     copy_k(free, later, stage);
 
@@ -230,12 +250,22 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
     copy_v(free, later, stage);
   };
 
+  // Tiles that all rows see whole, and whose successor in the ring is whole: of slots from the first one on, of those before it
+  struct Range {
+    int low;
+    u32 count;
+    INLINE bool holds(int tile) const { return (u32)(tile - low) < count; }
+  };
+  auto free_tiles = [&](int shift, int low, int high) {  // of offsets low .. high - 1, in slots that are `shift` further
+    int from = (max(low, free_low) + shift + TILE - 1) / TILE, stop = min((high + shift) / TILE, end) - STAGES * WARPS;
+    return Range{from, (u32)max(0, min(stop, (min(free_high, high) + shift + TILE) / TILE) - from)};
+  };
+  int ahead = slots.capacity - slots.first_slot;  // slots before the ring wraps
+  Range free = free_tiles(slots.first_slot, 0, min(slots.count, ahead)), wrapped = free_tiles(-ahead, ahead, slots.count);
+
   int stage = 0;
   for (int tile = begin + warp; tile < end; tile += WARPS) {
-    int last = tile + STAGES * WARPS, offset = slots.offset(tile * TILE);
-    bool free = MASK == 0 && last < end && slots.whole(tile * TILE, TILE) && offset >= free_low && offset <= free_high &&
-                slots.whole(last * TILE, TILE) && (STAGES == 1 || slots.whole((tile + WARPS) * TILE, TILE));
-    if (FREE && free) step(Bool<true>(), tile, stage);
+    if (MASK == 0 && (free.holds(tile) || wrapped.holds(tile))) step(Bool<true>(), tile, stage);
     else step(Bool<false>(), tile, stage);
     stage = stage + 1 == STAGES ? 0 : stage + 1;
   }
@@ -247,11 +277,14 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
   for (int j = 0; j < COLUMNS; ++j)
 #pragma unroll
     for (int e = 0; e < PER_LANE; ++e) {
-      float total = run.total[j][e];
-#pragma unroll
-      for (int i = 4; i < 32; i *= 2) total += __shfl_xor_sync(~0u, total, i);
+      float total = sum_over_tokens(run.total[j][e]);
       if (g == 0) tops[warp][row_of(j, e, t)] = make_float2(run.top[j][e], total);
     }
+  auto place = [&](int row) {  // of a row in the results
+    if (row >= unit.rows) return (i64)-1;
+    At at = row_at(p, unit, row);
+    return (((i64)unit.batch * p.q_heads + at.head) * p.q_len + at.token) * p.splits_total + p.split_base + split;
+  };
   __syncthreads();
   float* parts = (float*)memory;  // [WARPS][DV][ALL_ROWS]
 #pragma unroll
@@ -259,38 +292,48 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
 #pragma unroll
     for (int e = 0; e < PER_LANE; ++e) {
       int row = row_of(j, e, t);
-      float most = -INFINITY;
-      for (int w = 0; w < WARPS; ++w) most = fmaxf(most, tops[w][row].x);
+      float2 all[(WARPS + 7) / 8];  // of warps g, g + 8
+      float most = -INFINITY, total = 0.0f;
+#pragma unroll
+      for (int i = 0; i < (WARPS + 7) / 8; ++i) {
+        all[i] = WARPS % 8 == 0 || g + 8 * i < WARPS ? tops[g + 8 * i][row] : make_float2(-INFINITY, 0.0f);
+        most = fmaxf(most, all[i].x);
+      }
+      most = over_tokens(most);
+      if (warp == 0) {
+#pragma unroll
+        for (int i = 0; i < (WARPS + 7) / 8; ++i) total += all[i].y > 0.0f ? all[i].y * exp2_fast(all[i].x - most) : 0.0f;
+        total = sum_over_tokens(total);
+        i64 at = place(row);
+        if (g == 0 && at >= 0) p.top[at] = make_float2(most, total);
+      }
       float factor = run.top[j][e] == -INFINITY ? 0.0f : exp2_fast(run.top[j][e] - most);
+      factor *= p.v_factor;
       if (!V_INT) factor *= V::FACTOR * (V::SCALED ? run.unit / WEIGHT : V::IS_BF16 ? 1.0f : 1.0f / WEIGHT);
+      float offset[V::GROUPS];
+#pragma unroll
+      for (int group = 0; group < V::GROUPS; ++group) offset[group] = V_INT ? 128.0f * sum_over_tokens(run.offset[j][e][group]) : 0.0f;
 #pragma unroll
       for (int tile = 0; tile < V_TILES; ++tile)
 #pragma unroll
         for (int half = 0; half < 2; ++half)
           if (exists(tile, half, g)) {
             float x = run.out[tile][j][(V_INT ? PER_LANE : 2) * half + e];
-            parts[(warp * DV + dim_of(tile, half, g)) * ALL_ROWS + row] = x * factor * p.v_factor;
+            if (V_INT)
+#pragma unroll
+              for (int group = 0; group < V::GROUPS; ++group)
+                if (of_group(tile, half, group, g)) x = x * V_TINY - offset[group];
+            parts[(warp * DV + dim_of(tile, half, g)) * ALL_ROWS + row] = x * factor;
           }
     }
+  i64 at = place(threadIdx.x % ALL_ROWS);  // a thread's values are of one row
+  static_assert(WARPS * 32 % ALL_ROWS == 0, "rows of threads");
   __syncthreads();
-  auto place = [&](int row) {  // of a row in the results
-    if (row >= unit.rows) return (i64)-1;
-    At at = row_at(p, unit, row);
-    return (((i64)unit.batch * p.q_heads + at.head) * p.q_len + at.token) * p.splits_total + p.split_base + split;
-  };
+  if (at < 0) return;
+#pragma unroll 1
   for (int e = threadIdx.x; e < DV * ALL_ROWS; e += WARPS * 32) {
-    i64 at = place(e % ALL_ROWS);
-    if (at < 0) continue;
     float sum = 0.0f;
     for (int w = 0; w < WARPS; ++w) sum += parts[w * DV * ALL_ROWS + e];
     p.out[at * DV + e / ALL_ROWS] = sum;
-  }
-  if (threadIdx.x < ALL_ROWS) {
-    i64 at = place(threadIdx.x);
-    float most = -INFINITY, total = 0.0f;
-    for (int w = 0; w < WARPS; ++w) most = fmaxf(most, tops[w][threadIdx.x].x);
-    for (int w = 0; w < WARPS; ++w)
-      if (tops[w][threadIdx.x].y > 0.0f) total += tops[w][threadIdx.x].y * exp2_fast(tops[w][threadIdx.x].x - most);
-    if (at >= 0) p.top[at] = make_float2(most, total);
   }
 }

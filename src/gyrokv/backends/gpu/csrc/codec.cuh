@@ -10,6 +10,10 @@
 
 enum Kind { F16 = 0, BF16 = 1, F32 = 2, FP8 = 3, LINEAR = 4, BYTES = 5, TABLE = 6 };
 
+#ifndef LUT_PAIRS  // does a lookup yield two values? Tables of at most 5 bits, and not two different ones
+#define LUT_PAIRS 0
+#endif
+
 constexpr int lowest_bit(int x) { return x & -x; }
 constexpr int up(int x, int to) { return (x + to - 1) / to * to; }
 
@@ -28,7 +32,8 @@ struct Row {
   static constexpr int BYTES_ROW = KIND <= F32 ? DIM * WORD : DIM * BITS / 8;
   static constexpr int NIBBLES = KIND == BYTES ? PLANES / 4 : 1;     // registers of nibbles per pair of units
   static constexpr int PASSES = BITS == 4 ? 2 : 1;                   // lookups of bytes per nibble: both signs
-  static constexpr int LUT_BYTES = KIND == TABLE ? 256 << BITS : 0;  // one copy of the table per bank
+  static constexpr int LEVELS = KIND == TABLE ? 1 << BITS : 1;
+  static constexpr int LUT_BYTES = KIND != TABLE ? 0 : LUT_PAIRS ? 128 * LEVELS * LEVELS : 256 * LEVELS;  // one copy of the table per bank
   static constexpr float FACTOR = KIND == BYTES && BITS == 4 ? 16777216.0f : 1.0f;  // values over what `expand` makes: denormals
 
   // first dim of plane k when the unit is j
@@ -127,11 +132,16 @@ INLINE void nibbles_of(const u32* z, u32* nibbles) {
   }
 }
 
+// nibbles of x in the low places of bytes, of y in the high ones: the even ones of both, and the odd ones
+INLINE void pair_nibbles(u32 x, u32 y, u32& even, u32& odd) {
+  even = select(0x0F0F0F0F, x, y << 4), odd = select(0x0F0F0F0F, x >> 4, y);
+}
+
 // Words of tokens a, b in x and of c, d in y, each a half -> the nibbles of four tokens, in the order a, c, b, d, side by
 // side: nibbles 0 and 2 in the halves of `even`, 1 and 3 in those of `odd`
 INLINE void four_tokens(u32 x, u32 y, u32& even, u32& odd) {
-  even = prmt((x & 0x0F0F0F0F) | (y << 4 & 0xF0F0F0F0), 0, 0x3120);
-  odd = prmt((x >> 4 & 0x0F0F0F0F) | (y & 0xF0F0F0F0), 0, 0x3120);
+  pair_nibbles(x, y, even, odd);
+  even = prmt(even, 0, 0x3120), odd = prmt(odd, 0, 0x3120);
 }
 
 // What a pass looks up: codes, or codes of the other sign.
@@ -144,20 +154,34 @@ INLINE u32 bytes_of(const ByteTables<R>& tables, int pass, u32 nibbles) {
   return prmt(table.low, table.high, nibbles);
 }
 
-// entry of a lookup table in shared memory: entries are 256 bytes apart, one copy per lane
+// the upper four codes: of 2 or 3 bits, they are finite as half precision
+template <class R>
+INLINE u32 upper(u32 nibbles) {
+  return R::BITS == 4 ? nibbles >> 16 : upper_f16(nibbles);
+}
+
+// entry of a lookup table in shared memory: entries are 256 bytes apart, or 128 where they are pairs; one copy per lane
 INLINE u32 look_up(const char* lut, u32 place) { return *(const u32*)(lut + place); }
 
 // four codes, one per byte: planes a (bytes 0, 2) and b (bytes 1, 3). lane4: 4 * lane
+template <class R>
 INLINE void from_table(u32 codes, const char* lut, u32 lane4, u32& a, u32& b) {
-  u32 a0 = look_up(lut, prmt(codes, lane4, 0x7604)), b0 = look_up(lut, prmt(codes, lane4, 0x7614));
-  u32 a1 = look_up(lut, prmt(codes, lane4, 0x7624)), b1 = look_up(lut, prmt(codes, lane4, 0x7634));
-  a = prmt(a0, a1, 0x5410);
-  b = prmt(b0, b1, 0x5410);
+  if constexpr (LUT_PAIRS) {
+    constexpr u32 WORTH = 1 | R::LEVELS << 16;
+    a = look_up(lut, dot_bytes(codes, WORTH) * 128 + lane4);
+    b = look_up(lut, dot_bytes(codes, WORTH << 8) * 128 + lane4);
+  } else {
+    u32 a0 = look_up(lut, prmt(codes, lane4, 0x7604)), b0 = look_up(lut, prmt(codes, lane4, 0x7614));
+    u32 a1 = look_up(lut, prmt(codes, lane4, 0x7624)), b1 = look_up(lut, prmt(codes, lane4, 0x7634));
+    a = side_by_side(a0, a1);
+    b = side_by_side(b0, b1);
+  }
 }
 
+template <class R>
 INLINE void from_nibbles(u32 nibbles, const char* lut, u32 lane4, u32& a, u32& b, u32& c, u32& d) {
-  from_table(nibbles & 0x0F0F0F0F, lut, lane4, a, c);
-  from_table((nibbles >> 4) & 0x0F0F0F0F, lut, lane4, b, d);
+  from_table<R>(nibbles & 0x0F0F0F0F, lut, lane4, a, c);
+  from_table<R>((nibbles >> 4) & 0x0F0F0F0F, lut, lane4, b, d);
 }
 
 // z[NREG]: two units side by side; h[PLANES]: their values, first unit in the low halves
@@ -200,31 +224,31 @@ INLINE void expand(const u32* z, u32* h, Table table, const char* lut, u32 lane4
       h[n + 3 * R::NIBBLES] = add_f16x2(prmt(y, 0x64646464, 0x4341), 0xE480E480);
     }
   } else if constexpr (R::BITS == 2) {
-    from_nibbles(z[0] & 0x33333333, lut, lane4, h[0], h[2], h[4], h[6]);
-    from_nibbles((z[0] >> 2) & 0x33333333, lut, lane4, h[1], h[3], h[5], h[7]);
+    from_nibbles<R>(z[0] & 0x33333333, lut, lane4, h[0], h[2], h[4], h[6]);
+    from_nibbles<R>((z[0] >> 2) & 0x33333333, lut, lane4, h[1], h[3], h[5], h[7]);
   } else if constexpr (R::BITS == 3) {
     u32 nibbles[4];
     nibbles_of<R>(z, nibbles);
 #pragma unroll
-    for (int n = 0; n < 4; ++n) from_nibbles(nibbles[n], lut, lane4, h[n], h[4 + n], h[8 + n], h[12 + n]);
+    for (int n = 0; n < 4; ++n) from_nibbles<R>(nibbles[n], lut, lane4, h[n], h[4 + n], h[8 + n], h[12 + n]);
   } else if constexpr (R::BITS == 4) {
-    from_nibbles(z[0], lut, lane4, h[0], h[1], h[2], h[3]);
+    from_nibbles<R>(z[0], lut, lane4, h[0], h[1], h[2], h[3]);
   } else if constexpr (R::BITS == 5) {  // plane m + 4 p: nibble p of block m, bit m + 4 p of the last block
 #pragma unroll
     for (int m = 0; m < 4; ++m) {
       u32 top = z[4] >> m;
-      from_table((z[m] & 0x0F0F0F0F) | ((top << 4) & 0x10101010), lut, lane4, h[m], h[8 + m]);
-      from_table(((z[m] >> 4) & 0x0F0F0F0F) | (top & 0x10101010), lut, lane4, h[4 + m], h[12 + m]);
+      from_table<R>((z[m] & 0x0F0F0F0F) | ((top << 4) & 0x10101010), lut, lane4, h[m], h[8 + m]);
+      from_table<R>(((z[m] >> 4) & 0x0F0F0F0F) | (top & 0x10101010), lut, lane4, h[4 + m], h[12 + m]);
     }
   } else if constexpr (R::BITS == 6) {  // plane m + 2 p: nibble p of block m, bits 2 m + 4 p of the last block
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
       u32 top = z[2] >> (2 * m);
-      from_table((z[m] & 0x0F0F0F0F) | ((top << 4) & 0x30303030), lut, lane4, h[m], h[4 + m]);
-      from_table(((z[m] >> 4) & 0x0F0F0F0F) | (top & 0x30303030), lut, lane4, h[2 + m], h[6 + m]);
+      from_table<R>((z[m] & 0x0F0F0F0F) | ((top << 4) & 0x30303030), lut, lane4, h[m], h[4 + m]);
+      from_table<R>(((z[m] >> 4) & 0x0F0F0F0F) | (top & 0x30303030), lut, lane4, h[2 + m], h[6 + m]);
     }
   } else {
-    from_table(z[0], lut, lane4, h[0], h[1]);
+    from_table<R>(z[0], lut, lane4, h[0], h[1]);
   }
 }
 

@@ -22,8 +22,9 @@ INLINE void store(const Merge& p, i64 row, int d, float x) {
 
 extern "C" __global__ void merge(const __grid_constant__ Merge p) {
   __shared__ float factors[SPLITS];
+  let_later_kernels_start();  // they wait, in turn, for this one's end
+  touch(p, shared_address(factors));
   wait_for_earlier_kernels();
-  let_later_kernels_start();
   i64 row = blockIdx.x;
   int d = threadIdx.x;
   const float* parts = p.part + row * p.splits * DIM + d;

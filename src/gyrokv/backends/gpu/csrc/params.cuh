@@ -2,6 +2,16 @@
 #pragma once
 #include "turn.cuh"
 
+// Arguments reach a processor by lines of 64 bytes, each of which costs a kernel the latency of memory when it is first
+// used. This asks for all of them at once. at: a word of shared memory that thread 0 may overwrite
+template <class P>
+INLINE void touch(const P& p, u32 at) {
+  u32 x = 0;
+#pragma unroll
+  for (int i = 0; i < (int)sizeof(P); i += 64) x ^= ((const u32*)&p)[i / 4];
+  if (threadIdx.x == 0) store_shared(at, x);
+}
+
 struct Side {
   const char* words;  // of batch 0, head 0, slot 0
   const char* scale;

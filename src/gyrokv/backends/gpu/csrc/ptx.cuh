@@ -34,6 +34,20 @@ INLINE u32 prmt(u32 a, u32 b, u32 selector) {
   return d;
 }
 
+// bits of a where the mask is set, else of b
+INLINE u32 select(u32 mask, u32 a, u32 b) {
+  u32 d;
+  asm("lop3.b32 %0, %1, %2, %3, 0xCA;" : "=r"(d) : "r"(mask), "r"(a), "r"(b));
+  return d;
+}
+
+// sum of products of four unsigned bytes
+INLINE u32 dot_bytes(u32 a, u32 b) {
+  u32 d;
+  asm("dp4a.u32.u32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(0));
+  return d;
+}
+
 INLINE u32 add_f16x2(u32 a, u32 b) {
   u32 d;
   asm("add.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
@@ -43,6 +57,22 @@ INLINE u32 add_f16x2(u32 a, u32 b) {
 INLINE u32 fma_f16x2(u32 a, u32 b, u32 c) {
   u32 d;
   asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+
+// These do a permute's and a shift's work in the pipe of products, which is wider and has less to do.
+// Low halves of a and b, which are finite; the upper half of a is zero
+INLINE u32 side_by_side(u32 a, u32 b) {
+  u32 d;
+  asm("{\n .reg .b16 l, h;\n .reg .b32 x;\n mov.b32 {l, h}, %2;\n mov.b32 x, {l, l};\n fma.rn.f16x2 %0, x, %3, %1;\n}"
+      : "=r"(d) : "r"(a), "r"(b), "r"(0x3C000000));
+  return d;
+}
+// the upper half of x, which is finite, twice
+INLINE u32 upper_f16(u32 x) {
+  u32 d;
+  asm("{\n .reg .b16 l, h;\n .reg .b32 y;\n mov.b32 {l, h}, %1;\n mov.b32 y, {h, h};\n add.rn.f16x2 %0, y, %2;\n}"
+      : "=r"(d) : "r"(x), "r"(0x80008000));
   return d;
 }
 
@@ -127,15 +157,21 @@ INLINE void mma(float (&d)[4], const float (&c)[4], u32 a0, u32 a1, u32 a2, u32 
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
 }
 
-// the same for integers: c[16 x 8] += a[16 x 32] b[32 x 8]; a signed, b signed or not, four values per register
+// the same for integers: c[16 x 8] += a[16 x 32] b[32 x 8]; both signed or both not, four values per register
 template <bool UNSIGNED>
-INLINE void mma_s8(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+INLINE void mma_8(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
   if (UNSIGNED)
-    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.u8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.u8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
   else
     asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// the same for bits: c[16 x 8] += the number of common ones of a[16 x 256] and b[256 x 8], 32 of either in a register
+INLINE void mma_b1(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  asm("mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
 // 8 x 8 matrices of 16-bit values, each transposed; lane 8 i + r gives the address of row r of matrix i
@@ -182,6 +218,9 @@ INLINE void store_zeros(u32 address) {
 INLINE void store_shared(u32 address, float x) { asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(x) : "memory"); }
 
 INLINE void store_shared(u32 address, u32 x) { asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(x) : "memory"); }
+INLINE void store_shared(u32 address, const u32 (&x)[4]) {
+  asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]) : "memory");
+}
 INLINE void store_shared(u32 address, const float (&x)[4]) {
   asm volatile("st.shared.v4.f32 [%0], {%1,%2,%3,%4};" ::"r"(address), "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]) : "memory");
 }

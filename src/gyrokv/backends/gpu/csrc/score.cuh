@@ -37,8 +37,10 @@ constexpr int K_PAIRS = K_INT ? KBytes::PAIRS : KShare::PAIRS;
 constexpr int K_MOST = K_INT ? KBytes::most_scales() : KShare::MOST;
 constexpr bool K_KEPT = K::GROUPS <= 9;  // one accumulator per scale; else each product is scaled at once
 constexpr int K_SUMS = K::GROUPS == 1 ? (TILES == 1 && !K_INT ? 2 : 1) : K_KEPT ? K::GROUPS : 1;
-constexpr int Q_BYTES = K_PAIRS * K_MOST * K_COLUMNS * 32 * 8;
+constexpr bool K_BITWISE = K_INT == 2;  // bits.cuh
+constexpr int Q_BYTES = K_BITWISE ? 4 * 7 * 256 + 4 * DK * 4 : K_PAIRS * K_MOST * K_COLUMNS * 32 * 8;
 constexpr bool TWO_TABLES = K_KIND == TABLE && V_KIND == TABLE && !SAME_TABLE;
+static_assert(!TWO_TABLES || !LUT_PAIRS, "pairs are of one table");
 constexpr int V_LUT = TWO_TABLES ? 128 : 0;  // entries of two tables alternate
 constexpr int Q_AT = K::LUT_BYTES > V::LUT_BYTES ? K::LUT_BYTES : V::LUT_BYTES;
 constexpr int RING_AT = up(Q_AT + Q_BYTES, 128);
@@ -75,17 +77,35 @@ INLINE float load_mask(const char* mask, i64 at) {  // a boolean mask: 0 or -inf
 using KScales = Scales<K, K_SCALE32>;
 using VScales = Scales<V, V_SCALE32>;
 
-// a lookup table, as half precision, once per bank
-template <int CODES>
-INLINE void fill_table(u32 to, const float* table) {
+// A lookup table as half precision, once per bank: its values are asked for at once, and stored when they have arrived.
+// Eight lanes store 16 bytes each of an entry
+template <class R, bool WANTED>
+struct TableCopy {
+  static constexpr int CODES = WANTED && R::KIND == TABLE ? LUT_PAIRS ? R::LEVELS * R::LEVELS : R::LEVELS : 0;
+  static constexpr int N = (CODES / 4 + WARPS - 1) / WARPS, KEPT = LUT_PAIRS || N == 0 ? 1 : N, UNROLLED = LUT_PAIRS ? 4 : 64;
+  u32 x[KEPT];  // of pairs: level lane % LEVELS
+
+  static INLINE int code(int n) { return 4 * (threadIdx.x / 32 + n * WARPS) + threadIdx.x % 32 / 8; }
+  INLINE explicit TableCopy(const float* table) {
+    if constexpr (CODES > 0)
 #pragma unroll
-  for (int n = 0; n < (CODES + WARPS - 1) / WARPS; ++n) {
-    int i = threadIdx.x + n * WARPS * 32;
-    if (i >= CODES * 32) break;
-    u32 x = f16x2(table[i / 32], 0.0f);
-    asm volatile("st.shared.u32 [%0], %1;" ::"r"(to + i / 32 * 256 + i % 32 * 4), "r"(x));
+      for (int n = 0; n < KEPT; ++n) {
+        int at = LUT_PAIRS ? threadIdx.x % R::LEVELS : code(n);
+        x[n] = at < CODES ? load_now<4>((const char*)table, at) : 0;
+      }
   }
-}
+  INLINE void store(u32 to) const {
+    u32 level = CODES > 0 && LUT_PAIRS ? f16x2(__uint_as_float(x[0]), 0.0f) : 0;
+#pragma unroll UNROLLED
+    for (int n = 0; n < N; ++n)
+      if (code(n) < CODES) {  // all of a warp's
+        u32 y;
+        if (LUT_PAIRS) y = __shfl_sync(~0u, level, code(n) % R::LEVELS) | __shfl_sync(~0u, level, code(n) / R::LEVELS) << 16;
+        else y = f16x2(__uint_as_float(x[n % KEPT]), 0.0f);
+        store_shared(to + code(n) * (LUT_PAIRS ? 128 : 256) + threadIdx.x % 8 * 16, {y, y, y, y});
+      }
+  }
+};
 
 INLINE i64 q_offset(const Attend& p, const Unit& unit, int row) {
   At at = row_at(p, unit, row);
@@ -115,20 +135,27 @@ INLINE u32 term_of(float x, int term) {
 
 // The rows of q that a warp makes operands of: asked for before rows of K and V, which would delay them.
 struct Early {
-  static constexpr int MINE = (ALL_ROWS + WARPS - 1) / WARPS, N = (DK + 31) / 32;
+  static constexpr int MINE = (ALL_ROWS + WARPS - 1) / WARPS, N = (DK + 31) / 32, SIZE = Q_TYPE == F32 ? 4 : 2;
+  const char* from[MINE];
+  int many[MINE];  // values from a lane's first on
   u32 x[MINE][N];
 
   INLINE Early(const Attend& p, const Unit& unit) {
 #pragma unroll
     for (int i = 0; i < MINE; ++i) {
       int row = threadIdx.x / 32 + i * WARPS, lane = threadIdx.x % 32;
-      i64 from = q_offset(p, unit, row);
+      from[i] = p.q + (q_offset(p, unit, row) + lane) * SIZE;
+      many[i] = row < unit.rows ? p.q_dim - lane : 0;
+    }
+  }
+  INLINE void load() {
+#pragma unroll
+    for (int i = 0; i < MINE; ++i)
 #pragma unroll
       for (int j = 0; j < N; ++j) {
         x[i][j] = 0;
-        if (row < unit.rows && lane + 32 * j < p.q_dim) x[i][j] = load_now<Q_TYPE == F32 ? 4 : 2>(p.q, from + lane + 32 * j);
+        if (32 * j < many[i]) x[i][j] = load_now<SIZE>(from[i], 32 * j);
       }
-    }
   }
 };
 
@@ -155,6 +182,19 @@ struct Place {
   }
 };
 
+// a row of q, rotated: lane i has values i, i + 32, ...
+INLINE void turned_row(float (&x)[Early::N], const u32 (&from)[Early::N], const Attend& p, int lane) {
+#pragma unroll
+  for (int j = 0; j < Early::N; ++j) x[j] = value_of_q(from[j]);
+  if constexpr (K_TURN > 0) turn_row<K_TURN>(x, p.k_signs, lane);
+}
+
+INLINE float over_lanes(float x) {  // the largest of the warp
+#pragma unroll
+  for (int j = 16; j; j /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, j));
+  return x;
+}
+
 // q as operands: [pair][scale][column][lane] of two registers. norms[row]: what a row was multiplied by
 INLINE void fill_queries(char* shared, const Attend& p, const Early& early, float* norms) {
   constexpr bool GAPS = !KShare::WHOLE || (!K_INT && !KShare::BY_PLANE && !KShare::BY_UNIT);
@@ -168,14 +208,10 @@ INLINE void fill_queries(char* shared, const Attend& p, const Early& early, floa
     int row = threadIdx.x / 32 + i * WARPS;
     if (row >= ALL_ROWS) break;
     float x[Early::N], most = 0.0f;
-#pragma unroll
-    for (int j = 0; j < Early::N; ++j) x[j] = value_of_q(early.x[i][j]);
-    if constexpr (K_TURN > 0) turn_row<K_TURN>(x, p.k_signs, lane);
+    turned_row(x, early.x[i], p, lane);
 #pragma unroll
     for (float value : x) most = fmaxf(most, fabsf(value));
-#pragma unroll
-    for (int j = 16; j; j /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, j));
-    float norm = norm_of(most);
+    float norm = norm_of(over_lanes(most));
     if (lane == 0) norms[row] = norm;
     // column and lane / 4 of the row's first term
     int column = TERMS == 1 ? row / 8 : row / 8 * 2 + row % 8 / 4, g = TERMS == 1 ? row % 8 : row % 4 * 2;
@@ -266,8 +302,8 @@ INLINE void score(float (&s)[TILES][COLUMNS][4], u32 ring, const char* memory, c
 #pragma unroll
             for (int tile = 0; tile < TILES; ++tile) {
               u32 x = of_pass(pass, nibbles[tile][0][n]), y = of_pass(pass, nibbles[tile][1][n]);
-              a[tile][0] = bytes_of(tables, pass, x), a[tile][2] = bytes_of(tables, pass, x >> 16);
-              a[tile][1] = bytes_of(tables, pass, y), a[tile][3] = bytes_of(tables, pass, y >> 16);
+              a[tile][0] = bytes_of(tables, pass, x), a[tile][2] = bytes_of(tables, pass, upper<K>(x));
+              a[tile][1] = bytes_of(tables, pass, y), a[tile][3] = bytes_of(tables, pass, upper<K>(y));
             }
 #pragma unroll
             for (int group = low; group <= high; ++group)
@@ -277,7 +313,7 @@ INLINE void score(float (&s)[TILES][COLUMNS][4], u32 ring, const char* memory, c
                 load_shared<2>(q_at + ((pair * K_MOST + group - low) * K_COLUMNS + column) * 256, b);
 #pragma unroll
                 for (int tile = 0; tile < TILES; ++tile)
-                  mma_s8<false>(sums[tile][K::GROUPS > 1 ? group : 0][column], a[tile][0], a[tile][1], a[tile][2], a[tile][3], b[0], b[1]);
+                  mma_8<false>(sums[tile][K::GROUPS > 1 ? group : 0][column], a[tile][0], a[tile][1], a[tile][2], a[tile][3], b[0], b[1]);
               }
           }
         }

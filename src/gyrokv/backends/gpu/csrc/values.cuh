@@ -6,11 +6,15 @@
 // planes that come to stand side by side.
 #pragma once
 #include "score.cuh"
+#if K_INT == 2
+#include "bits.cuh"
+#endif
 
 constexpr int V_FOLD = V_INT ? 1 : fold_of<V>();
 constexpr int V_TERMS = V::IS_BF16 ? 2 : 1;
 constexpr float WEIGHT = 256.0f;       // weights are kept away from the denormals of half precision
 constexpr float V_LARGEST = 65280.0f;  // of weights as integers: 255 * 256
+constexpr float V_TINY = 562949953421312.0f;  // 2**49: outputs that are summed up from integers are smaller by this
 constexpr int EIGHTS = (V::WORDS + 7) / 8;
 // do planes k and k + 1 of every eight have the same scales?
 constexpr bool planes_agree() {
@@ -58,6 +62,7 @@ INLINE bool of_group(int tile, int half, int group, int g) {
 struct Running {  // of a warp: the softmax so far
   float top[COLUMNS][PER_LANE], total[COLUMNS][PER_LANE];
   float unit, inverse;  // power of two that V's scales are relative to; WEIGHT / unit. Not of bytes
+  float offset[COLUMNS][PER_LANE][V::GROUPS];  // of bytes: a lane's weights times V's scales, 128 of which are in each output
   // floats: as products are laid out. Bytes: [..][half] of row i in column 2 * half + i
   float out[V_TILES][COLUMNS][V_INT ? 2 * PER_LANE : 4];
 };
@@ -77,6 +82,12 @@ INLINE float over_tokens(float x) {  // the largest of the lanes that share colu
   return x;
 }
 
+INLINE float sum_over_tokens(float x) {
+#pragma unroll
+  for (int i = 4; i < 32; i *= 2) x += __shfl_xor_sync(~0u, x, i);
+  return x;
+}
+
 // new references for the scores and for V's scales; rare, because both may pass them by a factor
 INLINE void rescale(Running& r, const float (&s)[TILES][COLUMNS][4], float widest) {
 #pragma unroll
@@ -90,6 +101,9 @@ INLINE void rescale(Running& r, const float (&s)[TILES][COLUMNS][4], float wides
       most = over_tokens(most);
       factor[i] = r.top[j][i] == -INFINITY ? 0.0f : exp2_fast(r.top[j][i] - most);
       r.total[j][i] *= factor[i];
+      if constexpr (V_INT)
+#pragma unroll
+        for (float& x : r.offset[j][i]) x *= factor[i];
       r.top[j][i] = most;
     }
     scale_out(r, j, factor);
@@ -213,10 +227,11 @@ INLINE void add_values_floats(R& r, const float (&s)[TILES][COLUMNS][4], u32 rin
   }
 }
 
-// out += v^T times weights, in integers. Weights are relative to the largest of the row in this tile, in two terms
+// out += v^T times weights, in integers. Weights are relative to the largest of the row in this tile, in two terms. Levels
+// are 128 larger, so that sums are positive: their bits are those of tiny floats, which need no conversion
 INLINE void add_values_bytes(Running& r, const float (&s)[TILES][COLUMNS][4], u32 ring, const VScales (&scales)[TILES][2],
                              Table table, int lane) {
-  ByteTables<V> tables(table);
+  ByteTables<V> tables(Table{table.low ^ 0x80808080, table.high ^ 0x80808080});
   float unit[COLUMNS][PER_LANE];           // of a weight
   u32 b[2][V::GROUPS][COLUMNS][PER_LANE];  // of a row's term (lane / 4) and four tokens
 #pragma unroll
@@ -232,10 +247,11 @@ INLINE void add_values_bytes(Running& r, const float (&s)[TILES][COLUMNS][4], u3
           for (int group = 0; group < V::GROUPS; ++group) {
             x[tile][i][group] = s[tile][j][2 * i + e] * scales[tile][i].at(group);
             most = fmaxf(most, fabsf(x[tile][i][group]));
+            r.offset[j][e][group] += x[tile][i][group];
           }
       most = over_tokens(most);
-      float inverse = most > 1e-30f ? __fdividef(V_LARGEST, most) : 0.0f;
-      unit[j][e] = most * (1.0f / V_LARGEST);
+      float inverse = V_LARGEST * inverse_fast(fmaxf(most, 1e-30f));
+      unit[j][e] = most * (1.26765060e30f / V_LARGEST);  // times 2**100: tiny floats are 2**-149 of integers
 #pragma unroll
       for (int group = 0; group < V::GROUPS; ++group)
 #pragma unroll
@@ -266,14 +282,14 @@ INLINE void add_values_bytes(Running& r, const float (&s)[TILES][COLUMNS][4], u3
       for (int j = 0; j < COLUMNS; ++j)
 #pragma unroll
         for (int e = 0; e < PER_LANE; ++e)
-          sums[j][e][0] = sums[j][e][1] = sums[j][e][2] = sums[j][e][3] = 0x4B400000;  // 1.5 * 2**23
+          sums[j][e][0] = sums[j][e][1] = sums[j][e][2] = sums[j][e][3] = 0;
 #pragma unroll
       for (int pass = 0; pass < V::PASSES; ++pass) {
         u32 a[2][2];  // [half][tile]
 #pragma unroll
         for (int tile = 0; tile < 2; ++tile) {
           u32 x = tile < TILES ? of_pass(pass, codes[m % 2][tile][m / 2]) : 0;
-          a[0][tile] = tile < TILES ? bytes_of(tables, pass, x) : 0, a[1][tile] = tile < TILES ? bytes_of(tables, pass, x >> 16) : 0;
+          a[0][tile] = tile < TILES ? bytes_of(tables, pass, x) : 0, a[1][tile] = tile < TILES ? bytes_of(tables, pass, upper<V>(x)) : 0;
         }
 #pragma unroll
         for (int group = 0; group < V::GROUPS; ++group) {
@@ -283,11 +299,11 @@ INLINE void add_values_bytes(Running& r, const float (&s)[TILES][COLUMNS][4], u3
           for (int j = 0; j < COLUMNS; ++j)
 #pragma unroll
             for (int e = 0; e < PER_LANE; ++e)
-              mma_s8<true>(sums[j][e], first ? a[0][0] : 0, second ? a[1][0] : 0, first ? a[0][1] : 0, second ? a[1][1] : 0,
+              mma_8<true>(sums[j][e], first ? a[0][0] : 0, second ? a[1][0] : 0, first ? a[0][1] : 0, second ? a[1][1] : 0,
                            b[0][group][j][e], b[1][group][j][e]);
         }
       }
-      // as floats, the sums are themselves plus 1.5 * 2**23: they stay below 2**22. Their sum is rounded to 2**-15 of a weight
+      // at most 32 * 255 * 255 < 2**23
 #pragma unroll
       for (int j = 0; j < COLUMNS; ++j)
 #pragma unroll
@@ -296,7 +312,7 @@ INLINE void add_values_bytes(Running& r, const float (&s)[TILES][COLUMNS][4], u3
           for (int half = 0; half < 2; ++half) {
             float high = __int_as_float(sums[j][e][2 * half]), low = __int_as_float(sums[j][e][2 * half + 1]);
             float& out = r.out[at][j][PER_LANE * half + e];
-            out = fmaf(fmaf(high, 256.0f, low) - 257.0f * 12582912.0f, unit[j][e], out);
+            out = fmaf(high, 256.0f * unit[j][e], fmaf(low, unit[j][e], out));
           }
     }
   }
