@@ -13,12 +13,13 @@ from torch import Tensor
 from ...formats import KVFormat
 from ...rotation import ROTATIONS, sign_table
 
-TILE = 8  # rows that a warp takes at once
+TILE = 8  # rows that a team of warps takes at once
 _CHUNK = 32  # values that are turned by products alone
+_PIECE = 128  # values of a row that a warp turns, at most
 _WARPS = 4  # of a block, about
-_HELD = 128  # values of a row that lanes hold in registers
-_RESIDENT = 512  # threads of a processor with 128 registers each
-_TARGET_BYTES = 24  # of shared memory for a row's addresses, 32 rows twice
+_RESIDENT = 768  # threads of a processor with 80 registers each
+_SHARED = 227 * 1024  # bytes of a processor, 1024 of them a block's own
+_TARGET_BYTES = 24  # of shared memory for a row's addresses, for each warp 32 rows twice
 _BIG_TABLE = 16 * 1024  # bytes of squares from which on more warps share them
 
 
@@ -26,7 +27,7 @@ class Steps(NamedTuple):
     """What is looked up for normalised values |z|, as M = 1 + |z| * scale, float32.
 
     ``table``: int32, for the cells ``round(|z| * scale * near)`` from 0 on, what to add to the bits of M: byte 3 of the sum
-    is the index of the level's magnitude.
+    is the index of the level's magnitude. Empty where there are two magnitudes: then M = 2 at the boundary.
     """
 
     scale: float
@@ -42,6 +43,8 @@ def steps(fmt: KVFormat, most: float) -> Steps | None:
     if not (torch.equal(levels, -levels.flip(0)) and torch.equal(boundaries, -boundaries.flip(0))):
         return None
     positive = boundaries[half:].double()  # after each magnitude but the last
+    if half == 2:
+        return Steps(1.0 / float(positive[0]), 0, torch.zeros(0, dtype=torch.int32))
     scale = 0.999 / float(positive[-1]) if half > 1 else 1.0 / most
     grids = ((n, (positive * (scale * n)).round()) for n in range(1, 1024))
     near, at = next(((n, at.long()) for n, at in grids if bool((at.diff() > 0).all())), (0, None))
@@ -71,7 +74,7 @@ class Turned(NamedTuple):
     table: Tensor
 
 
-OTHER = dict.fromkeys(("TURNED", "NEAR", "STEPS", "INDEX", "BYTES", "LEVELS_LOW", "LEVELS_HIGH", "REACH"), 0)
+OTHER = dict.fromkeys(("TURNED", "NEAR", "STEPS", "INDEX", "BYTES", "LEVELS_LOW", "LEVELS_HIGH", "REACH", "PIECE"), 0)
 
 
 def side(fmt: KVFormat, padded: int, group: int, span: int, rotation: str) -> Turned | None:
@@ -79,7 +82,7 @@ def side(fmt: KVFormat, padded: int, group: int, span: int, rotation: str) -> Tu
     row = ROTATIONS[rotation]
     ours = fmt.kind == "codebook" and row.mixes and fmt.corrected and fmt.scale_dtype == "float16" and fmt.ties == "up"
     rule = fmt.scale == "l2" or fmt.scale == "rms" and not row.signs[1]
-    if not (ours and rule and group % _CHUNK == 0 and span == group):
+    if not (ours and rule and group % _CHUNK == 0 and group <= 4 * _PIECE and span == group):
         return None
     unit = fmt.unit if fmt.scale == "l2" else 1.0  # of z, where norms are 1 per value
     found = steps(fmt, math.sqrt(group) * unit)
@@ -93,17 +96,22 @@ def side(fmt: KVFormat, padded: int, group: int, span: int, rotation: str) -> Tu
     positive = fmt.levels[len(fmt.levels) // 2 :]
     narrow = group > _CHUNK and len(positive) <= 8 and all(x == int(x) <= 127 for x in positive)
     squares = 0 if narrow else 256 * len(positive)
-    warps = 2 * _WARPS if squares >= _BIG_TABLE and padded <= 128 else _WARPS
-    shared = (
-        4 * len(table)
-        + squares
-        + warps * (64 * _TARGET_BYTES + TILE * (padded + 16) + (0 if padded == group <= _HELD else 16 * padded))
-    )
+    if group > _PIECE:
+        piece = _PIECE
+    else:
+        piece = next(n for n in range(_PIECE // group * group, 0, -group) if padded % n == 0)
+    team, slices = padded // piece, max(1, group // piece)
+    teams = max(1, (2 if squares >= _BIG_TABLE else 1) * _WARPS // team)
+    buffers = 2 if team > 1 and slices == 1 else 1  # for codes
+    exchanged = 4 * TILE * padded + 2 * 4 * TILE * team if slices > 1 else 0
+    bytes_of_team = 2 * TILE * padded + buffers * TILE * (padded + 16) + exchanged + team * 64 * _TARGET_BYTES
+    shared = 4 * len(table) + squares + teams * bytes_of_team
     low, high = (sum(int(x) << 8 * i for i, x in enumerate(positive[j : j + 4]) if narrow) for j in (0, 4))
     names = OTHER | {
-        "TURNED": 1, "NEAR": found.near, "STEPS": len(found.table), "BYTES": int(narrow),
+        "TURNED": 1, "NEAR": found.near, "STEPS": len(found.table), "BYTES": int(narrow), "PIECE": piece,
         "INDEX": int(fmt.coding == "index"), "LEVELS_LOW": low, "LEVELS_HIGH": high, "REACH": _bits(unit * found.scale),
     }  # fmt: skip
-    resident = _RESIDENT if padded <= 128 else 256 if group >= 512 else 384
     table = torch.cat((table, (fmt.level_values**2)[len(positive) :].view(torch.int32)))
-    return Turned(names, TILE * warps, 32 * warps, shared, resident, table)
+    threads = 32 * team * teams
+    fit = _SHARED // (shared + 1024) * threads
+    return Turned(names, TILE * teams, threads, shared, min(_RESIDENT, max(threads, fit)), table)

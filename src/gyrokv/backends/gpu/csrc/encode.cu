@@ -280,21 +280,26 @@ INLINE void copy_table(u32 to, const char* cells) {
     copy_async_cached<ENTRY>(to + i * ENTRY, cells + i / C::COPIES * ENTRY);
 }
 
+// VALUES values of a dense row, as they are read: so few that neither side of a copy takes more than 16 bytes per thread,
+// and a warp's bytes follow each other.
 template <class C>
-INLINE void convert(const uint4* from, char* to) {  // 8 values
+using Item = typename Choose<C::VALUES * size_of(C::IN) == 8, uint2, uint4>::type;
+
+INLINE uint4 filled(uint4 u) { return u; }
+INLINE uint4 filled(uint2 u) { return make_uint4(u.x, u.y, 0, 0); }
+
+template <class C>
+INLINE void convert(Item<C> item, char* to) {
+  uint4 from = filled(item);
   if constexpr (C::IN == C::OUT) {
-    u32 x[2 * Layout<C>::SIZE];
-#pragma unroll
-    for (int i = 0; i < Layout<C>::SIZE / 2; ++i)
-      x[4 * i] = from[i].x, x[4 * i + 1] = from[i].y, x[4 * i + 2] = from[i].z, x[4 * i + 3] = from[i].w;
+    const u32 x[] = {from.x, from.y, from.z, from.w};
     store<C::ALIGN>(to, x);
   } else {
     float x[8];
-    widen<C::IN>(from[0], x);
-    if constexpr (C::IN == F32) widen<C::IN>(from[1], x + 4);
-    u32 y[C::OUT == F32 ? 8 : 4];
+    widen<C::IN>(from, x);
+    u32 y[C::VALUES * size_of(C::OUT) / 4];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
+    for (int i = 0; i < C::VALUES; ++i) {
       if constexpr (C::OUT == F32) y[i] = __float_as_uint(x[i]);
       else if (i % 2 == 0 && C::OUT == F16) y[i / 2] = f16x2(within(x[i], HALF_LARGEST), within(x[i + 1], HALF_LARGEST));
       else if (i % 2 == 0) y[i / 2] = bf16x2(within(x[i], BF16_LARGEST), within(x[i + 1], BF16_LARGEST));
@@ -319,14 +324,12 @@ struct OfBlock {
 // Dense rows: everything that a thread has is read before it writes.
 template <class C>
 INLINE void copy_rows(const Target* targets, int rows) {
-  constexpr int EACH = C::DIM / 8, ITEMS = (C::ROWS * EACH + THREADS - 1) / THREADS, N = Layout<C>::SIZE / 2;
-  uint4 x[ITEMS * N];
+  constexpr int EACH = C::DIM / C::VALUES, ITEMS = (C::ROWS * EACH + THREADS - 1) / THREADS;
+  Item<C> x[ITEMS];
+  share<THREADS, C::ROWS, EACH, ITEMS>(
+      threadIdx.x, rows, [&](int row, int item, int i) { x[i] = __ldg((const Item<C>*)targets[row].from + item); });
   share<THREADS, C::ROWS, EACH, ITEMS>(threadIdx.x, rows, [&](int row, int item, int i) {
-#pragma unroll
-    for (int j = 0; j < N; ++j) x[i * N + j] = __ldg((const uint4*)targets[row].from + item * N + j);
-  });
-  share<THREADS, C::ROWS, EACH, ITEMS>(threadIdx.x, rows, [&](int row, int item, int i) {
-    convert<C>(x + i * N, targets[row].words + item * 8 * size_of(C::OUT));
+    convert<C>(x[i], targets[row].words + item * C::VALUES * size_of(C::OUT));
   });
 }
 
