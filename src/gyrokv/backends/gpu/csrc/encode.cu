@@ -21,6 +21,10 @@ struct Layout {
   static constexpr int ENTRY = C::CORRECTED ? 16 : 8;
   static constexpr int TABLE_AT = C::KIND == DENSE ? 0 : C::ROWS * UNITS * PITCH;
   static constexpr int ROWS_AT = TABLE_AT + (C::KIND == TABLE ? ((C::CELLS + 1) * C::COPIES * ENTRY + 15) / 16 * 16 : 0);
+  // Quotients of 16-bit values by the largest of them, times a power of two, are 2^-13 or more from what lies between two
+  // codes, or there: code + 2^BITS, the quotient plus a little, is found by one product, and its first bits are the code.
+  static constexpr bool NEAR_CODES = C::KIND == LINEAR && C::RULE == SIGNED_ABSMAX && C::IN != F32 && C::BITS <= 4 &&
+                                     C::LOW == -(1 << C::BITS) / 2 && C::TIES != AWAY && !C::CORRECTED;
   static_assert(C::KIND == DENSE || C::ROWS * UNITS <= THREADS, "a thread per unit");
   static_assert(C::ROWS <= THREADS && (C::DIM * SIZE) % 16 == 0 && ROWS_AT % 16 == 0, "whole copies");
 };
@@ -148,7 +152,21 @@ INLINE float normalise(float (&x)[C::VALUES], int lane) {
     for (int i = 0; i < N; ++i) x[i] = __fmul_rn(x[i], inverse);
   } else {
     norm = __fdiv_rn(extreme<LANES, true>(x, lane), C::bottom());
-    if (fabsf(norm) > 1e-20f && fabsf(norm) < 1e20f) {  // quotients by a product and its remainder (Markstein 1990)
+    if constexpr (Layout<C>::NEAR_CODES) {
+      constexpr float FIRST = 1 << C::BITS, MIDDLE = 0.5f - C::LOW;
+      if (fabsf(norm) > 1e-20f && fabsf(norm) < 1e20f) {
+        float inverse = __fdiv_rn(1.0f, norm);
+#pragma unroll
+        for (int i = 0; i < N; ++i)
+          x[i] = fminf(__fmaf_rn(x[i], inverse, FIRST + MIDDLE + 1.0f / 65536), 2 * FIRST - 1.0f / 65536);
+      } else {
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+          float code = __fadd_rn(norm != 0.0f ? __fdiv_rn(x[i], norm) : 0.0f, MIDDLE);
+          x[i] = FIRST + floorf(fminf(fmaxf(code, 0.0f), FIRST - 1.0f));
+        }
+      }
+    } else if (fabsf(norm) > 1e-20f && fabsf(norm) < 1e20f) {  // quotients by a product and its remainder (Markstein 1990)
       float inverse = __fdiv_rn(1.0f, norm);
 #pragma unroll
       for (int i = 0; i < N; ++i) {
@@ -214,6 +232,12 @@ INLINE float assign(float (&x)[C::VALUES], u32 (&codes)[C::VALUES / 4], u32 tabl
       continue;
     }
 #endif
+    if constexpr (Layout<C>::NEAR_CODES) {
+      u32 first = prmt(__float_as_uint(y[0]), __float_as_uint(y[1]), 0x0062);
+      u32 bytes = prmt(first, prmt(__float_as_uint(y[2]), __float_as_uint(y[3]), 0x0062), 0x5410);
+      codes[i] = bytes >> (7 - C::BITS) & 0x01010101u * ((1 << C::BITS) - 1);
+      continue;
+    }
     codes[i] = 0;
     y[0] = assign<C, 0>(y[0], codes[i], table);
     y[1] = assign<C, 1>(y[1], codes[i], table);
