@@ -69,7 +69,7 @@ def test_steps_lead_to_the_nearest_level(fmt: KVFormat, group: int):
     scaled = (z.double() * found.scale).float()
     m = (scaled.double() + 1.0).float().view(torch.int32).long()
     cell = (scaled.double() * found.near).round().long()
-    magnitude = (m + found.table[cell].long()) % 2**32 >> 24
+    magnitude = (m + found.table[cell].long()) % 2**32 >> 24 if len(found.table) else m >> 30 & 1
     off = magnitude != torch.bucketize(z, fmt.boundaries[half:], right=True)
     distance = (z[:, None] - fmt.boundaries[half:]).abs().min(1).values if half > 1 else z
     assert float(distance[off].max() if off.any() else 0.0) <= 4e-7 * float(fmt.boundaries.abs().max())
@@ -147,18 +147,25 @@ def test_zeros_and_what_is_tiny_or_huge(fmt: KVFormat):
 FAULTS = [
     ("the rows g and g + 8 of the transform alike", "minus + i % 2 & 1) << 31", "minus & 1) << 31"),
     ("two bits of an index that change places", "lane >> 3 & lane & 3 |", "lane >> 2 & lane & 3 |"),
-    ("signs before the transform of the next chunk", "[q * 4 + threadIdx.x % 4]", "[(q ^ 1) * 4 + threadIdx.x % 4]"),
-    ("signs after the transform of other values", "[q * 8 + threadIdx.x % 32 / 4]", "[q * 8 + threadIdx.x % 8]"),
+    ("signs before the transform of the next chunk", "sign = before[q * 4]", "sign = before[(q ^ 1) * 4]"),
+    ("signs before the transform of the first piece", "tables + part % SLICES * CHUNKS * 4 +", "tables +"),
+    ("signs after the transform of other values", "(tables + T::AFTER_AT) + g;", "(tables + T::AFTER_AT) + 2 * t;"),
     ("no sums of bit 1", "h[3] ^ MINUS, u.y, u.w", "h[3], u.y, u.w"),
+    ("chunks of the piece before", "(chunk(0, q) * 8 + i) * 128", "((chunk(0, q) ^ 4) * 8 + i) * 128"),
+    ("pieces that are not turned", "butterfly<CHUNKS, OWN>(y)", "butterfly<CHUNKS, 2 * OWN>(y)"),
+    ("squares of one piece of several", "mine = take(0, row)", "mine *= 1.0f"),
+    ("squares of one piece's levels", "take(1, lane % 4", "take(0, lane % 4"),
+    ("scales by other warps", "part / SLICES, scale, take", "part / SLICES ^ 1, scale, take"),
     ("no differences of chunks", "y[q + h][i] = a - b", "y[q + h][i] = a + b"),
-    ("a norm that is too large", "sum_of_rows(sum[0], sum[1]) *", "sum_of_rows(sum[0], sum[1]) * 1.01f *"),
+    ("a norm that is too large", "mine *= (float)SLICES", "mine *= 1.01f * SLICES"),
     ("the next cell", "near[k], 8388608.0f", "near[k], 8388609.0f"),
     ("squares of odd levels", "T::SQUARES_AT + prmt(m,", "T::SQUARES_AT + prmt(m | 1 << 24,"),
     ("a root of few bits", "__fmaf_rn(-x * root, root, 1.0f), root)", "__fmaf_rn(-x * root, root, 1.0001f), root)"),
+    ("the only boundary elsewhere", "return y >> 6 & 3 * ONES", "return y >> 5 & 3 * ONES"),
     ("zeros with a sign", "x = __fmaf_rn(x, s[i], 0.0f)", "x = x * s[i]"),
     ("signs of groups that are zero", "sign_bit[k] = live ? 0x80000000 : 0", "sign_bit[k] = 0x80000000"),
     ("squares of four levels of eight", "__dp4a((int)y, (int)y, __dp4a", "__dp4a((int)x, (int)x, __dp4a"),
-    ("scales of the other row", "int k = g & 1, row = 2 * t + k;", "int k = g & 1, row = 2 * t + 1 - k;"),
+    ("scales of the other row", "row = lane % 4 * 2 + (lane / 4 & 1);", "row = lane % 4 * 2 + 1 - (lane / 4 & 1);"),
     ("values in another order", "prmt(x[2], x[3], 0x0073), 0x5410)", "prmt(x[2], x[3], 0x0037), 0x5410)"),
     ("planes that change places", "WIDTH * (plane % (PLANES / 2))", "WIDTH * (plane % 2)"),
     ("a word without the codes of another lane", "keep << shift | __shfl_xor_sync(~0u, give << shift, 16)", "keep << shift"),

@@ -113,7 +113,7 @@ def is_turned(codec: Codec, dtype: torch.dtype) -> bool:
     if fmt.is_dense or dtype not in (torch.float16, torch.bfloat16):
         return False
     padded, group, span, _ = _layout(fmt, codec.head_dim, codec.rotation)
-    return turned.side(fmt, padded, group, span, codec.rotation) is not None
+    return turned.side(fmt, padded, group, span, codec.rotation, False) is not None
 
 
 def _layout(fmt: KVFormat, head_dim: int, rotation: str) -> tuple[int, int, int, float]:
@@ -199,7 +199,7 @@ def side(fmt: KVFormat, head_dim: int, rotation: str, element: int, align: int, 
     dense, (padded, group, span, last) = fmt.is_dense, (head_dim, 1, 1, 1.0)
     if not dense:
         padded, group, span, last = _layout(fmt, head_dim, rotation)
-    z = None if dense or element == ELEMENTS[torch.float32] else turned.side(fmt, padded, group, span, rotation)
+    z = None if dense or element == ELEMENTS[torch.float32] else turned.side(fmt, padded, group, span, rotation, many)
     if dense or z:
         values = 4 if dense and ELEMENTS[torch.float32] in (element, ELEMENTS[fmt.dtype]) else 8
     else:
@@ -250,9 +250,9 @@ def defines(k: Side, v: Side) -> dict[str, str]:
 # -- launches
 
 
-# struct Append of csrc/params.cuh: 13 numbers per side, 6 more, and 16 of 32 bits. Packing tuples takes a third of the
-# time of filling a structure.
-_APPEND = struct.Struct("=26q6q16I")
+# struct Append of csrc/params.cuh: 13 numbers and 2 of 32 bits per side, 6 more, and 14 of 32 bits. Packing tuples
+# takes a third of the time of filling a structure.
+_APPEND = struct.Struct("=13q2I13q2I6q14I")
 _Append = ctypes.c_char * _APPEND.size
 
 
@@ -293,15 +293,14 @@ class _Launcher:
 
     def launch(self, fields: list[tuple[int, ...]], numbers: tuple[int, ...], rows: int, device: torch.device) -> None:
         """``fields``: of struct Append, of K and V; ``numbers``: those after them."""
-        blocks, batch = [-(-rows // n) for n in self.rows], turned.TILE
-        if any(self.turned):
-            most = _most_blocks(device.index, self.resident)
-            at_once = max(n for n, on in zip(self.rows, self.turned) if on)  # rows of a block
-            each = len(blocks) * turned.TILE * rows // (most * at_once)  # rows per team of warps that runs at the same time
-            batch = max(turned.TILE, min(32, 1 << max(0, each.bit_length() - 1)))
-            blocks = [min(n, most) if on else n for n, on in zip(blocks, self.turned)]
-        sides = [(*fields[i], table.data_ptr()) for i, table in zip(self.which, self.tables)]
-        call = _Append.from_buffer_copy(_APPEND.pack(*sides[0], *sides[-1], *numbers, rows, blocks[0], batch, 0))
+        blocks, sides = [], []
+        most = max(1, _most_blocks(device.index, self.resident) // max(1, sum(self.turned)))
+        for i, table, at_once, on in zip(self.which, self.tables, self.rows, self.turned):
+            count = -(-rows // at_once)
+            blocks.append(min(count, most) if on else count)
+            tiles = divmod(-(-rows // turned.TILE), blocks[-1] * at_once // turned.TILE) if on else (0, 0)
+            sides.append((*fields[i], table.data_ptr(), *tiles))
+        call = _Append.from_buffer_copy(_APPEND.pack(*sides[0], *sides[-1], *numbers, rows, blocks[0]))
         self.kernel.launch((sum(blocks), 1, 1), self.threads, torch.cuda.current_stream(device).cuda_stream, call)
 
 

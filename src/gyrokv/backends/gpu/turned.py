@@ -17,7 +17,8 @@ TILE = 8  # rows that a team of warps takes at once
 _CHUNK = 32  # values that are turned by products alone
 _PIECE = 128  # values of a row that a warp turns, at most
 _WARPS = 4  # of a block, about
-_RESIDENT = 768  # threads of a processor with 80 registers each
+_RESIDENT = {128: 768, 256: 640, 512: 512}  # threads of a processor whose registers suffice for pieces of so many values
+_RESIDENT_ODD = 512  # where the threads of a row are no power of two
 _SHARED = 227 * 1024  # bytes of a processor, 1024 of them a block's own
 _TARGET_BYTES = 24  # of shared memory for a row's addresses, for each warp 32 rows twice
 _BIG_TABLE = 16 * 1024  # bytes of squares from which on more warps share them
@@ -74,11 +75,14 @@ class Turned(NamedTuple):
     table: Tensor
 
 
-OTHER = dict.fromkeys(("TURNED", "NEAR", "STEPS", "INDEX", "BYTES", "LEVELS_LOW", "LEVELS_HIGH", "REACH", "PIECE"), 0)
+OTHER = dict.fromkeys(
+    ("TURNED", "NEAR", "STEPS", "INDEX", "BYTES", "LEVELS_LOW", "LEVELS_HIGH", "REACH", "PIECE", "SHARED"), 0
+)
 
 
-def side(fmt: KVFormat, padded: int, group: int, span: int, rotation: str) -> Turned | None:
-    """For rows of 16-bit values; None if the kernel does not take them."""
+def side(fmt: KVFormat, padded: int, group: int, span: int, rotation: str, many: bool) -> Turned | None:
+    """For rows of 16-bit values; None if the kernel does not take them. ``many``: tokens enough that a warp need not share
+    a row whose groups it can turn one by one."""
     row = ROTATIONS[rotation]
     ours = fmt.kind == "codebook" and row.mixes and fmt.corrected and fmt.scale_dtype == "float16" and fmt.ties == "up"
     rule = fmt.scale == "l2" or fmt.scale == "rms" and not row.signs[1]
@@ -98,20 +102,26 @@ def side(fmt: KVFormat, padded: int, group: int, span: int, rotation: str) -> Tu
     squares = 0 if narrow else 256 * len(positive)
     if group > _PIECE:
         piece = _PIECE
+    elif many and narrow and padded <= 4 * group:
+        piece = padded  # its codes stay in registers
     else:
         piece = next(n for n in range(_PIECE // group * group, 0, -group) if padded % n == 0)
     team, slices = padded // piece, max(1, group // piece)
     teams = max(1, (2 if squares >= _BIG_TABLE else 1) * _WARPS // team)
-    buffers = 2 if team > 1 and slices == 1 else 1  # for codes
+    fields = [n for n in (1, 2, 4, 8) if fmt.bits & n]
+    together = team == 1 and (narrow or piece == group)  # codes of a row in a warp's registers
+    packed = all(padded * n % 512 == 0 or padded * n in ((128, 256) if n < 4 else (256,) * (n == 4)) for n in fields)
+    buffers = 0 if together and packed else 2 if team > 1 and slices == 1 else 1  # for codes
     exchanged = 4 * TILE * padded + 2 * 4 * TILE * team if slices > 1 else 0
     bytes_of_team = 2 * TILE * padded + buffers * TILE * (padded + 16) + exchanged + team * 64 * _TARGET_BYTES
     shared = 4 * len(table) + squares + teams * bytes_of_team
     low, high = (sum(int(x) << 8 * i for i, x in enumerate(positive[j : j + 4]) if narrow) for j in (0, 4))
     names = OTHER | {
-        "TURNED": 1, "NEAR": found.near, "STEPS": len(found.table), "BYTES": int(narrow), "PIECE": piece,
+        "TURNED": 1, "NEAR": found.near, "STEPS": len(found.table), "BYTES": int(narrow), "PIECE": piece, "SHARED": shared,
         "INDEX": int(fmt.coding == "index"), "LEVELS_LOW": low, "LEVELS_HIGH": high, "REACH": _bits(unit * found.scale),
     }  # fmt: skip
     table = torch.cat((table, (fmt.level_values**2)[len(positive) :].view(torch.int32)))
     threads = 32 * team * teams
     fit = _SHARED // (shared + 1024) * threads
-    return Turned(names, TILE * teams, threads, shared, min(_RESIDENT, max(threads, fit)), table)
+    resident = next(n for most, n in _RESIDENT.items() if piece <= most) if team in (1, 2, 4) else _RESIDENT_ODD
+    return Turned(names, TILE * teams, threads, shared, min(resident, max(threads, fit)), table)

@@ -395,20 +395,19 @@ INLINE void append_rows(const Append& p, const Source& source, const Store& targ
 }
 
 template <class C>
-INLINE void append_side(const Append& p, const Source& from, const Store& to, const char* table, u32 block, u32 blocks) {
+INLINE void append_side(const Append& p, const Append::One& side, u32 block) {
   if constexpr (C::TURNED) {
-    append_tiles<C>(p, from, to, table, block, blocks);
+    append_tiles<C>(p, side, block);
   } else {
     wait_for_earlier_kernels();
-    append_rows<C>(p, from, to, table, block);
+    append_rows<C>(p, side.from, side.to, side.table, block);
   }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) encode(const __grid_constant__ Append p) {
   let_later_kernels_start();
   bool second = blockIdx.x >= p.k_blocks;
-  const auto& side = p.side[second];
-  u32 block = blockIdx.x - (second ? p.k_blocks : 0), blocks = second ? gridDim.x - p.k_blocks : p.k_blocks;
-  if (SAME || !second) append_side<K>(p, side.from, side.to, side.table, block, blocks);
-  else append_side<V>(p, side.from, side.to, side.table, block, blocks);
+  u32 block = blockIdx.x - (second ? p.k_blocks : 0);
+  if (SAME || !second) append_side<K>(p, p.side[second], block);
+  else append_side<V>(p, p.side[second], block);
 }

@@ -28,13 +28,36 @@ struct Tile {
   // Shared memory: signs before, as bits 15, and after, as float32; steps; squares of levels by magnitude, a copy per lane
   static constexpr int AFTER_AT = C::GROUP * 2, STEPS_AT = AFTER_AT + (AFTER ? C::GROUP * 4 : 0);
   static constexpr int SQUARES_AT = (STEPS_AT + C::STEPS * 4 + 15) / 16 * 16, TEAMS_AT = SQUARES_AT + SQUARES_BYTES;
-  // and of each team: values of a tile, codes of a tile or of two that follow each other, turned chunks, sums of the squares
-  // of values and of levels by row and warp, for each warp 32 rows' targets twice
-  static constexpr int CODES = TEAM > 1 && SLICES == 1 ? 2 : 1;
-  static constexpr int CODES_AT = C::PADDED * 16, CHUNKS_AT = CODES_AT + CODES * ROWS * PITCH;
-  static constexpr int SUMS_AT = CHUNKS_AT + (SLICES > 1 ? C::PADDED * 32 : 0);
-  static constexpr int TARGETS_AT = SUMS_AT + (SLICES > 1 ? 64 * TEAM : 0);
-  static constexpr int TEAM_BYTES = TARGETS_AT + TEAM * 64 * (int)sizeof(Target);
+};
+
+// How many lanes, 1, 2 or 4, have all codes of a word; 0 if they are spread otherwise, or among warps, or if registers do not
+// suffice for all codes.
+template <class C, int WIDTH>
+constexpr int lanes_of_word() {
+  constexpr int SIZE = C::PADDED * WIDTH;
+  if (Tile<C>::TEAM > 1 || Tile<C>::GROUPS > 1 && !Tile<C>::BYTES) return 0;
+  return SIZE % 512 == 0 ? 1 : SIZE == 256 && WIDTH <= 4 ? 2 : SIZE == 128 && WIDTH <= 2 ? 4 : 0;
+}
+
+// Whether some field of a code is packed from registers, and some from bytes in shared memory.
+template <class C>
+struct Fields {
+  template <int WIDTH>
+  static constexpr bool has(bool own) { return (C::BITS & WIDTH) && (lanes_of_word<C, WIDTH>() > 0) == own; }
+  static constexpr bool OWN = has<8>(true) || has<4>(true) || has<2>(true) || has<1>(true);
+  static constexpr bool BYTES = has<8>(false) || has<4>(false) || has<2>(false) || has<1>(false);
+};
+
+// What a team has in shared memory: values of a tile, codes of a tile or of two that follow each other, turned chunks, sums
+// of the squares of values and of levels by row and warp, for each warp 32 rows' targets twice.
+template <class C>
+struct Team {
+  using T = Tile<C>;
+  static constexpr int CODES = !Fields<C>::BYTES ? 0 : T::TEAM > 1 && T::SLICES == 1 ? 2 : 1;
+  static constexpr int CODES_AT = C::PADDED * 16, CHUNKS_AT = CODES_AT + CODES * T::ROWS * T::PITCH;
+  static constexpr int SUMS_AT = CHUNKS_AT + (T::SLICES > 1 ? C::PADDED * 32 : 0);
+  static constexpr int TARGETS_AT = SUMS_AT + (T::SLICES > 1 ? 64 * T::TEAM : 0);
+  static constexpr int SIZE = TARGETS_AT + T::TEAM * 64 * (int)sizeof(Target);
 };
 
 // Waits for the other warps of a team.
@@ -113,7 +136,7 @@ struct Share {
   u32 hadamard[4];
 
   INLINE Share(const char* tables, char* team, int part)
-      : tables(tables), team(team), sums((float*)(team + T::SUMS_AT)), part(part) {
+      : tables(tables), team(team), sums((float*)(team + Team<C>::SUMS_AT)), part(part) {
     u32 lane = threadIdx.x % 32;
     // rows g and g + 8, columns 2 t and 2 t + 8 on: bits 2, 1, 0, 3 of a row against 2, 1, 3, 0 of a column
 #pragma unroll
@@ -186,7 +209,7 @@ struct Share {
 
   // Chunks of this piece for some of all pieces, turned.
   INLINE void exchange(float (&y)[CHUNKS][8]) const {
-    char* chunks = team + T::CHUNKS_AT + threadIdx.x % 32 * 16;
+    char* chunks = team + Team<C>::CHUNKS_AT + threadIdx.x % 32 * 16;
 #pragma unroll
     for (int q = 0; q < CHUNKS; ++q)
 #pragma unroll
@@ -347,13 +370,6 @@ INLINE void pack_own(const u32 (&codes)[Tile<C>::CHUNKS][2], const Target* targe
 }
 
 template <class C, int WIDTH>
-constexpr int lanes_of_word() {  // 0: a word's codes are spread otherwise, or registers do not suffice for all codes
-  constexpr int SIZE = C::PADDED * WIDTH;
-  if (Tile<C>::TEAM > 1 || Tile<C>::GROUPS > 1 && !Tile<C>::BYTES) return 0;
-  return SIZE % 512 == 0 ? 1 : SIZE == 256 && WIDTH <= 4 ? 2 : SIZE == 128 && WIDTH <= 2 ? 4 : 0;
-}
-
-template <class C, int WIDTH>
 INLINE void pack_field(const u32 (&codes)[Tile<C>::CHUNKS][2], const char* bytes, const Target* targets, int rows) {
   constexpr int LANES = lanes_of_word<C, WIDTH>();
   if constexpr ((C::BITS & WIDTH) == 0) return;
@@ -361,66 +377,58 @@ INLINE void pack_field(const u32 (&codes)[Tile<C>::CHUNKS][2], const char* bytes
   else pack<C, WIDTH, OfTeam<C>>(bytes, targets, rows);
 }
 
-// Whether some field of a code is packed from registers, and some from bytes in shared memory.
 template <class C>
-struct Fields {
-  template <int WIDTH>
-  static constexpr bool has(bool own) { return (C::BITS & WIDTH) && (lanes_of_word<C, WIDTH>() > 0) == own; }
-  static constexpr bool OWN = has<8>(true) || has<4>(true) || has<2>(true) || has<1>(true);
-  static constexpr bool BYTES = has<8>(false) || has<4>(false) || has<2>(false) || has<1>(false);
-};
-
-template <class C>
-INLINE void append_tiles(const Append& p, const Source& source, const Store& target, const char* table, u32 block,
-                         u32 blocks) {
+INLINE void append_tiles(const Append& p, const Append::One& side, u32 block) {
   using T = Tile<C>;
   extern __shared__ __align__(16) char shared[];
   if (threadIdx.x < 32 * T::WARPS) {
     for (int i = threadIdx.x; i < T::SQUARES_AT / 16; i += 32 * T::WARPS)
-      copy_async_cached<16>(shared_address(shared) + 16 * i, table + 16 * i);
+      copy_async_cached<16>(shared_address(shared) + 16 * i, side.table + 16 * i);
 #pragma unroll 16
     for (int i = threadIdx.x; i < T::SQUARES_BYTES / 8; i += 32 * T::WARPS)
-      *(float*)(shared + T::SQUARES_AT + i / 32 * 256 + i % 32 * 4) = ((const float*)(table + T::SQUARES_AT))[i / 32];
+      *(float*)(shared + T::SQUARES_AT + i / 32 * 256 + i % 32 * 4) = ((const float*)(side.table + T::SQUARES_AT))[i / 32];
   }
   commit_copies();
   wait_copies<0>();
   __syncthreads();
   wait_for_earlier_kernels();  // not for the table, which none of them writes
+  static_assert(T::TEAMS_AT + T::TEAMS * Team<C>::SIZE == C::SHARED, "the bytes of turned.py");
   u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, team = warp / T::TEAM, part = warp % T::TEAM;
-  u32 batch = block * T::TEAMS + team, batches = (p.rows + p.batch - 1) / p.batch;  // of rows
-  if (warp >= T::WARPS || batch >= batches) return;
-  char* own = shared + T::TEAMS_AT + team * T::TEAM_BYTES;
-  Target* targets = (Target*)(own + T::TARGETS_AT) + part * 64;
+  u32 index = block * T::TEAMS + team, first = index * side.each + (index < side.rest ? index : side.rest);  // tile
+  u32 end = first + side.each + (index < side.rest);
+  if (warp >= T::WARPS || first >= end) return;
+  char* own = shared + T::TEAMS_AT + team * Team<C>::SIZE;
+  Target* targets = (Target*)(own + Team<C>::TARGETS_AT) + part * 64;
   Share<C> share(shared, own, part);
   const char* from;
-  auto locate = [&](u32 batch, Target* rows) {  // a row per lane
-    u32 row = batch * p.batch + lane;
+  auto locate = [&](u32 tile, Target* rows) {  // a row per lane: of four tiles
+    u32 row = tile * T::ROWS + lane;
     Address address;
     address.find(p, row < p.rows ? row : p.rows - 1);
-    from = address.from(source);
-    if (lane < p.batch) address.to(p, target, rows[lane]);
+    from = address.from(side.from);
+    address.to(p, side.to, rows[lane]);
   };
   auto row_of = [&](u32 tile) {
     return (const char*)__shfl_sync(~0u, (u64)from, tile * T::ROWS + lane / 4) + lane % 4 * 16;
   };
-  locate(batch, targets);
+  locate(first, targets);
 #pragma unroll
   for (int group = 0; group < T::GROUPS; ++group) share.fetch(row_of(0), group);
-  char* bytes = own + T::CODES_AT;
-  for (u32 next, side = 0; batch < batches; batch = next, side ^= 32) {
-    next = batch + blocks * T::TEAMS;
+  char* bytes = own + Team<C>::CODES_AT;
+  for (u32 now = 0; first < end; first += 4, now ^= 32) {
+    u32 tiles = end - first < 4 ? end - first : 4;
 #pragma unroll 1
-    for (u32 tile = 0; tile < p.batch / T::ROWS; ++tile) {
+    for (u32 tile = 0; tile < tiles; ++tile) {
       const char* then = nullptr;
-      if (tile + 1 < p.batch / T::ROWS) {
+      if (tile + 1 < tiles) {
         then = row_of(tile + 1);
-      } else if (next < batches) {
-        locate(next, targets + (side ^ 32));
+      } else if (first + 4 < end) {
+        locate(first + 4, targets + (now ^ 32));
         then = row_of(0);
       }
       __syncwarp();
-      const Target* to = targets + side + tile * T::ROWS;
-      int left = p.rows - batch * p.batch - tile * T::ROWS, rows = left < T::ROWS ? left : T::ROWS;
+      const Target* to = targets + now + tile * T::ROWS;
+      int left = p.rows - (first + tile) * T::ROWS, rows = left < T::ROWS ? left : T::ROWS;
       u32 codes[T::CHUNKS][2];
       float scale;
       if constexpr (Fields<C>::OWN) {
@@ -445,7 +453,7 @@ INLINE void append_tiles(const Append& p, const Source& source, const Store& tar
       pack_field<C, 4>(codes, bytes, to, rows);
       pack_field<C, 2>(codes, bytes, to, rows);
       pack_field<C, 1>(codes, bytes, to, rows);
-      if (T::CODES > 1) bytes = own + T::CODES_AT + (bytes == own + T::CODES_AT) * T::ROWS * T::PITCH;
+      if (Team<C>::CODES > 1) bytes = own + Team<C>::CODES_AT + (bytes == own + Team<C>::CODES_AT) * T::ROWS * T::PITCH;
       else __syncwarp();
     }
   }
