@@ -75,6 +75,22 @@ def test_steps_lead_to_the_nearest_level(fmt: KVFormat, group: int):
     assert float(distance[off].max() if off.any() else 0.0) <= 4e-7 * float(fmt.boundaries.abs().max())
 
 
+@pytest.mark.parametrize("fmt", [f for f in TURNED if f.bits == 3], ids=str)
+def test_parabolas_lead_to_the_nearest_level(fmt: KVFormat):
+    """The same for what needs no table: steps of float32, at boundaries, beside them and anywhere up to the largest."""
+    found, edges = turned.curve(fmt), fmt.boundaries[4:]
+    random = torch.rand(40000, generator=torch.Generator().manual_seed(0)) * float(edges[-1])
+    ends = torch.tensor([0.0, 1e-30, 1e3])
+    z = torch.cat((edges, edges * (1 + 4e-6), edges * (1 - 4e-6), random, 10 * random, ends)).double()
+    scale, offset, start, slope, square = (float(torch.tensor(x, dtype=torch.float32)) for x in found)
+    a = (z * scale + offset).float().clamp(0, 1).double()
+    m = ((square * a + slope).float().double() * a + start).float()
+    assert float(m.min()) >= 1 and float(m.max()) < 2
+    off = (m.view(torch.int32) >> 21 & 3) != torch.bucketize(z.float(), edges, right=True)
+    distance = (z[:, None] - edges).abs().min(1).values
+    assert float(distance[off].max() if off.any() else 0.0) <= 2e-6 * float(edges[-1])
+
+
 def test_rows_of_other_shapes_are_not_turned():
     """Ties that go down, scales that are not corrected, 32-bit values, own rotations: to the other kernel."""
     for name in ("tq4.v1", "tq8.v1", "q8_0", "q4_0", "bf16", "fp8_e4m3"):
@@ -160,17 +176,19 @@ FAULTS = [
     ("the next cell", "near[k], 8388608.0f", "near[k], 8388609.0f"),
     ("squares of odd levels", "T::SQUARES_AT + prmt(m,", "T::SQUARES_AT + prmt(m | 1 << 24,"),
     ("a root of few bits", "__fmaf_rn(-x * root, root, 1.0f), root)", "__fmaf_rn(-x * root, root, 1.0001f), root)"),
+    ("a parabola that begins elsewhere", "fabsf(x), factor[k], C::offset())", "fabsf(x), factor[k], 0.0f)"),
+    ("a parabola without its square", "__fmaf_rn(C::square(), a, C::slope())", "C::slope()"),
     ("the only boundary elsewhere", "return y >> 6 & 3 * ONES", "return y >> 5 & 3 * ONES"),
     ("zeros with a sign", "x = __fmaf_rn(x, s[i], 0.0f)", "x = x * s[i]"),
     ("signs of groups that are zero", "sign_bit[k] = live ? 0x80000000 : 0", "sign_bit[k] = 0x80000000"),
     ("squares of four levels of eight", "__dp4a((int)y, (int)y, __dp4a", "__dp4a((int)x, (int)x, __dp4a"),
     ("scales of the other row", "row = lane % 4 * 2 + (lane / 4 & 1);", "row = lane % 4 * 2 + 1 - (lane / 4 & 1);"),
-    ("values in another order", "prmt(x[2], x[3], 0x0073), 0x5410)", "prmt(x[2], x[3], 0x0037), 0x5410)"),
+    ("values in another order", "prmt(x[2], x[3], PAIR), 0x5410)", "prmt(x[3], x[2], PAIR), 0x5410)"),
     ("planes that change places", "WIDTH * (plane % (PLANES / 2))", "WIDTH * (plane % 2)"),
     ("a word without the codes of another lane", "keep << shift | __shfl_xor_sync(~0u, give << shift, 16)", "keep << shift"),
     ("the words of another lane", "START + 8 * (g % (8 / LANES))", "START + 8 * (g / LANES)"),
     ("the last tile's rows again", "then = row_of(tile + 1)", "then = row_of(tile)"),
-    ("the addresses of the batch before", "side ^= 32)", "side ^= 0)"),
+    ("the addresses of the batch before", "now ^= 32)", "now ^= 0)"),
 ]  # fmt: skip
 CASES = [
     ("turbo4", 128),

@@ -20,7 +20,7 @@ _WARPS = 4  # of a block, about
 _RESIDENT = {128: 768, 256: 640, 512: 512}  # threads of a processor whose registers suffice for pieces of so many values
 _RESIDENT_ODD = 512  # where the threads of a row are no power of two
 _SHARED = 227 * 1024  # bytes of a processor, 1024 of them a block's own
-_TARGET_BYTES = 24  # of shared memory for a row's addresses, for each warp 32 rows twice
+_TARGET_BYTES = 16  # of shared memory for a row's addresses, of 32 rows twice
 _BIG_TABLE = 16 * 1024  # bytes of squares from which on more warps share them
 
 
@@ -34,6 +34,44 @@ class Steps(NamedTuple):
     scale: float
     near: int
     table: Tensor
+
+
+class Curve(NamedTuple):
+    """What finds four magnitudes of |z| without a table, from a = clamp(|z| * scale + offset, 0, 1), float32.
+
+    The bits 21 and 22 of ``(square * a + slope) * a + start``, a float32 from 1 to 2, are the index of the magnitude.
+    """
+
+    scale: float
+    offset: float
+    start: float
+    slope: float
+    square: float
+
+
+@cache
+def curve(fmt: KVFormat) -> Curve | None:
+    """The parabola through the three positive boundaries, as far as it rises; None if there are others, or too little."""
+    half = 2 ** (fmt.bits - 1)
+    if half != 4:
+        return None
+    (a, b, c), margin = fmt.boundaries[half:].double().tolist(), 0.02  # of an index
+    square = (1 / (c - b) - 1 / (b - a)) / (c - a)  # of index = (square z + slope) z + start
+    slope = 1 / (b - a) - square * (a + b)
+    start = 1 - (square * a + slope) * a
+
+    def where(index: float) -> float:
+        """The first z of an index on the branch that rises."""
+        inside = slope * slope - 4 * square * (start - index)
+        return (math.sqrt(inside) - slope) / (2 * square) if inside > 0 else -slope / (2 * square)
+
+    first, last = max(0.0, where(margin)), where(4 - margin)
+    if not abs(square) > 1e-6 or not (square * last + slope) * last + start > 3 + margin:
+        return None
+    width = last - first
+    start += (square * first + slope) * first
+    slope = (2 * square * first + slope) * width
+    return Curve(1 / width, -first / width, 1 + start / 4, slope / 4, square * width * width / 4)
 
 
 @cache
@@ -75,9 +113,9 @@ class Turned(NamedTuple):
     table: Tensor
 
 
-OTHER = dict.fromkeys(
-    ("TURNED", "NEAR", "STEPS", "INDEX", "BYTES", "LEVELS_LOW", "LEVELS_HIGH", "REACH", "PIECE", "SHARED"), 0
-)
+_CURVE = ("CURVED", "OFFSET", "START", "SLOPE", "SQUARE")
+_NAMES = ("TURNED", "NEAR", "STEPS", "INDEX", "BYTES", "LEVELS_LOW", "LEVELS_HIGH", "REACH", "PIECE", "SHARED")
+OTHER = dict.fromkeys((*_NAMES, *_CURVE), 0)
 
 
 def side(fmt: KVFormat, padded: int, group: int, span: int, rotation: str, many: bool) -> Turned | None:
@@ -89,16 +127,20 @@ def side(fmt: KVFormat, padded: int, group: int, span: int, rotation: str, many:
     if not (ours and rule and group % _CHUNK == 0 and group <= 4 * _PIECE and span == group):
         return None
     unit = fmt.unit if fmt.scale == "l2" else 1.0  # of z, where norms are 1 per value
-    found = steps(fmt, math.sqrt(group) * unit)
+    found, bent = steps(fmt, math.sqrt(group) * unit), curve(fmt)
     if found is None:
         return None
     before, after = (sign_table(table, group) for table in row.signs)
     signs = [torch.where(before < 0, -0x8000, 0).to(torch.int16).view(torch.int32)]
     signs += [after.view(torch.int32)] if fmt.scale == "l2" else []
-    table = torch.cat((*signs, found.table))
-    table = torch.nn.functional.pad(table, (0, -len(table) % 4))
     positive = fmt.levels[len(fmt.levels) // 2 :]
     narrow = group > _CHUNK and len(positive) <= 8 and all(x == int(x) <= 127 for x in positive)
+    if not narrow:
+        bent = None
+    elif bent:
+        found = Steps(bent.scale, 0, found.table[:0])
+    table = torch.cat((*signs, found.table))
+    table = torch.nn.functional.pad(table, (0, -len(table) % 4))
     squares = 0 if narrow else 256 * len(positive)
     if group > _PIECE:
         piece = _PIECE
@@ -113,13 +155,13 @@ def side(fmt: KVFormat, padded: int, group: int, span: int, rotation: str, many:
     packed = all(padded * n % 512 == 0 or padded * n in ((128, 256) if n < 4 else (256,) * (n == 4)) for n in fields)
     buffers = 0 if together and packed else 2 if team > 1 and slices == 1 else 1  # for codes
     exchanged = 4 * TILE * padded + 2 * 4 * TILE * team if slices > 1 else 0
-    bytes_of_team = 2 * TILE * padded + buffers * TILE * (padded + 16) + exchanged + team * 64 * _TARGET_BYTES
+    bytes_of_team = 2 * TILE * padded + buffers * TILE * (padded + 16) + exchanged + 64 * _TARGET_BYTES
     shared = 4 * len(table) + squares + teams * bytes_of_team
     low, high = (sum(int(x) << 8 * i for i, x in enumerate(positive[j : j + 4]) if narrow) for j in (0, 4))
     names = OTHER | {
         "TURNED": 1, "NEAR": found.near, "STEPS": len(found.table), "BYTES": int(narrow), "PIECE": piece, "SHARED": shared,
         "INDEX": int(fmt.coding == "index"), "LEVELS_LOW": low, "LEVELS_HIGH": high, "REACH": _bits(unit * found.scale),
-    }  # fmt: skip
+    } | dict(zip(_CURVE, [1, *map(_bits, bent[1:])] if bent else [0] * 5))  # fmt: skip
     table = torch.cat((table, (fmt.level_values**2)[len(positive) :].view(torch.int32)))
     threads = 32 * team * teams
     fit = _SHARED // (shared + 1024) * threads

@@ -347,11 +347,11 @@ struct OfBlock {
 
 // Dense rows: everything that a thread has is read before it writes.
 template <class C>
-INLINE void copy_rows(const Target* targets, int rows) {
+INLINE void copy_rows(const Target* targets, const char* const* from, int rows) {
   constexpr int EACH = C::DIM / C::VALUES, ITEMS = (C::ROWS * EACH + THREADS - 1) / THREADS;
   Item<C> x[ITEMS];
   share<THREADS, C::ROWS, EACH, ITEMS>(
-      threadIdx.x, rows, [&](int row, int item, int i) { x[i] = __ldg((const Item<C>*)targets[row].from + item); });
+      threadIdx.x, rows, [&](int row, int item, int i) { x[i] = __ldg((const Item<C>*)from[row] + item); });
   share<THREADS, C::ROWS, EACH, ITEMS>(threadIdx.x, rows, [&](int row, int item, int i) {
     convert<C>(x[i], targets[row].words + item * C::VALUES * size_of(C::OUT));
   });
@@ -362,17 +362,18 @@ INLINE void append_rows(const Append& p, const Source& source, const Store& targ
   using L = Layout<C>;
   extern __shared__ __align__(16) char shared[];
   Target* targets = (Target*)(shared + L::ROWS_AT);
+  const char** from = (const char**)(targets + C::ROWS);
   u32 first = block * C::ROWS, thread = threadIdx.x;
   int rows = p.rows - first < C::ROWS ? p.rows - first : C::ROWS;
   Address address;
   if (thread < rows) {
     address.find(p, first + thread);
-    targets[thread].from = address.from(source);
+    from[thread] = address.from(source);
   }
   if constexpr (C::KIND == DENSE) {
     if (thread < rows) address.to(p, target, targets[thread]);
     __syncthreads();
-    copy_rows<C>(targets, rows);
+    copy_rows<C>(targets, from, rows);
   } else {
     constexpr int PER_UNIT = C::VALUES * L::SIZE / 16;
     u32 units = shared_address(shared);
@@ -380,7 +381,7 @@ INLINE void append_rows(const Append& p, const Source& source, const Store& targ
     __syncthreads();
     share<THREADS, C::ROWS, C::DIM * L::SIZE / 16, 4>(thread, rows, [&](int row, int item, int) {
       u32 to = units + (row * L::UNITS + item / PER_UNIT) * L::PITCH + item % PER_UNIT * 16;
-      copy_async<16>(to, targets[row].from + item * 16);
+      copy_async<16>(to, from[row] + item * 16);
     });
     commit_copies();
     if (thread < rows) address.to(p, target, targets[thread]);

@@ -97,9 +97,10 @@ INLINE float inverse_fast(float x) {
   return d;
 }
 
-INLINE float rsqrt_fast(float x) {
+// of normal numbers; computed where it is written, not where it is first needed
+INLINE float rsqrt_always(float x) {
   float d;
-  asm("rsqrt.approx.f32 %0, %1;" : "=f"(d) : "f"(x));
+  asm volatile("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(d) : "f"(x));
   return d;
 }
 

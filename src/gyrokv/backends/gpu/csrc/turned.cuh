@@ -10,7 +10,8 @@
 //
 // The nearest level: |z| as a fixed-point number is M = 1 + |z| * scale, a float32 whose bits are an integer. For each cell
 // of a uniform grid over |z| a table has what to add, so that byte 3 of the sum is the index of the level's magnitude. A
-// boundary alone needs no table: it lies at M = 2, where bit 6 of byte 3 changes.
+// boundary alone needs no table: it lies at M = 2, where bit 6 of byte 3 changes. Nor do three: a parabola through them has
+// whole numbers there.
 #pragma once
 #include "append.cuh"
 
@@ -22,7 +23,7 @@ struct Tile {
   static constexpr int GROUP_CHUNKS = CHUNKS / GROUPS;                                       // of what of a group is in it
   static constexpr bool AFTER = C::RULE == L2;
   static constexpr bool BYTES = C::BYTES && GROUP_CHUNKS > 1;  // levels are 8-bit integers, 8 magnitudes at most
-  static constexpr bool ALONE = C::STEPS == 0 && BYTES;  // bit 6 of byte 3 is the magnitude's index
+  static constexpr bool CURVED = C::CURVED && BYTES, ALONE = C::STEPS == 0 && BYTES && !CURVED;  // bit 6 of byte 3 is the magnitude's index
   static constexpr int MAGNITUDES = 1 << (C::BITS - 1), SQUARES_BYTES = BYTES ? 0 : MAGNITUDES * 256;
   static constexpr int PITCH = C::PADDED + 16;
   // Shared memory: signs before, as bits 15, and after, as float32; steps; squares of levels by magnitude, a copy per lane
@@ -49,7 +50,7 @@ struct Fields {
 };
 
 // What a team has in shared memory: values of a tile, codes of a tile or of two that follow each other, turned chunks, sums
-// of the squares of values and of levels by row and warp, for each warp 32 rows' targets twice.
+// of the squares of values and of levels by row and warp, 32 rows' targets twice.
 template <class C>
 struct Team {
   using T = Tile<C>;
@@ -57,7 +58,7 @@ struct Team {
   static constexpr int CODES_AT = C::PADDED * 16, CHUNKS_AT = CODES_AT + CODES * T::ROWS * T::PITCH;
   static constexpr int SUMS_AT = CHUNKS_AT + (T::SLICES > 1 ? C::PADDED * 32 : 0);
   static constexpr int TARGETS_AT = SUMS_AT + (T::SLICES > 1 ? 64 * T::TEAM : 0);
-  static constexpr int SIZE = TARGETS_AT + T::TEAM * 64 * (int)sizeof(Target);
+  static constexpr int SIZE = TARGETS_AT + 64 * (int)sizeof(Target);
 };
 
 // Waits for the other warps of a team.
@@ -94,16 +95,26 @@ INLINE float sum_of(const float* x) {
 }
 
 INLINE float rsqrt_near(float x) {
-  float root = rsqrt_fast(x);
+  float root = rsqrt_always(x);
   return __fmaf_rn(0.5f * root, __fmaf_rn(-x * root, root, 1.0f), root);
 }
 
-// Signs (bit 31) and magnitudes (byte 3) of four values to their codes, a byte each.
+template <int BYTE>
+INLINE u32 bytes_of(const u32 (&x)[4]) {
+  constexpr u32 PAIR = 0x40 + 0x11 * BYTE;
+  return prmt(prmt(x[0], x[1], PAIR), prmt(x[2], x[3], PAIR), 0x5410);
+}
+
+// Signs and magnitudes of four values to their codes, a byte each. Signs are bits 31 of x, magnitudes bytes 3 of x too, or
+// with CURVED bits 21 and 22 of m.
 template <class C>
-INLINE u32 codes_of(const u32 (&x)[4]) {
+INLINE u32 codes_of(const u32 (&x)[4], const u32 (&m)[4], u32 sign_bits) {
   constexpr u32 ONES = 0x01010101, HALF = 1 << (C::BITS - 1);
-  u32 y = prmt(prmt(x[0], x[1], 0x0073), prmt(x[2], x[3], 0x0073), 0x5410);
-  if (Tile<C>::ALONE) {
+  u32 y = bytes_of<3>(x);
+  if (Tile<C>::CURVED) {
+    u32 size = bytes_of<2>(m) >> 5;
+    y = (y & sign_bits) | (size & 3 * ONES);
+  } else if (Tile<C>::ALONE) {
     if (!C::INDEX) return y >> 6 & 3 * ONES;
     y = (y & 0x80808080) | (y >> 6 & ONES);
   }
@@ -240,10 +251,10 @@ struct Share {
     float y[CHUNKS][8];
     turn(y, group);
     fetch(next, group);
-    float sum[2] = {};
+    float sum[4] = {};  // of row i % 2
 #pragma unroll
-    for (int i = 0; i < CHUNKS * 8; ++i) sum[i % 2] = __fmaf_rn(y[i / 8][i % 8], y[i / 8][i % 8], sum[i % 2]);
-    float mine = sum_of_rows(sum[0], sum[1]);
+    for (int i = 0; i < CHUNKS * 8; ++i) sum[i % 4] = __fmaf_rn(y[i / 8][i % 8], y[i / 8][i % 8], sum[i % 4]);
+    float mine = sum_of_rows(sum[0] + sum[2], sum[1] + sum[3]);
     if constexpr (SLICES > 1) {
       give(0, row, mine);
       exchange(y);
@@ -254,14 +265,16 @@ struct Share {
     // the square of the norm of row 2 t + k, what turns |y| into |z| * scale, and the bit of signs
     float norm[2] = {k ? other : mine, k ? mine : other};
     float root[2], factor[2], near[2];
-    u32 sign_bit[2];
+    u32 sign_bit[2], sign_bits[2];
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
       bool live = norm[k] > TINY * TINY && norm[k] <= LARGEST;
-      root[k] = live ? rsqrt_near(norm[k]) : 0.0f;
+      float inverse = rsqrt_near(norm[k]);
+      root[k] = live ? inverse : 0.0f;
       factor[k] = root[k] * C::reach();
       near[k] = factor[k] * C::NEAR;
       sign_bit[k] = live ? 0x80000000 : 0;
+      sign_bits[k] = live ? 0x80808080 : 0;
     }
     if (__any_sync(~0u, !(norm[0] <= LARGEST) || !(norm[1] <= LARGEST))) {
 #pragma unroll
@@ -279,10 +292,16 @@ struct Share {
       const float s[] = {signs.x, signs.y, signs.z, signs.w};
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
-        u32 code[4];
+        u32 code[4], size[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           float x = y[q][2 * i + k];
+          if constexpr (T::CURVED) {
+            float a = __saturatef(__fmaf_rn(fabsf(x), factor[k], C::offset()));
+            size[i] = __float_as_uint(__fmaf_rn(__fmaf_rn(C::square(), a, C::slope()), a, C::start()));
+            code[i] = __float_as_uint(T::AFTER ? __fmaf_rn(x, s[i], 0.0f) : x);
+            continue;
+          }
           u32 m = __float_as_uint(__fmaf_rn(fabsf(x), factor[k], 1.0f)), add = 0;
           if (C::STEPS) load_shared<1>(__float_as_uint(__fmaf_rn(fabsf(x), near[k], 8388608.0f)) * 4 + steps, &add);
           m = C::STEPS || T::ALONE ? m + add : m >> 6 & 1 << 24;
@@ -290,7 +309,7 @@ struct Share {
           if (T::AFTER) x = __fmaf_rn(x, s[i], 0.0f);  // 0, not -0
           code[i] = m | (__float_as_uint(x) & sign_bit[k]);
         }
-        codes[q][k] = codes_of<C>(code);
+        codes[q][k] = codes_of<C>(code, size, sign_bits[k]);
         if constexpr (T::BYTES)
           if (q % 2) whole[k] = squares_of<C>(codes[q - 1][k], codes[q][k], whole[k]);
       }
@@ -398,20 +417,22 @@ INLINE void append_tiles(const Append& p, const Append::One& side, u32 block) {
   u32 end = first + side.each + (index < side.rest);
   if (warp >= T::WARPS || first >= end) return;
   char* own = shared + T::TEAMS_AT + team * Team<C>::SIZE;
-  Target* targets = (Target*)(own + Team<C>::TARGETS_AT) + part * 64;
+  Target* targets = (Target*)(own + Team<C>::TARGETS_AT);
   Share<C> share(shared, own, part);
   const char* from;
-  auto locate = [&](u32 tile, Target* rows) {  // a row per lane: of four tiles
+  // A row per lane, of four tiles. The first warp writes targets: of four tiles that come, while others may be one behind.
+  auto locate = [&](u32 tile, Target* rows) {
     u32 row = tile * T::ROWS + lane;
     Address address;
     address.find(p, row < p.rows ? row : p.rows - 1);
     from = address.from(side.from);
-    address.to(p, side.to, rows[lane]);
+    if (part == 0) address.to(p, side.to, rows[lane]);
   };
   auto row_of = [&](u32 tile) {
     return (const char*)__shfl_sync(~0u, (u64)from, tile * T::ROWS + lane / 4) + lane % 4 * 16;
   };
   locate(first, targets);
+  sync_team<C>();
 #pragma unroll
   for (int group = 0; group < T::GROUPS; ++group) share.fetch(row_of(0), group);
   char* bytes = own + Team<C>::CODES_AT;
