@@ -17,7 +17,7 @@ TILE = 8  # rows that a team of warps takes at once
 _CHUNK = 32  # values that are turned by products alone
 _PIECE = 128  # values of a row that a warp turns, at most
 _WARPS = 4  # of a block, about
-_RESIDENT = {128: 768, 256: 640, 512: 512}  # threads of a processor whose registers suffice for pieces of so many values
+_RESIDENT = {128: 768, 256: 512, 512: 384}  # threads of a processor whose registers suffice for pieces of so many values
 _RESIDENT_ODD = 512  # where the threads of a row are no power of two
 _SHARED = 227 * 1024  # bytes of a processor, 1024 of them a block's own
 _TARGET_BYTES = 16  # of shared memory for a row's addresses, of 32 rows twice
@@ -134,7 +134,7 @@ def side(fmt: KVFormat, padded: int, group: int, span: int, rotation: str, many:
     signs = [torch.where(before < 0, -0x8000, 0).to(torch.int16).view(torch.int32)]
     signs += [after.view(torch.int32)] if fmt.scale == "l2" else []
     positive = fmt.levels[len(fmt.levels) // 2 :]
-    narrow = group > _CHUNK and len(positive) <= 8 and all(x == int(x) <= 127 for x in positive)
+    narrow = _CHUNK < group <= _PIECE and len(positive) <= 8 and all(x == int(x) <= 127 for x in positive)
     if not narrow:
         bent = None
     elif bent:
@@ -142,14 +142,14 @@ def side(fmt: KVFormat, padded: int, group: int, span: int, rotation: str, many:
     table = torch.cat((*signs, found.table))
     table = torch.nn.functional.pad(table, (0, -len(table) % 4))
     squares = 0 if narrow else 256 * len(positive)
-    if group > _PIECE:
-        piece = _PIECE
-    elif many and narrow and padded <= 4 * group:
+    if many and (padded == group or narrow and padded <= 4 * group):
         piece = padded  # its codes stay in registers
+    elif group > _PIECE:
+        piece = _PIECE
     else:
         piece = next(n for n in range(_PIECE // group * group, 0, -group) if padded % n == 0)
     team, slices = padded // piece, max(1, group // piece)
-    teams = max(1, (2 if squares >= _BIG_TABLE else 1) * _WARPS // team)
+    teams = 1 if slices > 1 else max(1, (2 if squares >= _BIG_TABLE and padded <= 256 else 1) * _WARPS // team)
     fields = [n for n in (1, 2, 4, 8) if fmt.bits & n]
     together = team == 1 and (narrow or piece == group)  # codes of a row in a warp's registers
     packed = all(padded * n % 512 == 0 or padded * n in ((128, 256) if n < 4 else (256,) * (n == 4)) for n in fields)

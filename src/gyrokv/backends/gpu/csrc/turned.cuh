@@ -21,8 +21,9 @@ struct Tile {
   static constexpr int SLICES = C::GROUP > C::PIECE ? C::GROUP / C::PIECE : 1;  // pieces of a group
   static constexpr int CHUNKS = C::PIECE / 32, GROUPS = C::PIECE / C::GROUP + (SLICES > 1);  // of a piece
   static constexpr int GROUP_CHUNKS = CHUNKS / GROUPS;                                       // of what of a group is in it
+  static constexpr int FOLDS = C::GROUP > 128 ? C::GROUP / 128 : 1;  // 128 values each: those of a warp, or all of one
   static constexpr bool AFTER = C::RULE == L2;
-  static constexpr bool BYTES = C::BYTES && GROUP_CHUNKS > 1;  // levels are 8-bit integers, 8 magnitudes at most
+  static constexpr bool BYTES = C::BYTES && GROUP_CHUNKS > 1 && FOLDS == 1;  // levels are 8-bit integers, 8 magnitudes at most
   static constexpr bool CURVED = C::CURVED && BYTES, ALONE = C::STEPS == 0 && BYTES && !CURVED;  // bit 6 of byte 3 is the magnitude's index
   static constexpr int MAGNITUDES = 1 << (C::BITS - 1), SQUARES_BYTES = BYTES ? 0 : MAGNITUDES * 256;
   static constexpr int PITCH = C::PADDED + 16;
@@ -137,9 +138,10 @@ INLINE int squares_of(u32 a, u32 b, int total) {
 template <class C>
 struct Share {
   using T = Tile<C>;
-  static constexpr int SLICES = T::SLICES, CHUNKS = T::GROUP_CHUNKS, OWN = CHUNKS / SLICES;  // chunks of each piece in the end
+  static constexpr int SLICES = T::SLICES, CHUNKS = T::GROUP_CHUNKS, LOCAL = T::FOLDS / SLICES;  // folds of the warp's own
+  static constexpr int FOLD = CHUNKS / LOCAL, OWN = FOLD / T::FOLDS;  // chunks: of a fold, of each fold for one warp of several
   static constexpr u32 MINUS = 0x80008000;
-  static_assert(OWN * SLICES == CHUNKS, "a chunk of each piece for every warp");
+  static_assert(OWN * T::FOLDS == FOLD, "a chunk of each fold for every warp");
   const char* tables;
   char* team;
   float* sums;  // [2, ROWS, TEAM]
@@ -182,10 +184,10 @@ struct Share {
     commit_copies();
   }
 
-  template <int CHUNKS, int FIRST>
+  template <int FIRST, int END>
   static INLINE void butterfly(float (&y)[CHUNKS][8]) {
 #pragma unroll
-    for (int h = FIRST; h < CHUNKS; h *= 2) {
+    for (int h = FIRST; h < END; h *= 2) {
 #pragma unroll
       for (int q = 0; q < CHUNKS; ++q) {
         if (q & h) continue;
@@ -199,7 +201,7 @@ struct Share {
     }
   }
 
-  // y[2 * value + row] of each chunk of the group in this piece
+  // y[2 * value + row] of each chunk of the group in this piece; turned in folds
   INLINE void turn(float (&y)[CHUNKS][8], int group) const {
     const u32(&h)[4] = hadamard;
     const uint4* before = (const uint4*)tables + part % SLICES * CHUNKS * 4 + threadIdx.x % 4;
@@ -215,7 +217,7 @@ struct Share {
 #pragma unroll
       for (int i = 0; i < 4; ++i) y[q][i] = even[i], y[q][i + 4] = odd[i];
     }
-    butterfly<CHUNKS, 1>(y);
+    butterfly<1, FOLD>(y);
   }
 
   // Chunks of this piece for some of all pieces, turned.
@@ -234,7 +236,7 @@ struct Share {
         float4 x = *(const float4*)(chunks + (chunk(0, q) * 8 + i) * 128);
         y[q][i] = x.x, y[q][i + 1] = x.y, y[q][i + 2] = x.z, y[q][i + 3] = x.w;
       }
-    butterfly<CHUNKS, OWN>(y);
+    butterfly<OWN, CHUNKS>(y);
   }
 
   // Sums of a row over the pieces of a group: `which` 0 of squares of values, 1 of levels. Lanes with g < 2 give them.
@@ -251,16 +253,26 @@ struct Share {
     float y[CHUNKS][8];
     turn(y, group);
     fetch(next, group);
-    float sum[4] = {};  // of row i % 2
+    float squares[LOCAL];
 #pragma unroll
-    for (int i = 0; i < CHUNKS * 8; ++i) sum[i % 4] = __fmaf_rn(y[i / 8][i % 8], y[i / 8][i % 8], sum[i % 4]);
-    float mine = sum_of_rows(sum[0] + sum[2], sum[1] + sum[3]);
+    for (int f = 0; f < LOCAL; ++f) {
+      float sum[4] = {};  // of row i % 2
+#pragma unroll
+      for (int i = 0; i < FOLD * 8; ++i) {
+        float x = y[f * FOLD + i / 8][i % 8];
+        sum[i % 4] = __fmaf_rn(x, x, sum[i % 4]);
+      }
+      squares[f] = sum_of_rows(sum[0] + sum[2], sum[1] + sum[3]);
+    }
+    float mine = sum_of<LOCAL>(squares);
     if constexpr (SLICES > 1) {
       give(0, row, mine);
       exchange(y);
       mine = take(0, row);
+    } else {
+      butterfly<FOLD, CHUNKS>(y);
     }
-    mine *= (float)SLICES / C::GROUP;  // what is turned after the sum makes squares that much larger
+    mine *= (float)T::FOLDS / C::GROUP;  // what is turned after the sum makes squares that much larger
     float other = __shfl_xor_sync(~0u, mine, 4);
     // the square of the norm of row 2 t + k, what turns |y| into |z| * scale, and the bit of signs
     float norm[2] = {k ? other : mine, k ? mine : other};
@@ -276,7 +288,8 @@ struct Share {
       sign_bit[k] = live ? 0x80000000 : 0;
       sign_bits[k] = live ? 0x80808080 : 0;
     }
-    if (__any_sync(~0u, !(norm[0] <= LARGEST) || !(norm[1] <= LARGEST))) {
+    // infinity times 0 is no number, which becomes 0 where it is clamped
+    if (!T::CURVED && __any_sync(~0u, !(norm[0] <= LARGEST) || !(norm[1] <= LARGEST))) {
 #pragma unroll
       for (int i = 0; i < CHUNKS * 8; ++i)
         if (!(norm[i % 2] <= LARGEST)) y[i / 8][i % 8] = 0.0f;
@@ -284,7 +297,7 @@ struct Share {
     u32 steps = shared_address(tables) + T::STEPS_AT - WHOLE * 4;
     const float4* after = (const float4*)(tables + T::AFTER_AT) + g;
     int first = SLICES > 1 ? part / SLICES * SLICES * CHUNKS : 0;  // chunk of the group, as the row counts them
-    float total[2] = {};
+    float total[LOCAL][2] = {};
     int whole[2] = {};
 #pragma unroll
     for (int q = 0; q < CHUNKS; ++q) {
@@ -305,7 +318,7 @@ struct Share {
           u32 m = __float_as_uint(__fmaf_rn(fabsf(x), factor[k], 1.0f)), add = 0;
           if (C::STEPS) load_shared<1>(__float_as_uint(__fmaf_rn(fabsf(x), near[k], 8388608.0f)) * 4 + steps, &add);
           m = C::STEPS || T::ALONE ? m + add : m >> 6 & 1 << 24;
-          if (!T::BYTES) total[k] += *(const float*)(tables + T::SQUARES_AT + prmt(m, lane * 4, 0x5534));
+          if (!T::BYTES) total[LOCAL > 1 ? q % FOLD / OWN : 0][k] += *(const float*)(tables + T::SQUARES_AT + prmt(m, lane * 4, 0x5534));
           if (T::AFTER) x = __fmaf_rn(x, s[i], 0.0f);  // 0, not -0
           code[i] = m | (__float_as_uint(x) & sign_bit[k]);
         }
@@ -315,8 +328,13 @@ struct Share {
       }
     }
     float levels;
-    if (T::BYTES) levels = (float)sum_of_rows(whole[0], whole[1]) * (C::step() * C::step());
-    else levels = sum_of_rows(total[0], total[1]);
+    if constexpr (T::BYTES) {
+      levels = (float)sum_of_rows(whole[0], whole[1]) * (C::step() * C::step());
+    } else {
+#pragma unroll
+      for (int f = 0; f < LOCAL; ++f) squares[f] = sum_of_rows(total[f][0], total[f][1]);
+      levels = sum_of<LOCAL>(squares);
+    }
     float inverse = k ? root[1] : root[0];
     float scale = inverse > 0.0f ? mine * inverse : mine;  // nothing is left of a square that is too small
     if constexpr (SLICES > 1) give(1, row, levels);
