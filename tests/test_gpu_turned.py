@@ -28,10 +28,12 @@ def _where_there_is_a_gpu(request, backend_here):
         backend_here("gpu")
 
 
-def encoded(x: torch.Tensor, codec: Codec) -> Packed:
-    """Rows of ``x [B, H, T, D]`` by the kernel; K and V alike."""
+def encoded(x: torch.Tensor, codec: Codec, many: bool = False) -> Packed:
+    """Rows of ``x [B, H, T, D]`` by the kernel of few tokens, or of ``many``; K and V alike."""
     stores = [encode.empty_rows(x, codec).map(torch.zeros_like) for _ in "kv"]
-    encode.append(x, x, (codec, codec), tuple(stores), encode.Place())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encode, "_many", lambda device: 0 if many else 2**60)
+        encode.append(x, x, (codec, codec), tuple(stores), encode.Place())
     assert all(bits(a.cpu()) == bits(b.cpu()) for a, b in zip(*stores))
     return stores[0]
 
@@ -109,7 +111,7 @@ def test_codes_differ_at_boundaries_alone(fmt: KVFormat):
     for i, dim in enumerate(d for d in HEAD_DIMS if fits(fmt, d)):
         codec, dtype = Codec(fmt, dim), DTYPES[i % 2]
         for x in (hard_rows(dim, dtype, 75, i), random_rows(dim, dtype, 65, seed=i)):
-            got = encoded(x.to(DEVICE), codec)
+            got = encoded(x.to(DEVICE), codec, many=i % 3 != 0)
             gpu_rows.differences(got.map(torch.Tensor.cpu), codec.encode(x), x, codec)
 
 
@@ -121,18 +123,18 @@ def test_share_of_codes_that_differ(fmt: KVFormat):
     for dim, dtype in product(dims, DTYPES):
         codec = Codec(fmt, dim)
         x = random_rows(dim, dtype, 1_600_000 // dim, DEVICE, dim)
-        found = gpu_rows.differences(encoded(x, codec), codec.encode(x), x, codec)
+        found = gpu_rows.differences(encoded(x, codec, many=True), codec.encode(x), x, codec)
         assert found.codes <= gpu_rows.SHARE and found.scales <= gpu_rows.SCALES, (dim, dtype, found)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("fmt", TURNED, ids=str)
 def test_bytes_depend_on_no_other_row(fmt: KVFormat):
-    """A token alone, a few, as many as a warp takes at once: the same bytes, whatever lies beside it."""
-    for dim in (d for d in (128, 96, 512) if fits(fmt, d)):
+    """A token alone, a few, as many as a warp takes at once, by either kernel: the same bytes, whatever lies beside it."""
+    for dim in (d for d in (128, 96, 256, 512) if fits(fmt, d)):
         codec, x = Codec(fmt, dim), random_rows(dim, torch.bfloat16, 67, DEVICE)
-        whole = encoded(x, codec)
-        for start, stop in ((0, 1), (13, 14), (20, 29), (5, 67)):
+        whole = encoded(x, codec, many=True)
+        for start, stop in ((0, 1), (13, 14), (20, 29), (5, 67), (0, 67)):
             part = encoded(x[:, :, start:stop].contiguous(), codec)
             assert all(bits(a.cpu()) == bits(b[:, :, start:stop].cpu()) for a, b in zip(part, whole)), (dim, start, stop)
 
@@ -168,11 +170,12 @@ FAULTS = [
     ("signs after the transform of other values", "(tables + T::AFTER_AT) + g;", "(tables + T::AFTER_AT) + 2 * t;"),
     ("no sums of bit 1", "h[3] ^ MINUS, u.y, u.w", "h[3], u.y, u.w"),
     ("chunks of the piece before", "(chunk(0, q) * 8 + i) * 128", "((chunk(0, q) ^ 4) * 8 + i) * 128"),
-    ("pieces that are not turned", "butterfly<CHUNKS, OWN>(y)", "butterfly<CHUNKS, 2 * OWN>(y)"),
+    ("pieces that are not turned", "butterfly<OWN, CHUNKS>(y)", "butterfly<2 * OWN, CHUNKS>(y)"),
+    ("folds that are not turned", "butterfly<FOLD, CHUNKS>(y)", "butterfly<CHUNKS, CHUNKS>(y)"),
     ("squares of one piece twice", "mine = take(0, row)", "mine += take(0, row)"),
     ("squares of one piece's levels", "take(1, lane % 4", "take(0, lane % 4"),
     ("no differences of chunks", "y[q + h][i] = a - b", "y[q + h][i] = a + b"),
-    ("a norm that is too large", "mine *= (float)SLICES", "mine *= 1.01f * SLICES"),
+    ("a norm that is too large", "mine *= (float)T::FOLDS", "mine *= 1.01f * T::FOLDS"),
     ("the next cell", "near[k], 8388608.0f", "near[k], 8388609.0f"),
     ("squares of odd levels", "T::SQUARES_AT + prmt(m,", "T::SQUARES_AT + prmt(m | 1 << 24,"),
     ("a root of few bits", "__fmaf_rn(-x * root, root, 1.0f), root)", "__fmaf_rn(-x * root, root, 1.0001f), root)"),
@@ -218,12 +221,16 @@ def wrong(name: str, dim: int) -> str:
     x[:, :, 6] = x[:, :, 0] / float(x[:, :, 0].float().norm()) * 1e-11  # less than what counts
     x[:, :, 7], x[:, :, 8] = 0.0, 0.0
     x[:, :, 8, 1], x[:, :, 8, 5] = 2.0, 2.0  # half of the turned values are 0
-    got, want = encoded(x.to(DEVICE), codec).map(torch.Tensor.cpu), codec.encode(x)
-    try:
-        found = gpu_rows.differences(got, want, x, codec)
-    except AssertionError as error:
-        return str(error)
-    return "" if found.codes <= 5e-4 and found.scales <= 0.02 else f"too much differs: {found}"
+    want = codec.encode(x)
+    for many in (False, True):
+        got = encoded(x.to(DEVICE), codec, many).map(torch.Tensor.cpu)
+        try:
+            found = gpu_rows.differences(got, want, x, codec)
+        except AssertionError as error:
+            return str(error)
+        if not (found.codes <= 5e-4 and found.scales <= 0.02):
+            return f"too much differs: {found}"
+    return ""
 
 
 @pytest.mark.gpu
