@@ -247,8 +247,8 @@ struct Share {
     return sum_of<SLICES>(sums + (which * T::ROWS + row) * T::TEAM + part / SLICES * SLICES);
   }
 
-  // One group of the piece to codes and scales; of several pieces, the scale is left to `finish`, which gets what is returned.
-  INLINE float encode(const char* next, u32 (*codes)[2], const Target* targets, int rows, int group) {
+  // One group of the piece to codes. Returns the norm of row 2 t + g % 2 of the tile and the square of that of its levels.
+  INLINE float2 encode(const char* next, u32 (*codes)[2], int group) {
     int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, k = g & 1, row = 2 * t + k;
     float y[CHUNKS][8];
     turn(y, group);
@@ -338,14 +338,9 @@ struct Share {
     float inverse = k ? root[1] : root[0];
     float scale = inverse > 0.0f ? mine * inverse : mine;  // nothing is left of a square that is too small
     if constexpr (SLICES > 1) give(1, row, levels);
-    else store_scale(targets, rows, part * T::GROUPS + group, scale, levels);
-    return scale;
+    return make_float2(scale, levels);
   }
 
-  INLINE void store_scale(const Target* targets, int rows, int group, float scale, float levels) const {
-    int lane = threadIdx.x % 32, row = lane % 4 * 2 + (lane / 4 & 1);
-    if (lane < 8 && row < rows) ::store_scale<C>(targets[row].scale, group, scale * rsqrt_near(levels));
-  }
   // The codes of a group, or of all groups from it on, a byte each, to shared memory.
   template <int N>
   INLINE void put(char* bytes, int group, const u32 (&codes)[N][2]) const {
@@ -355,11 +350,13 @@ struct Share {
 #pragma unroll
       for (int k = 0; k < 2; ++k) *(u32*)(bytes + (2 * t + k) * T::PITCH + chunk(group, q) * 32 + 4 * g) = codes[q][k];
   }
-  // after `encode` of all warps of the team
-  INLINE void finish(const Target* targets, int rows, float scale) const {
-    if (SLICES == 1 || part % SLICES) return;
-    int lane = threadIdx.x % 32;
-    store_scale(targets, rows, part / SLICES, scale, take(1, lane % 4 * 2 + (lane / 4 & 1)));
+  // Scales of one group, of TILES tiles that follow each other or of the `rows` that are left of them. Lanes 8 i to 8 i + 7
+  // have what `encode` returned for tile i.
+  template <int TILES>
+  INLINE void store_scales(const Target* targets, int rows, int group, float2 norms) const {
+    int lane = threadIdx.x % 32, row = lane / 8 * 8 + lane % 4 * 2 + lane / 4 % 2;
+    if (row < rows && row < TILES * T::ROWS && part % SLICES == 0)
+      store_scale<C>(targets[row].scale, part / SLICES * T::GROUPS + group, norms.x * rsqrt_near(norms.y));
   }
 };
 
@@ -456,6 +453,7 @@ INLINE void append_tiles(const Append& p, const Append::One& side, u32 block) {
   char* bytes = own + Team<C>::CODES_AT;
   for (u32 now = 0; first < end; first += 4, now ^= 32) {
     u32 tiles = end - first < 4 ? end - first : 4;
+    float2 norms;
 #pragma unroll 1
     for (u32 tile = 0; tile < tiles; ++tile) {
       const char* then = nullptr;
@@ -469,25 +467,29 @@ INLINE void append_tiles(const Append& p, const Append::One& side, u32 block) {
       const Target* to = targets + now + tile * T::ROWS;
       int left = p.rows - (first + tile) * T::ROWS, rows = left < T::ROWS ? left : T::ROWS;
       u32 codes[T::CHUNKS][2];
-      float scale;
+      auto keep = [&](int group, float2 found) {
+        if (T::GROUPS > 1) share.template store_scales<1>(to, rows, group, found);
+        else if (lane / 8 == tile) norms = found;
+      };
       if constexpr (Fields<C>::OWN) {
 #pragma unroll
         for (int group = 0; group < T::GROUPS; ++group) {
           wait_copies<T::GROUPS - 1>();
-          scale = share.encode(then, codes + group * T::GROUP_CHUNKS, to, rows, group);
+          keep(group, share.encode(then, codes + group * T::GROUP_CHUNKS, group));
         }
         if constexpr (Fields<C>::BYTES) share.put(bytes, 0, codes);
       } else {
-#pragma unroll 1
+#pragma unroll
         for (int group = 0; group < T::GROUPS; ++group) {
           u32 part_codes[T::GROUP_CHUNKS][2];
           wait_copies<T::GROUPS - 1>();
-          scale = share.encode(then, part_codes, to, rows, group);
+          keep(group, share.encode(then, part_codes, group));
           share.put(bytes, group, part_codes);
         }
       }
       if constexpr (Fields<C>::BYTES) sync_team<C>();
-      share.finish(to, rows, scale);
+      if constexpr (T::SLICES > 1)
+        if (lane / 8 == tile) norms.y = share.take(1, lane % 4 * 2 + lane / 4 % 2);
       pack_field<C, 8>(codes, bytes, to, rows);
       pack_field<C, 4>(codes, bytes, to, rows);
       pack_field<C, 2>(codes, bytes, to, rows);
@@ -495,5 +497,7 @@ INLINE void append_tiles(const Append& p, const Append::One& side, u32 block) {
       if (Team<C>::CODES > 1) bytes = own + Team<C>::CODES_AT + (bytes == own + Team<C>::CODES_AT) * T::ROWS * T::PITCH;
       else __syncwarp();
     }
+    u32 left = p.rows - first * T::ROWS;
+    if (T::GROUPS == 1) share.template store_scales<4>(targets + now, left < tiles * T::ROWS ? left : tiles * T::ROWS, 0, norms);
   }
 }
