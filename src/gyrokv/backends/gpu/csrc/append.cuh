@@ -144,7 +144,7 @@ INLINE void pack(const char* codes, const Target* targets, int rows) {
 
 // Where row `index` of the call comes from and goes to.
 struct Address {
-  u32 batch, head, token;
+  u32 batch, head, token, slot;  // slot: of those of the sequence, once `to` has found it
   INLINE void find(const Append& p, u32 index) {
     u32 heads = p.tokens.quotient(index);
     token = index - heads * p.tokens.by;
@@ -152,16 +152,17 @@ struct Address {
     head = heads - batch * p.heads.by;
   }
   INLINE const char* from(const Source& s) const { return s.values + batch * s.batch + head * s.head + token * s.token; }
-  INLINE void to(const Append& p, const Store& s, Target& row) const {
+  INLINE void to(const Append& p, const Store& s, Target& row) {
     i64 start = p.lengths ? p.lengths[batch * p.lengths_batch] : p.slot;
-    u32 slot = (u32)(start + token - p.base), page = batch;
+    slot = (u32)(start + token - p.base);
     slot -= p.capacity.quotient(slot) * p.capacity.by;
+    u32 page = batch, at = slot;
     if (p.pages) {
       u32 index = p.page_slots.quotient(slot);
       page = p.pages[batch * p.pages_batch + index];
-      slot -= index * p.page_slots.by;
+      at -= index * p.page_slots.by;
     }
-    row.scale = s.scale + page * s.scale_batch + head * s.scale_head + slot * s.scale_slot;
-    row.words = s.words + page * s.words_batch + head * s.words_head + slot * s.words_slot;
+    row.scale = s.scale + page * s.scale_batch + head * s.scale_head + at * s.scale_slot;
+    row.words = s.words + page * s.words_batch + head * s.words_head + at * s.words_slot;
   }
 };

@@ -435,18 +435,27 @@ INLINE void append_tiles(const Append& p, const Append::One& side, u32 block) {
   Target* targets = (Target*)(own + Team<C>::TARGETS_AT);
   Share<C> share(shared, own, part);
   const char* from;
-  // A row per lane, of four tiles. The first warp writes targets: of four tiles that come, while others may be one behind.
-  auto locate = [&](u32 tile, Target* rows) {
-    u32 row = tile * T::ROWS + lane;
-    Address address;
-    address.find(p, row < p.rows ? row : p.rows - 1);
-    from = address.from(side.from);
-    if (part == 0) address.to(p, side.to, rows[lane]);
+  Address address = {};
+  // A row per lane, of four tiles, after those `before`: mostly as many tokens further. The first warp writes targets: of
+  // four tiles that come, while others may be one behind.
+  auto locate = [&](u32 tile, Target* rows, const Target* before) {
+    address.token += 32, address.slot += 32;
+    bool same = address.token < p.tokens.by && address.slot < p.capacity.by && !p.pages;
+    if (before && __all_sync(~0u, same)) {
+      from += 32 * side.from.token;
+      if (part == 0)
+        rows[lane] = {before[lane].words + 32 * side.to.words_slot, before[lane].scale + 32 * side.to.scale_slot};
+    } else {
+      u32 index = tile * T::ROWS + lane;
+      address.find(p, index < p.rows ? index : p.rows - 1);
+      from = address.from(side.from);
+      if (part == 0) address.to(p, side.to, rows[lane]);
+    }
   };
   auto row_of = [&](u32 tile) {
     return (const char*)__shfl_sync(~0u, (u64)from, tile * T::ROWS + lane / 4) + lane % 4 * 16;
   };
-  locate(first, targets);
+  locate(first, targets, nullptr);
   sync_team<C>();
 #pragma unroll
   for (int group = 0; group < T::GROUPS; ++group) share.fetch(row_of(0), group);
@@ -460,7 +469,7 @@ INLINE void append_tiles(const Append& p, const Append::One& side, u32 block) {
       if (tile + 1 < tiles) {
         then = row_of(tile + 1);
       } else if (first + 4 < end) {
-        locate(first + 4, targets + (now ^ 32));
+        locate(first + 4, targets + (now ^ 32), targets + now);
         then = row_of(0);
       }
       __syncwarp();
