@@ -17,8 +17,7 @@ TILE = 8  # rows that a team of warps takes at once
 _CHUNK = 32  # values that are turned by products alone
 _PIECE = 128  # values of a row that a warp turns, at most
 _WARPS = 4  # of a block, about
-_RESIDENT = {128: 768, 256: 512, 512: 384}  # threads of a processor whose registers suffice for pieces of so many values
-_RESIDENT_ODD = 512  # where the threads of a row are no power of two
+_RESIDENT, _RESIDENT_WIDE = 512, 384  # threads of a processor with 128 and with 168 registers each
 _SHARED = 227 * 1024  # bytes of a processor, 1024 of them a block's own
 _TARGET_BYTES = 16  # of shared memory for a row's addresses, of 32 rows twice
 _BIG_TABLE = 16 * 1024  # bytes of squares from which on more warps share them
@@ -165,5 +164,5 @@ def side(fmt: KVFormat, padded: int, group: int, span: int, rotation: str, many:
     table = torch.cat((table, (fmt.level_values**2)[len(positive) :].view(torch.int32)))
     threads = 32 * team * teams
     fit = _SHARED // (shared + 1024) * threads
-    resident = next(n for most, n in _RESIDENT.items() if piece <= most) if team in (1, 2, 4) else _RESIDENT_ODD
+    resident = _RESIDENT if piece <= (_PIECE if bent else 2 * _PIECE) else _RESIDENT_WIDE
     return Turned(names, TILE * teams, threads, shared, min(resident, max(threads, fit)), table)

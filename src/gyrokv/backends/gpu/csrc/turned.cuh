@@ -146,7 +146,9 @@ struct Share {
   char* team;
   float* sums;  // [2, ROWS, TEAM]
   int part;     // which warp of the team
-  u32 hadamard[4];
+  // Matrices of the products of each chunk, whose signs before are those of columns here: H, H and -H
+  static constexpr bool KEPT = T::CHUNKS == CHUNKS && CHUNKS <= 4;
+  u32 hadamard[4], signed_[KEPT ? CHUNKS : 1][3][4];
 
   INLINE Share(const char* tables, char* team, int part)
       : tables(tables), team(team), sums((float*)(team + Team<C>::SUMS_AT)), part(part) {
@@ -156,6 +158,18 @@ struct Share {
     for (int i = 0; i < 4; ++i) {
       u32 minus = __popc(lane >> 3 & lane & 3 | (lane >> 2 & 1 & i / 2) << 2);
       hadamard[i] = (C::IN == BF16 ? 0x3F803F80 : 0x3C003C00) | (minus & 1) << 15 | (minus + i % 2 & 1) << 31;
+    }
+    if (KEPT) {
+#pragma unroll
+      for (int q = 0; q < CHUNKS; ++q) {
+        uint4 sign = before(q);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          signed_[q][0][i] = hadamard[i] ^ (i < 2 ? sign.x : sign.z);
+          signed_[q][1][i] = hadamard[i] ^ (i < 2 ? sign.y : sign.w);
+          signed_[q][2][i] = signed_[q][1][i] ^ MINUS;
+        }
+      }
     }
   }
 
@@ -168,6 +182,9 @@ struct Share {
     if (SLICES == 1) return part * T::CHUNKS + group * CHUNKS + q;
     return (part / SLICES * SLICES + q / OWN) * CHUNKS + part % SLICES * OWN + q % OWN;
   }
+
+  // signs of the lane's values of chunk q of the group, as bits 15 and 31
+  INLINE uint4 before(int q) const { return ((const uint4*)tables)[(part % SLICES * CHUNKS + q) * 4 + threadIdx.x % 4]; }
 
   // Copies values of one group of the row at `from`, which may be null, in place of those that have been read.
   INLINE void fetch(const char* from, int group) {
@@ -201,19 +218,28 @@ struct Share {
     }
   }
 
+  static INLINE void product(float (&d)[4], const float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    mma<C::IN == BF16>(d, c, a[0], a[1], a[2], a[3], b0, b1);
+  }
+
   // y[2 * value + row] of each chunk of the group in this piece; turned in folds
   INLINE void turn(float (&y)[CHUNKS][8], int group) const {
-    const u32(&h)[4] = hadamard;
-    const uint4* before = (const uint4*)tables + part % SLICES * CHUNKS * 4 + threadIdx.x % 4;
     const float none[4] = {};
 #pragma unroll
     for (int q = 0; q < CHUNKS; ++q) {
-      uint4 u = *(const uint4*)values(group, q), sign = before[q * 4];
-      u.x ^= sign.x, u.y ^= sign.y, u.z ^= sign.z, u.w ^= sign.w;
+      uint4 u = *(const uint4*)values(group, q);
       float half[4], even[4], odd[4];
-      mma<C::IN == BF16>(half, none, h[0], h[1], h[2], h[3], u.x, u.z);
-      mma<C::IN == BF16>(even, half, h[0], h[1], h[2], h[3], u.y, u.w);
-      mma<C::IN == BF16>(odd, half, h[0] ^ MINUS, h[1] ^ MINUS, h[2] ^ MINUS, h[3] ^ MINUS, u.y, u.w);
+      if constexpr (KEPT) {
+        product(half, none, signed_[q][0], u.x, u.z);
+        product(even, half, signed_[q][1], u.y, u.w);
+        product(odd, half, signed_[q][2], u.y, u.w);
+      } else {
+        const u32 minus[] = {hadamard[0] ^ MINUS, hadamard[1] ^ MINUS, hadamard[2] ^ MINUS, hadamard[3] ^ MINUS};
+        uint4 sign = before(q);
+        product(half, none, hadamard, u.x ^ sign.x, u.z ^ sign.z);
+        product(even, half, hadamard, u.y ^ sign.y, u.w ^ sign.w);
+        product(odd, half, minus, u.y ^ sign.y, u.w ^ sign.w);
+      }
 #pragma unroll
       for (int i = 0; i < 4; ++i) y[q][i] = even[i], y[q][i + 4] = odd[i];
     }
@@ -435,27 +461,30 @@ INLINE void append_tiles(const Append& p, const Append::One& side, u32 block) {
   Target* targets = (Target*)(own + Team<C>::TARGETS_AT);
   Share<C> share(shared, own, part);
   const char* from;
-  Address address = {};
-  // A row per lane, of four tiles, after those `before`: mostly as many tokens further. The first warp writes targets: of
-  // four tiles that come, while others may be one behind.
-  auto locate = [&](u32 tile, Target* rows, const Target* before) {
-    address.token += 32, address.slot += 32;
-    bool same = address.token < p.tokens.by && address.slot < p.capacity.by && !p.pages;
-    if (before && __all_sync(~0u, same)) {
+  int ahead = 0;  // tokens from the lane's on that follow it in memory
+  // A row per lane, of four tiles, `after` the four before: mostly as many tokens further. The first warp writes targets, from
+  // `at` on: of four tiles that come, while others may be one behind.
+  auto locate = [&](u32 tile, u32 at, bool after) {
+    ahead -= 32;
+    if (after && __all_sync(~0u, ahead > 0)) {
       from += 32 * side.from.token;
-      if (part == 0)
-        rows[lane] = {before[lane].words + 32 * side.to.words_slot, before[lane].scale + 32 * side.to.scale_slot};
+      if (part == 0) {
+        Target before = targets[(at ^ 32) + lane];
+        targets[at + lane] = {before.words + 32 * side.to.words_slot, before.scale + 32 * side.to.scale_slot};
+      }
     } else {
       u32 index = tile * T::ROWS + lane;
+      Address address = {};
       address.find(p, index < p.rows ? index : p.rows - 1);
       from = address.from(side.from);
-      if (part == 0) address.to(p, side.to, rows[lane]);
+      if (part == 0) address.to(p, side.to, targets[at + lane]);
+      ahead = p.pages ? 0 : min(p.tokens.by - address.token, p.capacity.by - address.slot);
     }
   };
   auto row_of = [&](u32 tile) {
     return (const char*)__shfl_sync(~0u, (u64)from, tile * T::ROWS + lane / 4) + lane % 4 * 16;
   };
-  locate(first, targets, nullptr);
+  locate(first, 0, false);
   sync_team<C>();
 #pragma unroll
   for (int group = 0; group < T::GROUPS; ++group) share.fetch(row_of(0), group);
@@ -469,7 +498,7 @@ INLINE void append_tiles(const Append& p, const Append::One& side, u32 block) {
       if (tile + 1 < tiles) {
         then = row_of(tile + 1);
       } else if (first + 4 < end) {
-        locate(first + 4, targets + (now ^ 32), targets + now);
+        locate(first + 4, now ^ 32, true);
         then = row_of(0);
       }
       __syncwarp();
