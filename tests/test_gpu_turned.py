@@ -165,10 +165,11 @@ def test_zeros_and_what_is_tiny_or_huge(fmt: KVFormat):
 FAULTS = [
     ("the rows g and g + 8 of the transform alike", "minus + i % 2 & 1) << 31", "minus & 1) << 31"),
     ("two bits of an index that change places", "lane >> 3 & lane & 3 |", "lane >> 2 & lane & 3 |"),
-    ("signs before the transform of the next chunk", "sign = before[q * 4]", "sign = before[(q ^ 1) * 4]"),
-    ("signs before the transform of the first piece", "tables + part % SLICES * CHUNKS * 4 +", "tables +"),
+    ("signs before the transform of the next chunk", "CHUNKS + q) * 4 + threadIdx", "CHUNKS + (q ^ 1)) * 4 + threadIdx"),
+    ("signs before the transform of the first piece", "(part % SLICES * CHUNKS + q) * 4", "q * 4"),
     ("signs after the transform of other values", "(tables + T::AFTER_AT) + g;", "(tables + T::AFTER_AT) + 2 * t;"),
-    ("no sums of bit 1", "h[3] ^ MINUS, u.y, u.w", "h[3], u.y, u.w"),
+    ("no sums of bit 1", "signed_[q][1][i] ^ MINUS", "signed_[q][1][i]"),
+    ("no sums of bit 1 in wide groups", "product(odd, half, minus,", "product(odd, half, hadamard,"),
     ("chunks of the piece before", "(chunk(0, q) * 8 + i) * 128", "((chunk(0, q) ^ 4) * 8 + i) * 128"),
     ("pieces that are not turned", "butterfly<OWN, CHUNKS>(y)", "butterfly<2 * OWN, CHUNKS>(y)"),
     ("folds that are not turned", "butterfly<FOLD, CHUNKS>(y)", "butterfly<CHUNKS, CHUNKS>(y)"),
@@ -185,7 +186,7 @@ FAULTS = [
     ("zeros with a sign", "x = __fmaf_rn(x, s[i], 0.0f)", "x = x * s[i]"),
     ("signs of groups that are zero", "sign_bit[k] = live ? 0x80000000 : 0", "sign_bit[k] = 0x80000000"),
     ("squares of four levels of eight", "__dp4a((int)y, (int)y, __dp4a", "__dp4a((int)x, (int)x, __dp4a"),
-    ("scales of the other row", "row = lane % 4 * 2 + (lane / 4 & 1);", "row = lane % 4 * 2 + 1 - (lane / 4 & 1);"),
+    ("scales of the other row", "+ lane / 4 % 2;", "+ 1 - lane / 4 % 2;"),
     ("values in another order", "prmt(x[2], x[3], PAIR), 0x5410)", "prmt(x[3], x[2], PAIR), 0x5410)"),
     ("planes that change places", "WIDTH * (plane % (PLANES / 2))", "WIDTH * (plane % 2)"),
     ("a word without the codes of another lane", "keep << shift | __shfl_xor_sync(~0u, give << shift, 16)", "keep << shift"),
@@ -238,6 +239,29 @@ def wrong(name: str, dim: int) -> str:
 def test_rows_without_a_fault(name, dim, few_warps):
     """The comparison itself: what it notices below is the fault."""
     assert not wrong(name, dim)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("name", "dim"), CASES)
+def test_rows_that_do_not_follow_each_other(name, dim, few_warps, monkeypatch):
+    """Few teams of warps, each for many rows: heads that end, a ring that wraps, pages, values with gaps between them."""
+    codec, tokens, capacity, slots = Codec(name, dim), 150, 192, 16
+    wide = random_rows(2 * dim, torch.bfloat16, 2 * tokens, DEVICE)
+    x = wide.view(2, 2, tokens, 2 * dim)[..., dim:]
+    rows = encoded(x.contiguous(), codec)
+    pages = torch.randperm(24, generator=torch.Generator().manual_seed(0)).view(2, 12)
+    for start, paged, many in ((0, False, False), (170, False, True), (170, True, False), (0, True, True)):
+        monkeypatch.setattr(encode, "_many", lambda device, many=many: 0 if many else 2**60)
+        like = torch.empty((24, 2, slots, dim) if paged else (2, 2, capacity, dim), dtype=x.dtype, device=DEVICE)
+        stores = tuple(encode.empty_rows(like, codec).map(torch.zeros_like) for _ in "kv")
+        where = dict(pages=pages.int().to(DEVICE), page_slots=slots) if paged else {}
+        encode.append(x, x, (codec, codec), stores, encode.Place(slot=start, capacity=capacity, **where))
+        at = (start + torch.arange(tokens)) % capacity
+        for store in stores:
+            for part, whole in zip(store, rows):
+                held = torch.stack([part[pages[b, at // slots], :, at % slots] for b in range(2)]) if paged else None
+                found = held.transpose(1, 2) if paged else part[:, :, at]
+                assert bits(found.cpu()) == bits(whole.cpu()), (start, paged)
 
 
 @pytest.mark.gpu
