@@ -164,5 +164,5 @@ def side(fmt: KVFormat, padded: int, group: int, span: int, rotation: str, many:
     table = torch.cat((table, (fmt.level_values**2)[len(positive) :].view(torch.int32)))
     threads = 32 * team * teams
     fit = _SHARED // (shared + 1024) * threads
-    resident = _RESIDENT if piece <= (_PIECE if bent else 2 * _PIECE) else _RESIDENT_WIDE
+    resident = _RESIDENT_WIDE if piece > (_PIECE if bent else 2 * _PIECE if group > _PIECE else 4 * _PIECE) else _RESIDENT
     return Turned(names, TILE * teams, threads, shared, min(resident, max(threads, fit)), table)

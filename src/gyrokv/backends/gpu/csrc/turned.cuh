@@ -1,10 +1,10 @@
 // Rotated rows of 16-bit values, whose levels are symmetric: by tensor cores, 8 rows of a head per team of warps and step.
 //
-// A row is pieces of at most 128 values, one per warp of the team, and a piece chunks of 32; lane 4 g + t holds the 8 values
+// A row is pieces of up to 128 values, one per warp of the team, and a piece chunks of 32; lane 4 g + t holds the 8 values
 // from 8 t on of row g. A product with the Hadamard matrix of 16 turns the bits 4, 3, 2 and 0 of a value's index, the sum of
 // two products bit 1, what is left of the piece is added and subtracted in registers. Of the result the lane holds the 4
 // values from 4 g on of rows 2 t and 2 t + 1. Where a group is several pieces, its warps exchange chunks: then each has some
-// chunks of all pieces, and turns what is left. +1 and -1 times 16 bits are exact, sums are float32. They are not in index
+// chunks of all pieces, and turns what is left. With many tokens a warp has all of a row, and adds in the same order. +1 and -1 times 16 bits are exact, sums are float32. They are not in index
 // order: a code next to a boundary may differ from the definition's by one level, and a scale by one unit in its last place.
 // A row's bytes depend on nothing else.
 //
