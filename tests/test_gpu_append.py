@@ -38,14 +38,19 @@ def side(fmt: KVFormat | str, head_dim: int, many: bool, element: int = BF16) ->
 
 @pytest.mark.parametrize(("fmt", "head_dim", "many", "expected"), [
     ("tq4.v1", 128, False, (16, 16, 128, 6672)),
-    ("turbo4", 128, True, (8, 32, 128, 11680)),
-    ("tq8", 128, False, (8, 64, 256, 57168)),
-    ("turbo3", 320, True, (8, 32, 128, 37824)),
+    ("turbo4", 128, True, (8, 32, 128, 13216)),
+    ("turbo4", 512, False, (8, 8, 128, 18592)),
+    ("turbo4", 512, True, (8, 32, 128, 37792)),
+    ("tq8", 128, False, (8, 64, 256, 60240)),
+    ("tq8", 512, False, (8, 8, 128, 69136)),
+    ("tq8", 512, True, (8, 32, 128, 75920)),
+    ("turbo3", 320, True, (8, 8, 160, 11904)),
     ("q8_0", 576, True, (32, 16, 288, 23424)),
     ("tq8.v1", 512, False, (32, 8, 128, 13312)),
     ("tq8.v1", 512, True, (64, 16, 128, 30304)),
     ("fp8_e4m3", 40, True, (8, 32, 160, 3328)),
     ("bf16", 128, True, (8, 32, 128, 768)),
+    ("f32", 128, True, (4, 32, 128, 768)),
 ], ids=str)  # fmt: skip
 def test_the_plan(fmt, head_dim, many, expected):
     """Values per thread, heads per block, threads, bytes of shared memory: a change is meant, or it is a mistake."""

@@ -28,10 +28,12 @@ def _where_there_is_a_gpu(request, backend_here):
         backend_here("gpu")
 
 
-def encoded(x: torch.Tensor, codec: Codec) -> Packed:
-    """Rows of ``x [B, H, T, D]`` by the kernel; K and V alike."""
+def encoded(x: torch.Tensor, codec: Codec, many: bool = False) -> Packed:
+    """Rows of ``x [B, H, T, D]`` by the kernel of few tokens, or of ``many``; K and V alike."""
     stores = [encode.empty_rows(x, codec).map(torch.zeros_like) for _ in "kv"]
-    encode.append(x, x, (codec, codec), tuple(stores), encode.Place())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encode, "_many", lambda device: 0 if many else 2**60)
+        encode.append(x, x, (codec, codec), tuple(stores), encode.Place())
     assert all(bits(a.cpu()) == bits(b.cpu()) for a, b in zip(*stores))
     return stores[0]
 
@@ -69,10 +71,26 @@ def test_steps_lead_to_the_nearest_level(fmt: KVFormat, group: int):
     scaled = (z.double() * found.scale).float()
     m = (scaled.double() + 1.0).float().view(torch.int32).long()
     cell = (scaled.double() * found.near).round().long()
-    magnitude = (m + found.table[cell].long()) % 2**32 >> 24
+    magnitude = (m + found.table[cell].long()) % 2**32 >> 24 if len(found.table) else m >> 30 & 1
     off = magnitude != torch.bucketize(z, fmt.boundaries[half:], right=True)
     distance = (z[:, None] - fmt.boundaries[half:]).abs().min(1).values if half > 1 else z
     assert float(distance[off].max() if off.any() else 0.0) <= 4e-7 * float(fmt.boundaries.abs().max())
+
+
+@pytest.mark.parametrize("fmt", [f for f in TURNED if f.bits == 3], ids=str)
+def test_parabolas_lead_to_the_nearest_level(fmt: KVFormat):
+    """The same for what needs no table: steps of float32, at boundaries, beside them and anywhere up to the largest."""
+    found, edges = turned.curve(fmt), fmt.boundaries[4:]
+    random = torch.rand(40000, generator=torch.Generator().manual_seed(0)) * float(edges[-1])
+    ends = torch.tensor([0.0, 1e-30, 1e3])
+    z = torch.cat((edges, edges * (1 + 4e-6), edges * (1 - 4e-6), random, 10 * random, ends)).double()
+    scale, offset, start, slope, square = (float(torch.tensor(x, dtype=torch.float32)) for x in found)
+    a = (z * scale + offset).float().clamp(0, 1).double()
+    m = ((square * a + slope).float().double() * a + start).float()
+    assert float(m.min()) >= 1 and float(m.max()) < 2
+    off = (m.view(torch.int32) >> 21 & 3) != torch.bucketize(z.float(), edges, right=True)
+    distance = (z[:, None] - edges).abs().min(1).values
+    assert float(distance[off].max() if off.any() else 0.0) <= 2e-6 * float(edges[-1])
 
 
 def test_rows_of_other_shapes_are_not_turned():
@@ -93,7 +111,7 @@ def test_codes_differ_at_boundaries_alone(fmt: KVFormat):
     for i, dim in enumerate(d for d in HEAD_DIMS if fits(fmt, d)):
         codec, dtype = Codec(fmt, dim), DTYPES[i % 2]
         for x in (hard_rows(dim, dtype, 75, i), random_rows(dim, dtype, 65, seed=i)):
-            got = encoded(x.to(DEVICE), codec)
+            got = encoded(x.to(DEVICE), codec, many=i % 3 != 0)
             gpu_rows.differences(got.map(torch.Tensor.cpu), codec.encode(x), x, codec)
 
 
@@ -105,18 +123,18 @@ def test_share_of_codes_that_differ(fmt: KVFormat):
     for dim, dtype in product(dims, DTYPES):
         codec = Codec(fmt, dim)
         x = random_rows(dim, dtype, 1_600_000 // dim, DEVICE, dim)
-        found = gpu_rows.differences(encoded(x, codec), codec.encode(x), x, codec)
+        found = gpu_rows.differences(encoded(x, codec, many=True), codec.encode(x), x, codec)
         assert found.codes <= gpu_rows.SHARE and found.scales <= gpu_rows.SCALES, (dim, dtype, found)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("fmt", TURNED, ids=str)
 def test_bytes_depend_on_no_other_row(fmt: KVFormat):
-    """A token alone, a few, as many as a warp takes at once: the same bytes, whatever lies beside it."""
-    for dim in (d for d in (128, 96, 512) if fits(fmt, d)):
+    """A token alone, a few, as many as a warp takes at once, by either kernel: the same bytes, whatever lies beside it."""
+    for dim in (d for d in (128, 96, 256, 512) if fits(fmt, d)):
         codec, x = Codec(fmt, dim), random_rows(dim, torch.bfloat16, 67, DEVICE)
-        whole = encoded(x, codec)
-        for start, stop in ((0, 1), (13, 14), (20, 29), (5, 67)):
+        whole = encoded(x, codec, many=True)
+        for start, stop in ((0, 1), (13, 14), (20, 29), (5, 67), (0, 67)):
             part = encoded(x[:, :, start:stop].contiguous(), codec)
             assert all(bits(a.cpu()) == bits(b[:, :, start:stop].cpu()) for a, b in zip(part, whole)), (dim, start, stop)
 
@@ -147,24 +165,34 @@ def test_zeros_and_what_is_tiny_or_huge(fmt: KVFormat):
 FAULTS = [
     ("the rows g and g + 8 of the transform alike", "minus + i % 2 & 1) << 31", "minus & 1) << 31"),
     ("two bits of an index that change places", "lane >> 3 & lane & 3 |", "lane >> 2 & lane & 3 |"),
-    ("signs before the transform of the next chunk", "[q * 4 + threadIdx.x % 4]", "[(q ^ 1) * 4 + threadIdx.x % 4]"),
-    ("signs after the transform of other values", "[q * 8 + threadIdx.x % 32 / 4]", "[q * 8 + threadIdx.x % 8]"),
-    ("no sums of bit 1", "h[3] ^ MINUS, u.y, u.w", "h[3], u.y, u.w"),
+    ("signs before the transform of the next chunk", "CHUNKS + q) * 4 + threadIdx", "CHUNKS + (q ^ 1)) * 4 + threadIdx"),
+    ("signs before the transform of the first piece", "(part % SLICES * CHUNKS + q) * 4", "q * 4"),
+    ("signs after the transform of other values", "(tables + T::AFTER_AT) + g;", "(tables + T::AFTER_AT) + 2 * t;"),
+    ("no sums of bit 1", "signed_[q][1][i] ^ MINUS", "signed_[q][1][i]"),
+    ("no sums of bit 1 in wide groups", "product(odd, half, minus,", "product(odd, half, hadamard,"),
+    ("chunks of the piece before", "(chunk(0, q) * 8 + i) * 128", "((chunk(0, q) ^ 4) * 8 + i) * 128"),
+    ("pieces that are not turned", "butterfly<OWN, CHUNKS>(y)", "butterfly<2 * OWN, CHUNKS>(y)"),
+    ("folds that are not turned", "butterfly<FOLD, CHUNKS>(y)", "butterfly<CHUNKS, CHUNKS>(y)"),
+    ("squares of one piece twice", "mine = take(0, row)", "mine += take(0, row)"),
+    ("squares of one piece's levels", "take(1, lane % 4", "take(0, lane % 4"),
     ("no differences of chunks", "y[q + h][i] = a - b", "y[q + h][i] = a + b"),
-    ("a norm that is too large", "sum_of_rows(sum[0], sum[1]) *", "sum_of_rows(sum[0], sum[1]) * 1.01f *"),
+    ("a norm that is too large", "mine *= (float)T::FOLDS", "mine *= 1.01f * T::FOLDS"),
     ("the next cell", "near[k], 8388608.0f", "near[k], 8388609.0f"),
     ("squares of odd levels", "T::SQUARES_AT + prmt(m,", "T::SQUARES_AT + prmt(m | 1 << 24,"),
     ("a root of few bits", "__fmaf_rn(-x * root, root, 1.0f), root)", "__fmaf_rn(-x * root, root, 1.0001f), root)"),
+    ("a parabola that begins elsewhere", "fabsf(x), factor[k], C::offset())", "fabsf(x), factor[k], 0.0f)"),
+    ("a parabola without its square", "__fmaf_rn(C::square(), a, C::slope())", "C::slope()"),
+    ("the only boundary elsewhere", "return y >> 6 & 3 * ONES", "return y >> 5 & 3 * ONES"),
     ("zeros with a sign", "x = __fmaf_rn(x, s[i], 0.0f)", "x = x * s[i]"),
     ("signs of groups that are zero", "sign_bit[k] = live ? 0x80000000 : 0", "sign_bit[k] = 0x80000000"),
     ("squares of four levels of eight", "__dp4a((int)y, (int)y, __dp4a", "__dp4a((int)x, (int)x, __dp4a"),
-    ("scales of the other row", "int k = g & 1, row = 2 * t + k;", "int k = g & 1, row = 2 * t + 1 - k;"),
-    ("values in another order", "prmt(x[2], x[3], 0x0073), 0x5410)", "prmt(x[2], x[3], 0x0037), 0x5410)"),
+    ("scales of the other row", "+ lane / 4 % 2;", "+ 1 - lane / 4 % 2;"),
+    ("values in another order", "prmt(x[2], x[3], PAIR), 0x5410)", "prmt(x[3], x[2], PAIR), 0x5410)"),
     ("planes that change places", "WIDTH * (plane % (PLANES / 2))", "WIDTH * (plane % 2)"),
     ("a word without the codes of another lane", "keep << shift | __shfl_xor_sync(~0u, give << shift, 16)", "keep << shift"),
     ("the words of another lane", "START + 8 * (g % (8 / LANES))", "START + 8 * (g / LANES)"),
     ("the last tile's rows again", "then = row_of(tile + 1)", "then = row_of(tile)"),
-    ("the addresses of the batch before", "side ^= 32)", "side ^= 0)"),
+    ("the addresses of the batch before", "now ^= 32)", "now ^= 0)"),
 ]  # fmt: skip
 CASES = [
     ("turbo4", 128),
@@ -194,12 +222,16 @@ def wrong(name: str, dim: int) -> str:
     x[:, :, 6] = x[:, :, 0] / float(x[:, :, 0].float().norm()) * 1e-11  # less than what counts
     x[:, :, 7], x[:, :, 8] = 0.0, 0.0
     x[:, :, 8, 1], x[:, :, 8, 5] = 2.0, 2.0  # half of the turned values are 0
-    got, want = encoded(x.to(DEVICE), codec).map(torch.Tensor.cpu), codec.encode(x)
-    try:
-        found = gpu_rows.differences(got, want, x, codec)
-    except AssertionError as error:
-        return str(error)
-    return "" if found.codes <= 5e-4 and found.scales <= 0.02 else f"too much differs: {found}"
+    want = codec.encode(x)
+    for many in (False, True):
+        got = encoded(x.to(DEVICE), codec, many).map(torch.Tensor.cpu)
+        try:
+            found = gpu_rows.differences(got, want, x, codec)
+        except AssertionError as error:
+            return str(error)
+        if not (found.codes <= 5e-4 and found.scales <= 0.02):
+            return f"too much differs: {found}"
+    return ""
 
 
 @pytest.mark.gpu
@@ -207,6 +239,29 @@ def wrong(name: str, dim: int) -> str:
 def test_rows_without_a_fault(name, dim, few_warps):
     """The comparison itself: what it notices below is the fault."""
     assert not wrong(name, dim)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("name", "dim"), CASES)
+def test_rows_that_do_not_follow_each_other(name, dim, few_warps, monkeypatch):
+    """Few teams of warps, each for many rows: heads that end, a ring that wraps, pages, values with gaps between them."""
+    codec, tokens, capacity, slots = Codec(name, dim), 150, 192, 16
+    wide = random_rows(2 * dim, torch.bfloat16, 2 * tokens, DEVICE)
+    x = wide.view(2, 2, tokens, 2 * dim)[..., dim:]
+    rows = encoded(x.contiguous(), codec)
+    pages = torch.randperm(24, generator=torch.Generator().manual_seed(0)).view(2, 12)
+    for start, paged, many in ((0, False, False), (170, False, True), (170, True, False), (0, True, True)):
+        monkeypatch.setattr(encode, "_many", lambda device, many=many: 0 if many else 2**60)
+        like = torch.empty((24, 2, slots, dim) if paged else (2, 2, capacity, dim), dtype=x.dtype, device=DEVICE)
+        stores = tuple(encode.empty_rows(like, codec).map(torch.zeros_like) for _ in "kv")
+        where = dict(pages=pages.int().to(DEVICE), page_slots=slots) if paged else {}
+        encode.append(x, x, (codec, codec), stores, encode.Place(slot=start, capacity=capacity, **where))
+        at = (start + torch.arange(tokens)) % capacity
+        for store in stores:
+            for part, whole in zip(store, rows):
+                held = torch.stack([part[pages[b, at // slots], :, at % slots] for b in range(2)]) if paged else None
+                found = held.transpose(1, 2) if paged else part[:, :, at]
+                assert bits(found.cpu()) == bits(whole.cpu()), (start, paged)
 
 
 @pytest.mark.gpu

@@ -1,5 +1,6 @@
-"""New tokens to packed rows where they belong, K and V in one launch (csrc/encode.cu): the bytes of ``quant.encode``, but
-for what lies on a boundary in rows of csrc/turned.cuh.
+"""New tokens to packed rows where they belong (csrc/encode.cu), K and V in one launch unless they are many and differ.
+
+The bytes are those of ``quant.encode``, but for what lies on a boundary in rows of csrc/turned.cuh.
 
 The first half are pure functions: what a kernel is compiled with. ``append`` launches.
 """
@@ -35,6 +36,7 @@ _ROW_BYTES = 24  # of shared memory for a row's addresses
 _MOST_CELLS = 2047
 _TABLE_BYTES = 20 * 1024  # of shared memory for copies of a table, where many tokens come at once
 _MANY = 48  # groups of 128 values per processor and side from which on a thread takes a group of its own
+_APART = 8  # times as many from which on sides that differ have a launch each: a kernel is only as good as its worse side
 
 
 # -- what a kernel is compiled with
@@ -111,7 +113,7 @@ def is_turned(codec: Codec, dtype: torch.dtype) -> bool:
     if fmt.is_dense or dtype not in (torch.float16, torch.bfloat16):
         return False
     padded, group, span, _ = _layout(fmt, codec.head_dim, codec.rotation)
-    return turned.side(fmt, padded, group, span, codec.rotation) is not None
+    return turned.side(fmt, padded, group, span, codec.rotation, False) is not None
 
 
 def _layout(fmt: KVFormat, head_dim: int, rotation: str) -> tuple[int, int, int, float]:
@@ -197,8 +199,11 @@ def side(fmt: KVFormat, head_dim: int, rotation: str, element: int, align: int, 
     dense, (padded, group, span, last) = fmt.is_dense, (head_dim, 1, 1, 1.0)
     if not dense:
         padded, group, span, last = _layout(fmt, head_dim, rotation)
-    z = None if dense or element == ELEMENTS[torch.float32] else turned.side(fmt, padded, group, span, rotation)
-    values = 8 if dense or z else min(span, (128 if span <= 128 else 64) if many else 16 if span <= 128 else 32)
+    z = None if dense or element == ELEMENTS[torch.float32] else turned.side(fmt, padded, group, span, rotation, many)
+    if dense or z:
+        values = 4 if dense and ELEMENTS[torch.float32] in (element, ELEMENTS[fmt.dtype]) else 8
+    else:
+        values = min(span, (128 if span <= 128 else 64) if many else 16 if span <= 128 else 32)
     kind = _DENSE if dense else {"float8": _FLOAT8, "linear": _LINEAR, "codebook": _TABLE}[fmt.kind]
     grid = cells(fmt, _float32(last)) if kind == _TABLE and not z else None
     entry, copies = 16 if fmt.corrected else 8, 1
@@ -206,7 +211,7 @@ def side(fmt: KVFormat, head_dim: int, rotation: str, element: int, align: int, 
         copies *= 2
     units = padded // values
     step = 32 // math.gcd(units, 32)
-    rows = min(_THREADS, max(1, 4 * _THREADS // units)) if dense else max(step, _THREADS // units // step * step)
+    rows = min(_THREADS, max(1, 32 * _THREADS // padded)) if dense else max(step, _THREADS // units // step * step)
     threads = _THREADS if dense else -(-rows * units // 32) * 32
     size = 4 if element == ELEMENTS[torch.float32] else 2
     shared = 0 if dense else rows * units * 16 * (values * size // 16 | 1)
@@ -245,9 +250,9 @@ def defines(k: Side, v: Side) -> dict[str, str]:
 # -- launches
 
 
-# struct Append of csrc/params.cuh: 13 numbers per side, 6 more, and 16 of 32 bits. Packing tuples takes a third of the
-# time of filling a structure.
-_APPEND = struct.Struct("=26q6q16I")
+# struct Append of csrc/params.cuh: 13 numbers and 2 of 32 bits per side, 6 more, and 14 of 32 bits. Packing tuples
+# takes a third of the time of filling a structure.
+_APPEND = struct.Struct("=13q2I13q2I6q14I")
 _Append = ctypes.c_char * _APPEND.size
 
 
@@ -276,18 +281,31 @@ class Place:
 
 
 class _Launcher:
-    """A kernel and its tables."""
+    """A kernel for one side or both (``which``), and its tables."""
 
-    def __init__(self, sides: tuple[Side, Side], formats: tuple[KVFormat, KVFormat], device: torch.device) -> None:
-        self.formats = formats  # kept: they are known by their ids
-        names = defines(*sides)
-        self.rows, self.threads, self.resident = tuple(s.rows for s in sides), int(names["THREADS"]), int(names["BLOCKS"])
-        self.kernel = Kernel("encode", names, device.index, max(s.shared for s in sides))
-        self.tables = [torch.empty(0, device=device) if s.table is None else s.table.to(device) for s in sides]
-        self.turned = tuple(s.turned for s in sides)
+    def __init__(self, which: tuple[int, ...], sides: tuple[Side, Side], device: torch.device) -> None:
+        self.which, own = which, [sides[i] for i in which]
+        names = defines(own[0], own[-1])
+        self.rows, self.threads, self.resident = [s.rows for s in own], int(names["THREADS"]), int(names["BLOCKS"])
+        self.kernel = Kernel("encode", names, device.index, max(s.shared for s in own))
+        self.tables = [torch.empty(0, device=device) if s.table is None else s.table.to(device) for s in own]
+        self.turned = [s.turned for s in own]
+
+    def launch(self, fields: list[tuple[int, ...]], numbers: tuple[int, ...], rows: int, device: torch.device) -> None:
+        """``fields``: of struct Append, of K and V; ``numbers``: those after them."""
+        blocks, sides = [], []
+        most = max(1, _most_blocks(device.index, self.resident) // max(1, sum(self.turned)))
+        for i, table, at_once, on in zip(self.which, self.tables, self.rows, self.turned):
+            count = -(-rows // at_once)
+            blocks.append(min(count, most) if on else count)
+            tiles = divmod(-(-rows // turned.TILE), blocks[-1] * at_once // turned.TILE) if on else (0, 0)
+            sides.append((*fields[i], table.data_ptr(), *tiles))
+        call = _Append.from_buffer_copy(_APPEND.pack(*sides[0], *sides[-1], *numbers, rows, blocks[0]))
+        self.kernel.launch((sum(blocks), 1, 1), self.threads, torch.cuda.current_stream(device).cuda_stream, call)
 
 
-_launchers: dict[tuple, _Launcher] = {}
+# with the formats, which are known by their ids
+_launchers: dict[tuple, tuple[tuple[KVFormat, ...], list[_Launcher]]] = {}
 
 
 @cache
@@ -309,7 +327,8 @@ def append(
     device, rows = k.device, batch * heads * tokens
     if rows >= 2**31:
         raise GyroKVError(f"{batch} sequences x {heads} heads x {tokens} tokens at once; at most 2**31 - 1 rows")
-    many = rows * min(codecs[0].padded, codecs[1].padded) >= 128 * _many(device.index)
+    groups = rows * min(codecs[0].padded, codecs[1].padded) // 128
+    many, apart = (groups >= n * _many(device.index) for n in (1, _APART))
     held, parts, fields = [], [], []
     for x, codec, (words, scale) in zip((k, v), codecs, stores):
         x, source = _source(codec.prepare(x))
@@ -318,33 +337,23 @@ def append(
         parts.append((codec.head_dim, codec.rotation, ELEMENTS[x.dtype], align, many))
         fields.append((*source, to, scale_to, *strides, *scale_strides))
         held.append(x)
-    key = (id(codecs[0].format), id(codecs[1].format), *parts, device.index)
-    launcher = _launchers.get(key)
-    if launcher is None:
+    key = (id(codecs[0].format), id(codecs[1].format), *parts, apart, device.index)
+    found = _launchers.get(key)
+    if found is None:
         formats = tuple(codec.format for codec in codecs)
-        made = _Launcher(tuple(side(fmt, *part) for fmt, part in zip(formats, parts)), formats, device)
-        launcher = _launchers.setdefault(key, made)
-    tables = (table.data_ptr() for table in launcher.tables)
+        sides = tuple(side(fmt, *part) for fmt, part in zip(formats, parts))
+        each = ((0,), (1,)) if apart and sides[0].defines != sides[1].defines else ((0, 1),)
+        found = _launchers.setdefault(key, (formats, [_Launcher(which, sides, device) for which in each]))
     lengths, pages = place.lengths, place.pages
-    blocks, batch = [-(-rows // n) for n in launcher.rows], turned.TILE
-    if any(launcher.turned):
-        most = _most_blocks(device.index, launcher.resident)
-        each = 2 * 32 * rows // (most * launcher.threads)  # rows per warp that runs at the same time, K's and V's
-        batch = max(turned.TILE, min(32, 1 << max(0, each.bit_length() - 1)))
-        blocks = [min(n, most) if on else n for n, on in zip(blocks, launcher.turned)]
-    call = _Append.from_buffer_copy(
-        _APPEND.pack(
-            *fields[0], next(tables), *fields[1], next(tables),
-            0 if lengths is None else lengths.data_ptr(), 0 if pages is None else pages.data_ptr(),
-            0 if lengths is None or len(lengths) == 1 else lengths.stride(0), 0 if pages is None else pages.stride(0),
-            place.slot, place.base,
-            *_divisor(place.page_slots), *_divisor(place.capacity or words.shape[2]), *_divisor(heads), *_divisor(tokens),
-            rows, blocks[0], batch, 0,
-        )
+    numbers = (
+        0 if lengths is None else lengths.data_ptr(), 0 if pages is None else pages.data_ptr(),
+        0 if lengths is None or len(lengths) == 1 else lengths.stride(0), 0 if pages is None else pages.stride(0),
+        place.slot, place.base,
+        *_divisor(place.page_slots), *_divisor(place.capacity or words.shape[2]), *_divisor(heads), *_divisor(tokens),
     )  # fmt: skip
     with torch.cuda.device(device):
-        stream = torch.cuda.current_stream(device).cuda_stream
-        launcher.kernel.launch((sum(blocks), 1, 1), launcher.threads, stream, call)
+        for launcher in found[1]:
+            launcher.launch(fields, numbers, rows, device)
     return stores
 
 

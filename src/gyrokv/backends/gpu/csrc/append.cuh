@@ -26,7 +26,12 @@ constexpr int size_of(int element) { return element == F32 ? 4 : 2; }
     static constexpr int CORRECTED = P##_CORRECTED, ROTATE = P##_ROTATE, WIDE_SCALE = P##_WIDE_SCALE;                  \
     static constexpr int LOW = P##_LOW, HIGH = P##_HIGH, CELLS = P##_CELLS, COPIES = P##_COPIES, ALIGN = P##_ALIGN;    \
     static constexpr int VALUES = P##_VALUES, ROWS = P##_ROWS, TURNED = P##_TURNED, NEAR = P##_NEAR;                   \
-    static constexpr int STEPS = P##_STEPS, INDEX = P##_INDEX, BYTES = P##_BYTES;                   \
+    static constexpr int STEPS = P##_STEPS, INDEX = P##_INDEX, BYTES = P##_BYTES, PIECE = P##_PIECE; \
+    static constexpr int SHARED = P##_SHARED, CURVED = P##_CURVED;                                                     \
+    static INLINE float offset() { return __uint_as_float(P##_OFFSET); }                                               \
+    static INLINE float start() { return __uint_as_float(P##_START); }                                                 \
+    static INLINE float slope() { return __uint_as_float(P##_SLOPE); }                                                 \
+    static INLINE float square() { return __uint_as_float(P##_SQUARE); }                                               \
     static constexpr u32 LEVELS_LOW = P##_LEVELS_LOW, LEVELS_HIGH = P##_LEVELS_HIGH;                                   \
     static INLINE float reach() { return __uint_as_float(P##_REACH); }                                                 \
     static INLINE float factor() { return __uint_as_float(P##_FACTOR); }                                               \
@@ -42,7 +47,6 @@ DESCRIBE(K, K);
 DESCRIBE(V, V);
 
 struct Target {
-  const char* from;
   char* words;
   char* scale;
 };
@@ -140,7 +144,7 @@ INLINE void pack(const char* codes, const Target* targets, int rows) {
 
 // Where row `index` of the call comes from and goes to.
 struct Address {
-  u32 batch, head, token;
+  u32 batch, head, token, slot;  // slot: of those of the sequence, once `to` has found it
   INLINE void find(const Append& p, u32 index) {
     u32 heads = p.tokens.quotient(index);
     token = index - heads * p.tokens.by;
@@ -148,16 +152,17 @@ struct Address {
     head = heads - batch * p.heads.by;
   }
   INLINE const char* from(const Source& s) const { return s.values + batch * s.batch + head * s.head + token * s.token; }
-  INLINE void to(const Append& p, const Store& s, Target& row) const {
+  INLINE void to(const Append& p, const Store& s, Target& row) {
     i64 start = p.lengths ? p.lengths[batch * p.lengths_batch] : p.slot;
-    u32 slot = (u32)(start + token - p.base), page = batch;
+    slot = (u32)(start + token - p.base);
     slot -= p.capacity.quotient(slot) * p.capacity.by;
+    u32 page = batch, at = slot;
     if (p.pages) {
       u32 index = p.page_slots.quotient(slot);
       page = p.pages[batch * p.pages_batch + index];
-      slot -= index * p.page_slots.by;
+      at -= index * p.page_slots.by;
     }
-    row.scale = s.scale + page * s.scale_batch + head * s.scale_head + slot * s.scale_slot;
-    row.words = s.words + page * s.words_batch + head * s.words_head + slot * s.words_slot;
+    row.scale = s.scale + page * s.scale_batch + head * s.scale_head + at * s.scale_slot;
+    row.words = s.words + page * s.words_batch + head * s.words_head + at * s.words_slot;
   }
 };

@@ -21,6 +21,10 @@ struct Layout {
   static constexpr int ENTRY = C::CORRECTED ? 16 : 8;
   static constexpr int TABLE_AT = C::KIND == DENSE ? 0 : C::ROWS * UNITS * PITCH;
   static constexpr int ROWS_AT = TABLE_AT + (C::KIND == TABLE ? ((C::CELLS + 1) * C::COPIES * ENTRY + 15) / 16 * 16 : 0);
+  // Quotients of 16-bit values by the largest of them, times a power of two, are 2^-13 or more from what lies between two
+  // codes, or there: code + 2^BITS, the quotient plus a little, is found by one product, and its first bits are the code.
+  static constexpr bool NEAR_CODES = C::KIND == LINEAR && C::RULE == SIGNED_ABSMAX && C::IN != F32 && C::BITS <= 4 &&
+                                     C::LOW == -(1 << C::BITS) / 2 && C::TIES != AWAY && !C::CORRECTED;
   static_assert(C::KIND == DENSE || C::ROWS * UNITS <= THREADS, "a thread per unit");
   static_assert(C::ROWS <= THREADS && (C::DIM * SIZE) % 16 == 0 && ROWS_AT % 16 == 0, "whole copies");
 };
@@ -148,7 +152,21 @@ INLINE float normalise(float (&x)[C::VALUES], int lane) {
     for (int i = 0; i < N; ++i) x[i] = __fmul_rn(x[i], inverse);
   } else {
     norm = __fdiv_rn(extreme<LANES, true>(x, lane), C::bottom());
-    if (fabsf(norm) > 1e-20f && fabsf(norm) < 1e20f) {  // quotients by a product and its remainder (Markstein 1990)
+    if constexpr (Layout<C>::NEAR_CODES) {
+      constexpr float FIRST = 1 << C::BITS, MIDDLE = 0.5f - C::LOW;
+      if (fabsf(norm) > 1e-20f && fabsf(norm) < 1e20f) {
+        float inverse = __fdiv_rn(1.0f, norm);
+#pragma unroll
+        for (int i = 0; i < N; ++i)
+          x[i] = fminf(__fmaf_rn(x[i], inverse, FIRST + MIDDLE + 1.0f / 65536), 2 * FIRST - 1.0f / 65536);
+      } else {
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+          float code = __fadd_rn(norm != 0.0f ? __fdiv_rn(x[i], norm) : 0.0f, MIDDLE);
+          x[i] = FIRST + floorf(fminf(fmaxf(code, 0.0f), FIRST - 1.0f));
+        }
+      }
+    } else if (fabsf(norm) > 1e-20f && fabsf(norm) < 1e20f) {  // quotients by a product and its remainder (Markstein 1990)
       float inverse = __fdiv_rn(1.0f, norm);
 #pragma unroll
       for (int i = 0; i < N; ++i) {
@@ -214,6 +232,12 @@ INLINE float assign(float (&x)[C::VALUES], u32 (&codes)[C::VALUES / 4], u32 tabl
       continue;
     }
 #endif
+    if constexpr (Layout<C>::NEAR_CODES) {
+      u32 first = prmt(__float_as_uint(y[0]), __float_as_uint(y[1]), 0x0062);
+      u32 bytes = prmt(first, prmt(__float_as_uint(y[2]), __float_as_uint(y[3]), 0x0062), 0x5410);
+      codes[i] = bytes >> (7 - C::BITS) & 0x01010101u * ((1 << C::BITS) - 1);
+      continue;
+    }
     codes[i] = 0;
     y[0] = assign<C, 0>(y[0], codes[i], table);
     y[1] = assign<C, 1>(y[1], codes[i], table);
@@ -280,21 +304,26 @@ INLINE void copy_table(u32 to, const char* cells) {
     copy_async_cached<ENTRY>(to + i * ENTRY, cells + i / C::COPIES * ENTRY);
 }
 
+// VALUES values of a dense row, as they are read: so few that neither side of a copy takes more than 16 bytes per thread,
+// and a warp's bytes follow each other.
 template <class C>
-INLINE void convert(const uint4* from, char* to) {  // 8 values
+using Item = typename Choose<C::VALUES * size_of(C::IN) == 8, uint2, uint4>::type;
+
+INLINE uint4 filled(uint4 u) { return u; }
+INLINE uint4 filled(uint2 u) { return make_uint4(u.x, u.y, 0, 0); }
+
+template <class C>
+INLINE void convert(Item<C> item, char* to) {
+  uint4 from = filled(item);
   if constexpr (C::IN == C::OUT) {
-    u32 x[2 * Layout<C>::SIZE];
-#pragma unroll
-    for (int i = 0; i < Layout<C>::SIZE / 2; ++i)
-      x[4 * i] = from[i].x, x[4 * i + 1] = from[i].y, x[4 * i + 2] = from[i].z, x[4 * i + 3] = from[i].w;
+    const u32 x[] = {from.x, from.y, from.z, from.w};
     store<C::ALIGN>(to, x);
   } else {
     float x[8];
-    widen<C::IN>(from[0], x);
-    if constexpr (C::IN == F32) widen<C::IN>(from[1], x + 4);
-    u32 y[C::OUT == F32 ? 8 : 4];
+    widen<C::IN>(from, x);
+    u32 y[C::VALUES * size_of(C::OUT) / 4];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
+    for (int i = 0; i < C::VALUES; ++i) {
       if constexpr (C::OUT == F32) y[i] = __float_as_uint(x[i]);
       else if (i % 2 == 0 && C::OUT == F16) y[i / 2] = f16x2(within(x[i], HALF_LARGEST), within(x[i + 1], HALF_LARGEST));
       else if (i % 2 == 0) y[i / 2] = bf16x2(within(x[i], BF16_LARGEST), within(x[i + 1], BF16_LARGEST));
@@ -318,15 +347,13 @@ struct OfBlock {
 
 // Dense rows: everything that a thread has is read before it writes.
 template <class C>
-INLINE void copy_rows(const Target* targets, int rows) {
-  constexpr int EACH = C::DIM / 8, ITEMS = (C::ROWS * EACH + THREADS - 1) / THREADS, N = Layout<C>::SIZE / 2;
-  uint4 x[ITEMS * N];
+INLINE void copy_rows(const Target* targets, const char* const* from, int rows) {
+  constexpr int EACH = C::DIM / C::VALUES, ITEMS = (C::ROWS * EACH + THREADS - 1) / THREADS;
+  Item<C> x[ITEMS];
+  share<THREADS, C::ROWS, EACH, ITEMS>(
+      threadIdx.x, rows, [&](int row, int item, int i) { x[i] = __ldg((const Item<C>*)from[row] + item); });
   share<THREADS, C::ROWS, EACH, ITEMS>(threadIdx.x, rows, [&](int row, int item, int i) {
-#pragma unroll
-    for (int j = 0; j < N; ++j) x[i * N + j] = __ldg((const uint4*)targets[row].from + item * N + j);
-  });
-  share<THREADS, C::ROWS, EACH, ITEMS>(threadIdx.x, rows, [&](int row, int item, int i) {
-    convert<C>(x + i * N, targets[row].words + item * 8 * size_of(C::OUT));
+    convert<C>(x[i], targets[row].words + item * C::VALUES * size_of(C::OUT));
   });
 }
 
@@ -335,17 +362,18 @@ INLINE void append_rows(const Append& p, const Source& source, const Store& targ
   using L = Layout<C>;
   extern __shared__ __align__(16) char shared[];
   Target* targets = (Target*)(shared + L::ROWS_AT);
+  const char** from = (const char**)(targets + C::ROWS);
   u32 first = block * C::ROWS, thread = threadIdx.x;
   int rows = p.rows - first < C::ROWS ? p.rows - first : C::ROWS;
   Address address;
   if (thread < rows) {
     address.find(p, first + thread);
-    targets[thread].from = address.from(source);
+    from[thread] = address.from(source);
   }
   if constexpr (C::KIND == DENSE) {
     if (thread < rows) address.to(p, target, targets[thread]);
     __syncthreads();
-    copy_rows<C>(targets, rows);
+    copy_rows<C>(targets, from, rows);
   } else {
     constexpr int PER_UNIT = C::VALUES * L::SIZE / 16;
     u32 units = shared_address(shared);
@@ -353,7 +381,7 @@ INLINE void append_rows(const Append& p, const Source& source, const Store& targ
     __syncthreads();
     share<THREADS, C::ROWS, C::DIM * L::SIZE / 16, 4>(thread, rows, [&](int row, int item, int) {
       u32 to = units + (row * L::UNITS + item / PER_UNIT) * L::PITCH + item % PER_UNIT * 16;
-      copy_async<16>(to, targets[row].from + item * 16);
+      copy_async<16>(to, from[row] + item * 16);
     });
     commit_copies();
     if (thread < rows) address.to(p, target, targets[thread]);
@@ -368,20 +396,19 @@ INLINE void append_rows(const Append& p, const Source& source, const Store& targ
 }
 
 template <class C>
-INLINE void append_side(const Append& p, const Source& from, const Store& to, const char* table, u32 block, u32 blocks) {
+INLINE void append_side(const Append& p, const Append::One& side, u32 block) {
   if constexpr (C::TURNED) {
-    append_tiles<C>(p, from, to, table, block, blocks);
+    append_tiles<C>(p, side, block);
   } else {
     wait_for_earlier_kernels();
-    append_rows<C>(p, from, to, table, block);
+    append_rows<C>(p, side.from, side.to, side.table, block);
   }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) encode(const __grid_constant__ Append p) {
   let_later_kernels_start();
   bool second = blockIdx.x >= p.k_blocks;
-  const auto& side = p.side[second];
-  u32 block = blockIdx.x - (second ? p.k_blocks : 0), blocks = second ? gridDim.x - p.k_blocks : p.k_blocks;
-  if (SAME || !second) append_side<K>(p, side.from, side.to, side.table, block, blocks);
-  else append_side<V>(p, side.from, side.to, side.table, block, blocks);
+  u32 block = blockIdx.x - (second ? p.k_blocks : 0);
+  if (SAME || !second) append_side<K>(p, p.side[second], block);
+  else append_side<V>(p, p.side[second], block);
 }

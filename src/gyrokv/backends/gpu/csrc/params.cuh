@@ -75,10 +75,11 @@ struct Divisor {
 };
 
 struct Append {
-  struct {
+  struct One {
     Source from;
     Store to;
     const char* table;  // codes by value, see csrc/encode.cu and csrc/turned.cuh; or null
+    u32 each, rest;     // of csrc/turned.cuh: tiles per team of warps, and how many of these take one more
   } side[2];            // K, V
   // Token i of sequence b goes to slot (start + i - base) % capacity, where start is lengths[b] or, without lengths, slot
   const i64* lengths;  // [B or 1] or null
@@ -87,6 +88,4 @@ struct Append {
   Divisor page_slots, capacity, heads, tokens;
   u32 rows;      // batch * heads * tokens
   u32 k_blocks;  // those of K come first
-  u32 batch;     // rows that a warp of csrc/turned.cuh takes at once: 8, 16 or 32
-  u32 unused;
 };

@@ -127,9 +127,10 @@ INLINE float inverse_fast(float x) {
   return d;
 }
 
-INLINE float rsqrt_fast(float x) {
+// of normal numbers; computed where it is written, not where it is first needed
+INLINE float rsqrt_always(float x) {
   float d;
-  asm("rsqrt.approx.f32 %0, %1;" : "=f"(d) : "f"(x));
+  asm volatile("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(d) : "f"(x));
   return d;
 }
 
@@ -292,6 +293,10 @@ INLINE void load_global(const void* at, u32* x) {
 
 // waits for the other of two warps, which comes with the same pair
 INLINE void sync_pair(int pair) { asm volatile("bar.sync %0, 64;" ::"r"(pair + 1) : "memory"); }
+
+// waits for COUNT threads of the block, which come with the same id of 1 .. 15
+template <int COUNT>
+INLINE void sync_threads(int id) { asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(COUNT) : "memory"); }
 
 // Programmatic dependent launch (compute capability 9.0): the kernel before this one has finished, its writes are seen.
 INLINE void wait_for_earlier_kernels() {
