@@ -161,9 +161,8 @@ struct Softmax : Sums {
       for (int e = 0; e < 2; ++e) {
         float y = s[8 * unit + 2 * i + e];
         x[e] = exp2_fast(PLAIN ? __fmaf_rn(y, scale, -base[i % 2]) : y - base[i % 2]);
-        total[i % 2] += x[e];
       }
-      w[i] = V_BF16 ? bf16x2(x[0], x[1]) : f16x2(x[0], x[1]);
+      w[i] = add(i % 2, x[0], x[1]);
     }
   }
 };

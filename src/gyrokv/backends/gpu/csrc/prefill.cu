@@ -27,6 +27,7 @@
 // bounds, boxes q (64, 8, PACK, 1) or, with PACK 1, (64, 64, 1, 1), k (64, KEYS, 1, 1), v (64, 32, 1, 1); in pages at most as many tokens as divide
 // these and a page.
 constexpr int ROWS = 64 * CLUSTER, BLOCKS = CLUSTER, SPAN = KEYS;
+constexpr bool ROUNDED = true;
 #include "hopper_prefill.cuh"
 
 constexpr int CHUNKS = DK / 64;

@@ -1,6 +1,7 @@
 // What the prefill kernels share: arguments, the order of tiles, which keys a row sees, the running softmax.
-// They define ROWS (of a tile), BLOCKS (that share one), SPAN (keys of a block that one warp scores) and PACK (1, 2 or 4
-// heads of one KV head): a tile holds the queries of POSITIONS positions in each of PACK heads.
+// They define ROWS (of a tile), BLOCKS (that share one), SPAN (keys of a block that one warp scores), ROUNDED (normalise by the
+// sum of the weights that values are multiplied by: a weight that stands alone need not be 1, and rounding it would count) and
+// PACK (1, 2 or 4 heads of one KV head): a tile holds the queries of POSITIONS positions in each of PACK heads.
 #pragma once
 #include "ptx.cuh"
 
@@ -177,6 +178,7 @@ INLINE void most_of_quads(float (&x)[N]) {
 // Sums of a thread's two rows.
 struct Sums {
   float top[2] = {-INFINITE, -INFINITE}, total[2] = {0.0f, 0.0f};  // top: reference of the exponents, log2
+  float rounded[2] = {0.0f, 0.0f};                                 // ROUNDED: total of the weights in their 16 bits
   float base[2] = {0.0f, 0.0f}, factor[2];                         // of the block at hand
   bool grown;                                                      // any row of the warp
 
@@ -187,8 +189,21 @@ struct Sums {
       factor[r] = exp2_fast(top[r] - most);
       top[r] = most;
       total[r] *= factor[r];
+      if (ROUNDED) rounded[r] *= factor[r];
     }
     base[r] = top[r] == -INFINITE ? 0.0f : top[r];
+  }
+
+  // adds two weights, of which these are the 16 bits that values are multiplied by
+  INLINE u32 add(int r, float x, float y) {
+    total[r] += x;
+    total[r] += y;
+    u32 w = V_BF16 ? bf16x2(x, y) : f16x2(x, y);
+    if (ROUNDED) {
+      rounded[r] += V_BF16 ? f32_of_bf16(w) : f32_of_f16(w);
+      rounded[r] += V_BF16 ? __uint_as_float(w & 0xFFFF0000u) : f32_of_f16(w >> 16);
+    }
+    return w;
   }
 
   // after the last block: what the output is multiplied by, and the result that it joins; lse. A result over other keys is
@@ -209,9 +224,15 @@ struct Sums {
       sum += __shfl_xor_sync(~0u, sum, 1);
       sum += __shfl_xor_sync(~0u, sum, 2);
       float reached = sum > 0.0f ? top[r] : -INFINITE, most = fmaxf(reached, sink);
-      float all = most == -INFINITE ? 0.0f : sum * exp2_fast(reached - most) + exp2_fast(sink - most);
-      last[r] = sum > 0.0f ? exp2_fast(reached - most) / all * p.v_scale : 0.0f;
-      before[r] = joins && all > 0.0f ? exp2_fast(sink - most) / all : 0.0f;
+      float all = most == -INFINITE ? 0.0f : sum * exp2_fast(reached - most) + exp2_fast(sink - most), multiplied = all;
+      if (ROUNDED) {
+        float own = rounded[r];
+        own += __shfl_xor_sync(~0u, own, 1);
+        own += __shfl_xor_sync(~0u, own, 2);
+        multiplied = most == -INFINITE ? 0.0f : own * exp2_fast(reached - most) + exp2_fast(sink - most);
+      }
+      last[r] = sum > 0.0f ? exp2_fast(reached - most) / multiplied * p.v_scale : 0.0f;
+      before[r] = joins && all > 0.0f ? exp2_fast(sink - most) / multiplied : 0.0f;
       if (t == 0 && rows.row[r] < p.q_len) *lse[r] = all > 0.0f ? (most + log2f(all)) * LN2 : -INFINITE;
     }
   }

@@ -8,6 +8,7 @@
 // fit), K_STAGES, V_STAGES (blocks of keys), GROUPS (2; 3 for DV 64). Launch: grid at most the number of tiles, block
 // 128 * (GROUPS + 1), shared memory BYTES. Tensor maps as there, with boxes of KEYS keys for k and v.
 constexpr int ROWS = 64 * GROUPS, BLOCKS = 1, SPAN = KEYS;
+constexpr bool ROUNDED = SOFTCAP && MASK > 0;  // elsewhere issue slots are what limits
 #include "hopper_prefill.cuh"
 
 constexpr int CHUNKS = DK / 64, COLUMNS = DV / 64;

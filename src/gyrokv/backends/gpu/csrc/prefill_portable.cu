@@ -8,6 +8,7 @@
 // loaded; 2: the next block is loaded while this one is used), and the types and features that prefill.cu asks for.
 // Launch: grid batches * q_heads * ceil(q_len / ROWS), block 32 * WARPS, shared memory BYTES.
 constexpr int ROWS = 16 * TALL * WARPS, BLOCKS = 1, SPAN = KEYS;
+constexpr bool ROUNDED = true;
 #include "portable.cuh"
 
 constexpr int THREADS = 32 * WARPS;

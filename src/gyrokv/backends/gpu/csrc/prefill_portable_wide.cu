@@ -14,6 +14,7 @@
 // that prefill.cu asks for. Launch: grid batches * q_heads * ceil(q_len / ROWS), block THREADS (128 for ROWS 32, else 256),
 // shared memory BYTES.
 constexpr int BLOCKS = 1, SPAN = KEYS / 2;
+constexpr bool ROUNDED = false;
 #include "portable.cuh"
 
 constexpr int WARPS = ROWS == 32 ? 4 : 8, THREADS = 32 * WARPS;

@@ -460,7 +460,7 @@ INLINE void append_tiles(const Append& p, const Append::One& side, u32 block) {
   char* own = shared + T::TEAMS_AT + team * Team<C>::SIZE;
   Target* targets = (Target*)(own + Team<C>::TARGETS_AT);
   Share<C> share(shared, own, part);
-  const char* from;
+  const char* from = nullptr;
   int ahead = 0;  // tokens from the lane's on that follow it in memory
   // A row per lane, of four tiles, `after` the four before: mostly as many tokens further. The first warp writes targets, from
   // `at` on: of four tiles that come, while others may be one behind.
