@@ -223,8 +223,6 @@ FAULTS = (
           attend("  if (p.starts) first =", "  if (false) first =")),
     Fault("a_ring_is_read_in_the_order_of_its_slots", lambda c: c.sliding > 0 and c.spec.ring,
           rows("return slot - first_slot + (slot < first_slot ? capacity : 0);", "return slot - first_slot;")),
-    Fault("the_end_of_a_ring_is_free_of_checks", lambda c: c.sliding > 1000 and c.spec.ring,
-          attend("free_tiles(-ahead, ahead, slots.count)", "free_tiles(-ahead, ahead, slots.capacity)"), splits=1),
     Fault("the_sign_of_q_counts_as_a_bit", k_bits, bits("? -1.0f : 1.0f", "? 1.0f : 1.0f")),
     Fault("signs_do_not_flip_magnitudes", k_bits, bits("z[0][i] ^ (z[0][i] >> 1 & 0x55555555)", "z[0][i]")),
     Fault("sums_of_bits_are_not_centred", k_bits, bits("(-0.5f / 68719476736.0f)", "0.0f")),
