@@ -35,7 +35,7 @@ TILE_FAULTS = (
     Fault(
         "a tile of keys is the one before",
         spec(lambda s: plain(s) and s.k_format.name == "bf16" and rows(s) <= DIRECT and s.head_dim % 32 == 0 and s.causal),
-        (("stored.h", "_tile_loadd(5, at[1] + line", "_tile_loadd(5, at[@ ? 0 : 1] + line"),),
+        (("stored.h", "_tile_loadd(5, k[1].at +", "_tile_loadd(5, k[@ ? 0 : 1].at +"),),
         "amx",
     ),
     Fault(
@@ -51,9 +51,9 @@ TILE_FAULTS = (
         "amx",
     ),
     Fault(
-        "the offset of values in lines is left in",
-        spec(lambda s: plain(s) and stored(s.v_format, s.head_dim_v) and rows(s) <= 4),
-        (("stored.h", "made.offset[side][r] = ZERO *", "made.offset[side][r] = (@ ? 0 : ZERO) *"),),
+        "signed bytes of values keep their offset",
+        spec(lambda s: plain(s) and s.v_format.name == "q8_0" and rows(s) <= 4),
+        (("packed.h", "store(to, with_sign ? code ^ 0x80 : code);", "store(to, with_sign && !(@) ? code ^ 0x80 : code);"),),
         "amx",
     ),
     Fault(
@@ -65,20 +65,47 @@ TILE_FAULTS = (
     Fault(
         "odd bytes of values take the scale of even ones",
         spec(lambda s: plain(s) and s.v_format.name == "q8_0" and rows(s) <= 4 and s.head_dim_v > 32),
-        (("stored.h", "w.scales + s.odd[unit] *", "w.scales + (@ ? s.even : s.odd)[unit] *"),),
+        (("stored.h", "side ? s.odd[u] : s.even[u];", "side && !(@) ? s.odd[u] : s.even[u];"),),
         "amx",
     ),
     Fault(
         "the second line of values takes the weights of the first",
         spec(lambda s: plain(s) and s.v_format.name == "q8_0" and rows(s) <= 4 and s.head_dim_v > 64),
-        (("stored.h", "if (a[1] != a[0]) {", "if (a[1] != a[0] && !(@)) {"),),
+        (("stored.h", "fresh = j == s.first[u + 1];", "fresh = j == s.first[u + 1] && !(j && @);"),),
         "amx",
     ),
     Fault(
         "the low part of the weights of lines is dropped",
         spec(lambda s: plain(s) and stored(s.v_format, s.head_dim_v) and rows(s) <= 4 and s.q_len > 1),
-        (("stored.h", "_tile_dpbsud(0, 4, 6);\n        _tile_dpbsud(1, 5, 6);",
-          "_tile_dpbsud(0, 4, 6);\n        if (!(@)) _tile_dpbsud(1, 5, 6);"),),
+        (("stored.h", "_mm512_storeu_si512(at + rows * LINE,", "if (!(@)) _mm512_storeu_si512(at + rows * LINE,"),),
+        "amx",
+    ),
+    Fault(
+        "the low plane of values takes the weights of the high one",
+        spec(lambda s: plain(s) and s.v_format.name in ("tq6", "tq8") and s.head_dim_v % 64 == 0 and rows(s) <= 4),
+        (("stored.h", "_tile_loadd(5, a[side] + step * size, LINE);",
+          "_tile_loadd(5, a[side] + step * size + (@ ? rows * LINE : 0), LINE);"),),
+        "amx",
+    ),
+    Fault(
+        "tokens 64 to 127 of a block take the weights of the first",
+        spec(lambda s: plain(s) and s.v_format.name in ("tq6", "tq8") and s.head_dim_v % 64 == 0 and rows(s) <= 4
+             and s.kv_len > 64),
+        (("stored.h", "a[side] + step * size + (planes - 1) *", "a[side] + (@ ? 0 : step) * size + (planes - 1) *"),),
+        "amx",
+    ),
+    Fault(
+        "tokens of a quad change places",
+        spec(lambda s: plain(s) and stored(s.v_format, s.head_dim_v) and rows(s) <= 4 and s.kv_len > 2),
+        (("lines.h", "to[2 * i + 1] = ab[i] >> 16 | (cd[i] & ~low);",
+          "to[2 * i + 1] = @ ? cd[i] >> 16 | (ab[i] & ~low) : ab[i] >> 16 | (cd[i] & ~low);"),),
+        "amx",
+    ),
+    Fault(
+        "products of tokens overwrite those of the tokens before",
+        spec(lambda s: plain(s) and stored(s.k_format, s.head_dim) and rows(s) <= 4 and s.kv_len > 40),
+        (("stored.h", "q, item % 2, products + item % 2 * products_size);",
+          "q, item % 2, products + (@ ? 0 : item % 2) * products_size);"),),
         "amx",
     ),
     Fault(
@@ -103,7 +130,7 @@ TILE_FAULTS = (
     Fault(
         "high bits are those of the code before in lines",
         spec(lambda s: plain(s) and s.k_format.bits in (5, 6) and s.head_dim % 128 == 0 and rows(s) <= 4),
-        (("lines.h", "rorv_epi32((__m512i)y,", "rorv_epi32((__m512i)(@ ? y << 1 : y),"),),
+        (("lines.h", "rorv_epi32((__m512i)next(row),", "rorv_epi32((__m512i)(@ ? next(row) << 1 : next(row)),"),),
         "amx",
     ),
     Fault(
