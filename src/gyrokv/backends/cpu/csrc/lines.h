@@ -171,10 +171,13 @@ inline Makers makers_of(const Format& f, const Stored& s) {
     auto run = [&]<int bits, int look_up, int planes>(std::integer_sequence<int, bits, look_up, planes>) {
         const Loading wide = s.wide[0].loading, next = s.next[0].loading;
         constexpr bool one = bits == Fields<bits>::wide;
+        constexpr int none = HALF;  // of the next field where there is none
         if (wide == PLAIN && (one || next == HALF)) return load(std::integer_sequence<int, bits, look_up, planes, PLAIN, HALF>{});
-        if (wide == PLAIN && next == QUARTER) return load(std::integer_sequence<int, bits, look_up, planes, PLAIN, one ? HALF : QUARTER>{});
-        if (wide == PLAIN && next == PLAIN) return load(std::integer_sequence<int, bits, look_up, planes, PLAIN, one ? HALF : PLAIN>{});
-        if (wide == HALF) return load(std::integer_sequence<int, bits, look_up, planes, HALF, one ? HALF : WHOLE>{});
+        if (wide == PLAIN && next == QUARTER)
+            return load(std::integer_sequence<int, bits, look_up, planes, PLAIN, one ? none : QUARTER>{});
+        if (wide == PLAIN && next == PLAIN)
+            return load(std::integer_sequence<int, bits, look_up, planes, PLAIN, one ? none : PLAIN>{});
+        if (wide == HALF) return load(std::integer_sequence<int, bits, look_up, planes, HALF, one ? none : WHOLE>{});
         if (wide == WHOLE)  // and so is the next field, which has fewer words
             return load(std::integer_sequence<int, bits, look_up, planes, WHOLE, WHOLE>{});
         return load(std::integer_sequence<int, bits, look_up, planes, PARTS, PARTS>{});

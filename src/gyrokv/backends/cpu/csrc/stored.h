@@ -342,15 +342,15 @@ INLINE void sum_bfloats(const Lines* v, int line, int groups, const char* a, cha
         if constexpr (lines > 1) {
             _tile_loadd(7, at + LINE, step);
             _tile_dpbf16ps(1, 4, 7);
-            }
+        }
         if constexpr (lines > 2) {
             _tile_loadd(6, at + 2 * LINE, step);
             _tile_dpbf16ps(2, 4, 6);
-            }
+        }
         if constexpr (lines > 3) {
             _tile_loadd(7, at + 3 * LINE, step);
             _tile_dpbf16ps(3, 4, 7);
-            }
+        }
     }
     _tile_stored(0, c, LINE);
     if constexpr (lines > 1) _tile_stored(1, c + TILE, LINE);
