@@ -19,6 +19,7 @@ WIDE = [
         ("fp8_e4m3", "bf16", 33, 1000, (3, 1), (80, 80), dict(window=300)),
         ("bf16", "bf16", 150, 1000, (4, 2), (128, 128), {}),
         ("bf16", "bf16", 600, 1300, (4, 1), (64, 64), {}),
+        ("bf16", "bf16", 40, 2600, (16, 16), (32, 32), {}),
         ("bf16", "bf16", 20, 4200, (16, 1), (576, 512), {}),
         ("bf16", "bf16", 150, 700, (4, 1), (192, 128), dict(sinks=True, softcap=20.0)),
         ("bf16", "bf16", 65, 900, (4, 2), (256, 256), dict(mask="additive", alibi=8.0)),
@@ -86,7 +87,7 @@ def test_terms_of_every_width(bits, coding, backend_here):
         right(data, *data.run("cpu"))
 
 
-@pytest.mark.parametrize("case", WIDE[3:6] + TERMS[-8:-6], ids=str)
+@pytest.mark.parametrize("case", WIDE[3:7] + TERMS[-8:-6], ids=str)
 def test_threads_change_no_bit(case, backend_here, problem):
     """Windows and splits are chosen by sizes: who computes them may not change a result."""
     backend_here("cpu")
