@@ -149,7 +149,7 @@ TILE_FAULTS = (
     wide("squares: the next scores overwrite these", lambda s: s.kv_len > 1000,
          squares("tiles_.scores + t % 2 * SQUARE * SQUARE", "tiles_.scores + (@ ? 0 : t % 2) * SQUARE * SQUARE")),
     wide("squares: a block is dropped", lambda s: s.kv_len > 1000 and s.uses() <= {"causal"},
-         squares("for (int i = 0; i < made; ++i) {", "for (int i = @; i < made; ++i) {")),
+         squares("for (int i = 0; i < made; ++i)", "for (int i = @; i < made; ++i)")),
     wide("squares: sums do not outlive the panels", lambda s: s.kv_len > 2000 and rows(s) <= 128,
          squares("if (!whole || blocks[0].position == first)", "if (!whole || @ || blocks[0].position == first)")),
     coded("terms: the low one of q or of a weight is the high one", lambda s: s.dtype == torch.float32 and not s.fast,

@@ -1,5 +1,5 @@
 // Flash attention of some query rows of one KV head over a range of positions: decode and prefill are the same loop, but
-// for many rows of bfloat16 on a matrix unit (see prefill.h).
+// for many rows on a matrix unit (see prefill.h).
 //
 // Per block of tokens K and V become panels once; every few query rows then take scores, a running softmax and the
 // weighted values from them. q and the weights of quantised rows are multiplied as integers of 16 bits relative to

@@ -16,20 +16,6 @@ namespace GYROKV_ISA {
 
 struct SquareBlock : Block {
     Factor keys, values;
-    int64_t bytes;  // of both, one after the other
-};
-
-// Brings panels that are needed next into the core's own cache, a few lines at a time while others are multiplied.
-struct Fetch {
-    const char *at, *stop;
-    int lines;  // per turn
-    Fetch(const SquareBlock& block, int64_t turns)
-        : at(block.keys.data), stop(at + block.bytes), lines(int((block.bytes / 64 + turns - 1) / turns)) {}
-    inline __attribute__((always_inline)) void turn() {
-        if (at >= stop) return;
-        for (int i = 0; i < lines; ++i) __builtin_prefetch(at + 64 * i, 0, 2);
-        at += 64 * lines;
-    }
 };
 
 // Sums of a window of a unit's rows, and what 32 of them need while they pass over a block.
@@ -151,8 +137,8 @@ INLINE vf soften_square(const float* scores, float scale, float shift, char* to)
 template <int weight_terms>
 class Square {
    public:
-    Square(const Attend& call, const Unit& unit, Tiles& tiles, const Factor& query, float scale, const SquareBlock& block, Fetch& fetch, int row)
-        : call_(call), unit_(unit), tiles_(tiles), query_(query), scale_(scale), block_(block), fetch_(fetch), row_(row), at_(row - tiles.first),
+    Square(const Attend& call, const Unit& unit, Tiles& tiles, const Factor& query, float scale, const SquareBlock& block, int row)
+        : call_(call), unit_(unit), tiles_(tiles), query_(query), scale_(scale), block_(block), row_(row), at_(row - tiles.first),
           rows_(std::min(SQUARE, tiles.rows - at_)) {}
 
     void attend() {
@@ -295,20 +281,13 @@ class Square {
     }
 
     template <bool far>
-    inline __attribute__((always_inline)) void add_columns(float* out, const Factor& w, const Factor& v) {
+    static inline __attribute__((always_inline)) void add_columns(float* out, const Factor& w, const Factor& v) {
         constexpr int tile = 16 * LANES;
-        if constexpr (far) {
-            _tile_stream_loadd(0, out, LINE);
-            _tile_stream_loadd(1, out + tile, LINE);
-            _tile_stream_loadd(2, out + 2 * tile, LINE);
-            _tile_stream_loadd(3, out + 3 * tile, LINE);
-        } else {
-            _tile_loadd(0, out, LINE);
-            _tile_loadd(1, out + tile, LINE);
-            _tile_loadd(2, out + 2 * tile, LINE);
-            _tile_loadd(3, out + 3 * tile, LINE);
-        }
-        multiply_terms<far>(w, v, w.steps, [&]() __attribute__((always_inline)) { fetch_.turn(); });
+        _tile_loadd(0, out, LINE);
+        _tile_loadd(1, out + tile, LINE);
+        _tile_loadd(2, out + 2 * tile, LINE);
+        _tile_loadd(3, out + 3 * tile, LINE);
+        multiply_terms<far>(w, v, w.steps, [] {});
         _tile_stored(0, out, LINE);
         _tile_stored(2, out + 2 * tile, LINE);
         _tile_stored(1, out + tile, LINE);
@@ -321,7 +300,6 @@ class Square {
     const Factor& query_;
     const float scale_;
     const SquareBlock& block_;
-    Fetch& fetch_;
     const int row_, at_, rows_;  // of the unit; of the window
     Visible seen_[SQUARE];
     int first_, stop_;  // in steps of 32 tokens
@@ -394,26 +372,20 @@ inline bool attend_squares(const Attend& call, const Unit& unit, const Run& run,
             const int64_t slot = at - run.position, next = std::min<int64_t>(most, stop - at - block.count);
             ahead.aim(kf, k, vf_, v, slot + block.count, next, 
                       factor_ticks(kf, block.count, terms.k, true) + factor_ticks(vf_, block.count, terms.v, false));
-            block.bytes = round_up(block.count, SQUARE) * token_bytes;
             block.keys = make_factor<true>(kf, k_tables, k, slot, block.count, terms.k, panels, memory.plain, matrix, ahead);
             block.values = make_factor<false>(vf_, v_tables, v, slot, block.count, terms.v,
                                               panels + round_up(block.count, SQUARE) / SQUARE * block.keys.square, memory.plain,
                                               matrix, ahead);
-            panels += block.bytes;
+            panels += round_up(block.count, SQUARE) * token_bytes;
             at += block.count;
         }
         matrix.configure(32, 16);
         const bool last = at == stop, done = unit.alone && last && stop == unit.stop, whole = window >= unit.rows;
         for (int begin = 0; begin < unit.rows; begin += window) {
             if (!whole || blocks[0].position == first) enter_tiles(call, unit, tiles, begin, std::min(window, unit.rows - begin));
-            for (int i = 0; i < made; ++i) {
-                const SquareBlock& block = blocks[i];
-                const int64_t turns = round_up(tiles.rows, SQUARE) / SQUARE * round_up(call.v_dim, SQUARE) / SQUARE * 4 *
-                                      block.values.steps * (weight_terms + terms.v - 1);
-                Fetch fetch(blocks[(i + 1) % made], turns);
+            for (int i = 0; i < made; ++i)
                 for (int row = begin; row < begin + tiles.rows; row += SQUARE)
-                    Square<weight_terms>(call, unit, tiles, query, scale, block, fetch, row).attend();
-            }
+                    Square<weight_terms>(call, unit, tiles, query, scale, blocks[i], row).attend();
             if (!whole || last) leave_tiles(call, unit, tiles, done);
         }
         if (done) return true;

@@ -24,7 +24,7 @@ INLINE Terms terms_of(const Attend& call, const Format& k, const Format& v) {
 constexpr int SQUARE = 32;                                  // rows, tokens or columns of two tiles
 constexpr int SQUARE_TOKENS = 512;                          // of a block, with one term of the weights
 constexpr int WEIGHT_BYTES = SQUARE * SQUARE_TOKENS * 2;    // of all their terms: most of the first cache
-constexpr int FAR_STEPS = 8;                                // of A: more of them would not stay there beside B
+constexpr int FAR_STEPS = 4;                                // of A: more of them would not stay there beside B
 
 // Tokens of a block: panels stay in a core's own cache, beside the rows that pass over them.
 INLINE int square_tokens(const Attend& call, const Terms& t) {
