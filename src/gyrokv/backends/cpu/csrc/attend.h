@@ -1,5 +1,5 @@
 // Flash attention of some query rows of one KV head over a range of positions: decode and prefill are the same loop, but
-// for many rows of bfloat16 on a matrix unit (see prefill.h).
+// for many rows on a matrix unit (see prefill.h).
 //
 // Per block of tokens K and V become panels once; every few query rows then take scores, a running softmax and the
 // weighted values from them. q and the weights of quantised rows are multiplied as integers of 16 bits relative to
@@ -8,7 +8,6 @@
 // 2018; tiling: FlashAttention (Dao et al. 2022); rescaling only when the maximum has grown by much:
 // FlashAttention-4 (2025). Scores are in units of log 2 until the end.
 #pragma once
-#include "prefill.h"
 #include "weights.h"
 
 namespace gyrokv {
@@ -219,6 +218,13 @@ struct Layout {  // of the scratch memory
 
 inline size_t attend_memory(const Attend& call, int rows, Workspace* work, char** queries, float** scales, char* base) {
     Layout layout(base);
+#if defined(__AMX_BF16__)
+    if (takes_squares(call, rows, false)) {
+        const SquareMemory squares = square_memory(call, rows, [&](int64_t bytes) { return layout.take(bytes); });
+        if (base) work->squares = squares;
+        if (takes_squares(call, rows, true)) return layout.used;
+    }
+#endif
     const int64_t per_block = tokens_per_block(call, rows), dims[2] = {round_up(call.k_dim, 64), round_up(call.v_dim, 64)};
     char* products = layout.take(int64_t(ROWS_PER_MMA) * SCORE_STRIDE * 4);
     char* scores = layout.take(int64_t(ROWS_PER_MMA) * SCORE_STRIDE * 4);
@@ -226,10 +232,7 @@ inline size_t attend_memory(const Attend& call, int rows, Workspace* work, char*
     char* most = layout.take(int64_t(ROWS_PER_MMA) * LINE);
     char* rescale = layout.take(ROWS_PER_MMA * 4);
     char* first_query = layout.take(3 * query_bytes(call, rows));
-    char *shares = nullptr, *squares = nullptr;
-#if defined(__AMX_BF16__)
-    if (squares_rows(call, rows)) squares = layout.take(tiles_bytes(call, std::min(rows, rows_at_once(call))));
-#endif
+    char* shares = nullptr;
     if (rows <= MOST_DIRECT) shares = layout.take(dims[1] / 32 * round_up(rows, 4) * per_block * 4);
     char* sides[2][2];
     for (int i = 0; i < 2; ++i) {
@@ -240,7 +243,7 @@ inline size_t attend_memory(const Attend& call, int rows, Workspace* work, char*
     if (base) {
         work->products = products, work->weights = weights;
         work->scores = (float*)scores, work->most = (float*)most, work->rescale = (float*)rescale;
-        work->shares = (float*)shares, work->squares = squares;
+        work->shares = (float*)shares;
         *queries = first_query, work->plain = rows_scratch;
         for (int i = 0; i < 2; ++i) work->panels[i] = sides[i][0], scales[i] = (float*)sides[i][1];
     }
@@ -259,7 +262,7 @@ inline bool attend(const Attend& call, const Unit& unit, char* scratch) {
     attend_memory(call, unit.rows, &work, &next_query, scales, scratch);
     std::fill(unit.top, unit.top + unit.rows, -INFINITE);
     std::fill(unit.total, unit.total + unit.rows, 0.0f);
-    bool cleared = false;  // unit.out, which squares need not find cleared
+    bool cleared = false;  // unit.out
     Query queries[3];
     int packed = 0;
     const int per_block = tokens_per_block(call, unit.rows);
@@ -268,6 +271,19 @@ inline bool attend(const Attend& call, const Unit& unit, char* scratch) {
         const int64_t first = std::max(run.position, unit.first), stop = std::min(run.position + run.count, unit.stop);
         if (first >= stop) continue;
         const Format &kf = *run.k_format, &vf_ = *run.v_format;
+        auto head = [&](Rows rows) {
+            rows.words += unit.batch * rows.word_strides[0] + unit.kv_head * rows.word_strides[1];
+            rows.scale += unit.batch * rows.scale_strides[0] + unit.kv_head * rows.scale_strides[1];
+            return rows;
+        };
+        const Rows k = head(run.k), v = head(run.v);
+#if defined(__AMX_BF16__)
+        if (takes_squares(kf, vf_, unit.rows)) {
+            if (attend_squares(call, unit, run, k, v, first, stop, work.squares, work.unit, work.ahead)) return true;
+            cleared = true;
+            continue;
+        }
+#endif
         const bool k_stored = multiplies_stored(kf, unit.rows), v_stored = multiplies_stored(vf_, unit.rows);
         const bool direct = !v_stored && adds_direct(vf_, unit.rows);
         const Element ke = element_of(kf), ve = direct || v_stored ? FLOAT : element_of(vf_);
@@ -282,17 +298,10 @@ inline bool attend(const Attend& call, const Unit& unit, char* scratch) {
             next_query += query_bytes(call, unit.rows);
         }
         const Query& query = queries[which];
-        auto head = [&](Rows rows) {
-            rows.words += unit.batch * rows.word_strides[0] + unit.kv_head * rows.word_strides[1];
-            rows.scale += unit.batch * rows.scale_strides[0] + unit.kv_head * rows.scale_strides[1];
-            return rows;
-        };
-        const Rows k = head(run.k), v = head(run.v);
         const int most = ROWS_PER_MMA / std::max(query.terms, terms_of(ve, call, bfloat_query(call)));
         const Direct direct_values = direct ? direct_of(vf_) : Direct{};
-        const bool squares = squares_rows(call, unit.rows) && ke == BFLOAT && ve == BFLOAT;
         const bool fresh = !cleared;  // zeros are in any order
-        if (fresh && !squares) std::fill_n(unit.out, int64_t(unit.rows) * call.v_dim, 0.0f);
+        if (fresh) std::fill_n(unit.out, int64_t(unit.rows) * call.v_dim, 0.0f);
         cleared = true;
         if (direct && !fresh) turn_columns(direct_values, unit.out, unit.rows, call.v_dim, vf_.dim, false);
         if (v_stored && !fresh) turn_columns(v_order, unit.out, unit.rows, call.v_dim, vf_.dim, false);
@@ -346,21 +355,6 @@ inline bool attend(const Attend& call, const Unit& unit, char* scratch) {
                 block.k_scale = k_scale, block.v_scale = v_scale;
                 at += block.count;
             }
-#if defined(__AMX_BF16__)
-            if (squares) {
-                const bool done = unit.alone && at == stop && stop == unit.stop;
-                Tiles tiles = tiles_at(vf_, passing, work.squares);
-                for (int begin = 0; begin < unit.rows; begin += passing) {
-                    enter_tiles(call, unit, tiles, begin, std::min(passing, unit.rows - begin));
-                    for (int i = 0; i < made; ++i)
-                        for (int row = begin; row < begin + tiles.rows; row += SQUARE)
-                            Square(call, unit, tiles, query, blocks[i], row).attend(work.unit);
-                    leave_tiles(call, unit, tiles, done);
-                }
-                if (done) return true;
-                continue;
-            }
-#endif
             for (int begin = 0; begin < unit.rows; begin += passing)
                 for (int i = 0; i < made; ++i)
                     for (int row = begin; row < std::min(unit.rows, begin + passing); row += most) {

@@ -1,6 +1,6 @@
 // Scores of a few rows to weights, and what these add to the output: see attend.h.
 #pragma once
-#include "block.h"
+#include "prefill.h"
 
 namespace gyrokv {
 namespace GYROKV_ISA {
@@ -15,7 +15,9 @@ struct Workspace {
     char* panels[2];  // of K and V
     float* rescale;   // [rows]
     float* shares;    // weights with V's scale (see direct.h)
-    char* squares;    // see prefill.h
+#if defined(__AMX_BF16__)
+    SquareMemory squares;
+#endif
     MatrixUnit unit;
     Ahead ahead;
     int pause;        // ticks of `ahead` after each step on a row
