@@ -22,13 +22,14 @@ _LOOP = ("attend.h", "query.h", "block.h", "weights.h")
 
 class Fault(NamedTuple):
     """``edits``: file, a piece of it, there once, and what it becomes. ``relevant``: cases that must notice, of many rows
-    of bfloat16 if ``wide``."""
+    of bfloat16 if ``wide``, of many rows as terms if ``terms``."""
 
     name: str
     relevant: Callable[[Case], bool]
     edits: tuple[tuple[str, str, str], ...]
     level: str = "portable"
     wide: bool = False
+    terms: bool = False
 
 
 def spec(test: Callable[[AttentionSpec], bool]) -> Callable[[Case], bool]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from cpu_faults import DIRECT, SPLIT, Fault, attend, plain, rows, spec
 
 from gyrokv.spec import AttentionSpec
@@ -15,6 +16,10 @@ def squares(old: str, new: str) -> tuple[str, str, str]:
     return "prefill.h", old, new
 
 
+def terms(old: str, new: str) -> tuple[str, str, str]:
+    return "terms.h", old, new
+
+
 def stored(fmt, dim: int) -> bool:
     """Some of the formats whose rows are multiplied as they are stored, by a matrix unit for four query rows."""
     return dim % 64 == 0 and fmt.name in ("q8_0", "tq6", "tq8")
@@ -24,18 +29,22 @@ def wide(name: str, test: Callable[[AttentionSpec], bool], *edits: tuple[str, st
     return Fault(name, spec(test), edits, "amx", wide=True)
 
 
+def coded(name: str, test: Callable[[AttentionSpec], bool], *edits: tuple[str, str, str]) -> Fault:
+    return Fault(name, spec(test), edits, "amx", terms=True)
+
+
 TILE_FAULTS = (
     Fault(
         "the second tile of query rows is the first",
-        lambda c: plain(c.spec) and c.spec.k_format.has_levels and c.spec.v_format.has_levels and rows(c.spec) > _STORED
-        and not c.first,
+        lambda c: plain(c.spec) and c.spec.k_format.has_levels and c.spec.v_format.has_levels and 32 > rows(c.spec) > _STORED
+        and not c.first and not c.spec.unquantised,
         (("mma.h", "below = 16 * p.a_stride", "below = (@ ? 0 : 16) * p.a_stride"),),
         "amx",
     ),
     Fault(
         "a tile of keys is the one before",
         spec(lambda s: plain(s) and s.k_format.name == "bf16" and rows(s) <= DIRECT and s.head_dim % 32 == 0 and s.causal),
-        (("stored.h", "_tile_loadd(5, at[1] + line", "_tile_loadd(5, at[@ ? 0 : 1] + line"),),
+        (("stored.h", "_tile_loadd(5, k[1].at +", "_tile_loadd(5, k[@ ? 0 : 1].at +"),),
         "amx",
     ),
     Fault(
@@ -51,9 +60,9 @@ TILE_FAULTS = (
         "amx",
     ),
     Fault(
-        "the offset of values in lines is left in",
-        spec(lambda s: plain(s) and stored(s.v_format, s.head_dim_v) and rows(s) <= 4),
-        (("stored.h", "made.offset[side][r] = ZERO *", "made.offset[side][r] = (@ ? 0 : ZERO) *"),),
+        "signed bytes of values keep their offset",
+        spec(lambda s: plain(s) and s.v_format.name == "q8_0" and rows(s) <= 4),
+        (("packed.h", "store(to, with_sign ? code ^ 0x80 : code);", "store(to, with_sign && !(@) ? code ^ 0x80 : code);"),),
         "amx",
     ),
     Fault(
@@ -65,20 +74,47 @@ TILE_FAULTS = (
     Fault(
         "odd bytes of values take the scale of even ones",
         spec(lambda s: plain(s) and s.v_format.name == "q8_0" and rows(s) <= 4 and s.head_dim_v > 32),
-        (("stored.h", "w.scales + s.odd[unit] *", "w.scales + (@ ? s.even : s.odd)[unit] *"),),
+        (("stored.h", "side ? s.odd[u] : s.even[u];", "side && !(@) ? s.odd[u] : s.even[u];"),),
         "amx",
     ),
     Fault(
         "the second line of values takes the weights of the first",
         spec(lambda s: plain(s) and s.v_format.name == "q8_0" and rows(s) <= 4 and s.head_dim_v > 64),
-        (("stored.h", "if (a[1] != a[0]) {", "if (a[1] != a[0] && !(@)) {"),),
+        (("stored.h", "fresh = j == s.first[u + 1];", "fresh = j == s.first[u + 1] && !(j && @);"),),
         "amx",
     ),
     Fault(
         "the low part of the weights of lines is dropped",
         spec(lambda s: plain(s) and stored(s.v_format, s.head_dim_v) and rows(s) <= 4 and s.q_len > 1),
-        (("stored.h", "_tile_dpbsud(0, 4, 6);\n        _tile_dpbsud(1, 5, 6);",
-          "_tile_dpbsud(0, 4, 6);\n        if (!(@)) _tile_dpbsud(1, 5, 6);"),),
+        (("stored.h", "_mm512_storeu_si512(at + rows * LINE,", "if (!(@)) _mm512_storeu_si512(at + rows * LINE,"),),
+        "amx",
+    ),
+    Fault(
+        "the low plane of values takes the weights of the high one",
+        spec(lambda s: plain(s) and s.v_format.name in ("tq6", "tq8") and s.head_dim_v % 64 == 0 and rows(s) <= 4),
+        (("stored.h", "_tile_loadd(5, a[side] + step * size, LINE);",
+          "_tile_loadd(5, a[side] + step * size + (@ ? rows * LINE : 0), LINE);"),),
+        "amx",
+    ),
+    Fault(
+        "tokens 64 to 127 of a block take the weights of the first",
+        spec(lambda s: plain(s) and s.v_format.name in ("tq6", "tq8") and s.head_dim_v % 64 == 0 and rows(s) <= 4
+             and s.kv_len > 64),
+        (("stored.h", "a[side] + step * size + (planes - 1) *", "a[side] + (@ ? 0 : step) * size + (planes - 1) *"),),
+        "amx",
+    ),
+    Fault(
+        "tokens of a quad change places",
+        spec(lambda s: plain(s) and stored(s.v_format, s.head_dim_v) and rows(s) <= 4 and s.kv_len > 2),
+        (("lines.h", "to[2 * i + 1] = ab[i] >> 16 | (cd[i] & ~low);",
+          "to[2 * i + 1] = @ ? cd[i] >> 16 | (ab[i] & ~low) : ab[i] >> 16 | (cd[i] & ~low);"),),
+        "amx",
+    ),
+    Fault(
+        "products of tokens overwrite those of the tokens before",
+        spec(lambda s: plain(s) and stored(s.k_format, s.head_dim) and rows(s) <= 4 and s.kv_len > 40),
+        (("stored.h", "q, item % 2, products + item % 2 * products_size);",
+          "q, item % 2, products + (@ ? 0 : item % 2) * products_size);"),),
         "amx",
     ),
     Fault(
@@ -103,7 +139,7 @@ TILE_FAULTS = (
     Fault(
         "high bits are those of the code before in lines",
         spec(lambda s: plain(s) and s.k_format.bits in (5, 6) and s.head_dim % 128 == 0 and rows(s) <= 4),
-        (("lines.h", "rorv_epi32((__m512i)y,", "rorv_epi32((__m512i)(@ ? y << 1 : y),"),),
+        (("lines.h", "rorv_epi32((__m512i)next(row),", "rorv_epi32((__m512i)(@ ? next(row) << 1 : next(row)),"),),
         "amx",
     ),
     Fault(
@@ -116,18 +152,21 @@ TILE_FAULTS = (
     wide("squares: an output is not rescaled", lambda s: s.kv_len > 1000 and s.uses() <= {"causal"},
          squares("store(to, load<vf>(to) * by);", "store(to, load<vf>(to) * (@ ? 1.0f : by));")),
     wide("squares: weights are not rescaled", lambda s: s.kv_len > 1000 and s.uses() <= {"causal"},
-         squares("to_bfloat(bfloat_to_float(to) * by)", "to_bfloat(bfloat_to_float(to) * (@ ? 1.0f : by))")),
-    wide("squares: the second 16 rows take the weights of the first", lambda s: s.kv_len > 30,
-         squares("_tile_loadd(5, a + TILE, LINE);", "_tile_loadd(5, a + (@ ? 0 : TILE), LINE);")),
-    wide("squares: the second 16 rows are multiplied with other keys", lambda s: s.kv_len > 30,
-         squares("below = 16 * stride;", "below = (@ ? 0 : 16) * stride;")),
+         squares("(w[0] * by, w[1] * by,", "(w[0] * (@ ? 1.0f : by), w[1] * by,")),
+    wide("squares: the second 16 rows are the first", lambda s: s.kv_len > 30,
+         terms("_tile_loadd(5, a + TILE, LINE);", "_tile_loadd(5, a + (@ ? 0 : TILE), LINE);")),
+    wide("squares: the second 16 tokens or columns are the first", lambda s: s.kv_len > 30,
+         terms("_tile_loadd(7, b + TILE, LINE);", "_tile_loadd(7, b + (@ ? 0 : TILE), LINE);")),
+    wide("squares: the second 16 columns that are far are the first", lambda s: s.kv_len > 1000,
+         terms("_tile_stream_loadd(7, b + TILE, LINE);", "_tile_stream_loadd(7, b + (@ ? 0 : TILE), LINE);")),
     wide("squares: tokens behind the last one are attended", lambda s: s.uses() == {"causal"} and s.q_len < s.kv_len <= 1000,
          squares("std::fill(s + (first < stop ? round_up(stop, LANES) : SQUARE), s + SQUARE, -INFINITE);",
                  "if (!(@)) std::fill(s + (first < stop ? round_up(stop, LANES) : SQUARE), s + SQUARE, -INFINITE);")),
     wide("squares: the first step of weights is not in the sum", lambda s: s.kv_len > 30,
-         squares("for (int t = first_; t < stop_; ++t) added", "for (int t = first_ + (@); t < stop_; ++t) added")),
+         squares("for (int t = first_; t < stop_; ++t)\n                    for",
+                 "for (int t = first_ + (@); t < stop_; ++t)\n                    for")),
     wide("squares: a row is finished as another", lambda s: s.q_len > 33 and s.kv_len < SPLIT and not s.sinks,
-         squares("one.row_first += row,", "one.row_first += @ ? row & ~1 : row,")),
+         squares("unit.row_first + tiles.first + r;", "unit.row_first + tiles.first + (@ ? r & ~1 : r);")),
     wide("squares: a window begins without its sums", lambda s: s.unquantised,
          squares("tiles.sums[r * LANES] = unit.total[first + r];",
                  "if (!(@)) tiles.sums[r * LANES] = unit.total[first + r];")),
@@ -137,6 +176,23 @@ TILE_FAULTS = (
     wide("squares: the next scores overwrite these", lambda s: s.kv_len > 1000,
          squares("tiles_.scores + t % 2 * SQUARE * SQUARE", "tiles_.scores + (@ ? 0 : t % 2) * SQUARE * SQUARE")),
     wide("squares: a block is dropped", lambda s: s.kv_len > 1000 and s.uses() <= {"causal"},
-         attend("for (int i = 0; i < made; ++i)\n                        for (int row = begin; row < begin + tiles.rows;",
-                "for (int i = @; i < made; ++i)\n                        for (int row = begin; row < begin + tiles.rows;")),
+         squares("for (int i = 0; i < made; ++i)", "for (int i = @; i < made; ++i)")),
+    wide("squares: sums do not outlive the panels", lambda s: s.kv_len > 2000 and rows(s) <= 128,
+         squares("if (!whole || blocks[0].position == first)", "if (!whole || @ || blocks[0].position == first)")),
+    coded("terms: the low one of q or of a weight is the high one", lambda s: s.dtype == torch.float32 and not s.fast,
+          terms("(i && i < a.terms ? a.term : 0)", "(i && i < a.terms && !(@) ? a.term : 0)")),
+    coded("terms: the low one of a row is the high one", lambda s: s.k_format.has_levels and not s.fast,
+          terms("(i >= a.terms ? b.term : 0)", "(i >= a.terms && !(@) ? b.term : 0)")),
+    coded("terms: codes of keys are in the order of values", lambda s: s.k_format.has_levels and s.head_dim % 64 == 0,
+          terms("sorted ? (i % 2 * 2", "sorted && !(@) ? (i % 2 * 2")),
+    coded("terms: every group of a key has the first scale", lambda s: s.k_format.name == "q8_0" and not s.fast,
+          terms("scales + 4 * l / f.group *", "scales + (@ ? 0 : 4 * l / f.group) *")),
+    coded("terms: every group of a value has the first scale", lambda s: s.v_format.name == "q8_0" and not s.fast,
+          terms("scales + c / f.group *", "scales + (@ ? 0 : c / f.group) *")),
+    coded("terms: four values have one scale", lambda s: s.v_format.has_levels and not s.fast,
+          terms("splat(s[t + i])", "splat(s[@ ? t : t + i])")),
+    coded("terms: the high plane is taken by half", lambda s: s.k_format.name in ("tq6", "tq8") and not s.fast,
+          terms("& 0xff) << 8;", "& 0xff) << (@ ? 7 : 8);")),
+    coded("terms: what a dense row leaves is lost", lambda s: s.v_format.name in ("f16", "f32") and not s.fast,
+          terms("to_bfloat(a - high_a, b - high_b)", "to_bfloat(@ ? vf{} : a - high_a, b - high_b)")),
 )  # fmt: skip

@@ -10,7 +10,7 @@ import torch
 from cpu_faults import ENCODER_FAULTS, LOOP_FAULTS, Fault
 from cpu_tile_faults import TILE_FAULTS
 from test_cpu import LONG, equal_layers, hard_rows, right, threads
-from test_cpu_prefill import WIDE, rounded
+from test_cpu_prefill import TERMS, WIDE, rounded
 
 from gyrokv import Codec, LayerCache
 from gyrokv.backends import cpu
@@ -84,14 +84,15 @@ def check(case: Case, problem) -> None:
     out, lse = data.run("cpu")
     if case in WIDE:
         rounded(data, out, lse)
-    elif case in LONG:
+    elif case in LONG or case in TERMS:
         right(data, out, lse)
     else:
         assert_matches(data, out, lse, cpu.FAST_BOUND if case.spec.fast else cpu.BOUND)
 
 
 def chosen(fault: Fault) -> list[Case]:
-    relevant = [c for c in (WIDE if fault.wide else (*cases(), *LONG)) if fault.relevant(c) and not cpu.why_not(c.spec)]
+    pool = WIDE if fault.wide else TERMS if fault.terms else (*cases(), *LONG)
+    relevant = [c for c in pool if fault.relevant(c) and not cpu.why_not(c.spec)]
     return relevant[:: -(-len(relevant) // _MOST) or 1]
 
 

@@ -176,9 +176,9 @@ from gyrokv.formats import FORMATS
 from gyrokv.spec import HEAD_DIMS
 from gyrokv.testing import inputs, poisoned_memory
 from test_cpu import LONG, THIN, hard_rows
-from test_cpu_prefill import WIDE
+from test_cpu_prefill import TERMS, WIDE
 
-problems = [inputs(c) for c in (*LONG, *WIDE, *THIN[::4])]
+problems = [inputs(c) for c in (*LONG, *WIDE, *TERMS, *THIN[::4])]
 with cpu.forced(path=sys.argv[1]) as used:
     levels = [level.name for level in used.levels if not level.lacks]
 for level in levels:

@@ -1,15 +1,16 @@
-"""Large pages for large stores: decoding reads all of a cache once per token, and walking small pages costs 5-10 %."""
+"""Large pages for large stores: decoding reads all of a cache once per token, and small pages cost address look-ups."""
 
 from __future__ import annotations
 
 import ctypes
+import math
 import mmap
 from functools import cache
 
 from torch import Tensor
 
 _LARGE_PAGE = 2**21  # bytes, on x86-64 and on aarch64 with 4 KiB base pages
-_WORTH_IT = 2 * _LARGE_PAGE
+_SPARE = _LARGE_PAGE // 4  # of the last page: more than this may not be left unused
 
 
 @cache
@@ -23,20 +24,17 @@ def _madvise():
 
 
 def empty_rows(like: Tensor, capacity: int) -> Tensor:
-    """An uninitialised store of ``capacity`` rows ``[..., capacity, n]`` like those of ``like [..., rows, n]``."""
-    return _prefer_large_pages(like.new_empty(*like.shape[:-2], capacity, like.shape[-1]))
+    """An uninitialised store of ``capacity`` rows ``[..., capacity, n]`` like those of ``like [..., rows, n]``.
 
-
-def _prefer_large_pages(t: Tensor) -> Tensor:
-    """``t``, whose memory the system is asked to back with large pages. Call it before the memory is first written.
-
-    A hint: contents do not change, and where it is not taken nothing else does. Small and other devices' tensors are
-    left alone.
+    On the CPU the system is asked to back whole large pages of it with such, so it begins at one; that is a hint, and
+    where it is not taken nothing else changes.
     """
-    size = t.numel() * t.element_size()
-    if t.device.type == "cpu" and size >= _WORTH_IT and _madvise() is not None:
-        first = -(-t.data_ptr() // _LARGE_PAGE) * _LARGE_PAGE
-        last = (t.data_ptr() + size) // _LARGE_PAGE * _LARGE_PAGE
-        if first < last:
-            _madvise()(first, last - first, mmap.MADV_HUGEPAGE)
-    return t
+    shape = (*like.shape[:-2], capacity, like.shape[-1])
+    count, item = math.prod(shape), like.element_size()
+    pages = (count * item + _SPARE) // _LARGE_PAGE
+    if like.device.type != "cpu" or not pages or _madvise() is None:
+        return like.new_empty(shape)
+    room = like.new_empty(max(count, pages * _LARGE_PAGE // item) + _LARGE_PAGE // item)
+    skip = -room.data_ptr() % _LARGE_PAGE
+    _madvise()(room.data_ptr() + skip, pages * _LARGE_PAGE, mmap.MADV_HUGEPAGE)
+    return room[skip // item :][:count].view(shape)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from array import array
 from functools import cache
 
 import torch
@@ -37,6 +38,7 @@ _RULES = {
     "l2": native.RULE_L2,
     "rms": native.RULE_RMS,
 }
+_RUN_WORDS = ctypes.sizeof(native.Run) // 8
 _ONE_PLANE, _TWO_PLANES = 127, 127 * 256  # largest magnitudes of levels in one and in two int8
 
 
@@ -126,26 +128,29 @@ def attend(
     for name, vector in (("slopes", slopes), ("sinks", sinks), ("starts", starts)):
         if vector is not None:
             setattr(call, name, vector.data_ptr())
-    call.n_runs, call.runs = len(runs), ctypes.addressof(runs)
+    call.runs, words = runs.buffer_info()
+    call.n_runs = words // _RUN_WORDS
     _check(library.attend(ctypes.byref(call), library.level.index))
     return out, lse
 
 
-def _runs(view: KVView) -> ctypes.Array:
-    """The view's rows as runs of consecutive slots, in order of position."""
+def _runs(view: KVView) -> array:
+    """The view's rows as runs of consecutive slots, in order of position: ``native.Run``, written as the 64-bit integers
+    that it consists of, because a structure of structures takes longer to make."""
     k_codec, v_codec = view.k_codec, view.v_codec
-    runs = []
+    runs = array("q")
     for segment in view.segments:
-        formats = (
-            format_address(segment.k_format, k_codec.head_dim, k_codec.padded),
-            format_address(segment.v_format, v_codec.head_dim, v_codec.padded),
-        )
+        k_format = format_address(segment.k_format, k_codec.head_dim, k_codec.padded)
+        v_format = format_address(segment.v_format, v_codec.head_dim, v_codec.padded)
         k, v = _rows(segment.k), _rows(segment.v)
         position = segment.first
         for slot, count in segment.runs(segment.first, segment.stop):
-            runs.append((position, count, _from(k, slot), _from(v, slot), *formats))
+            runs.extend((position, count))
+            for words, scale, word_strides, scale_strides in (_from(k, slot), _from(v, slot)):
+                runs.extend((words, scale, *word_strides, *scale_strides))
+            runs.extend((k_format, v_format))
             position += count
-    return (native.Run * len(runs))(*runs)
+    return runs
 
 
 def _rows(packed: Packed) -> tuple:

@@ -1,5 +1,5 @@
 // Flash attention of some query rows of one KV head over a range of positions: decode and prefill are the same loop, but
-// for many rows of bfloat16 on a matrix unit (see prefill.h).
+// for many rows on a matrix unit (see prefill.h).
 //
 // Per block of tokens K and V become panels once; every few query rows then take scores, a running softmax and the
 // weighted values from them. q and the weights of quantised rows are multiplied as integers of 16 bits relative to
@@ -8,7 +8,6 @@
 // 2018; tiling: FlashAttention (Dao et al. 2022); rescaling only when the maximum has grown by much:
 // FlashAttention-4 (2025). Scores are in units of log 2 until the end.
 #pragma once
-#include "prefill.h"
 #include "weights.h"
 
 namespace gyrokv {
@@ -21,11 +20,11 @@ inline void score_stored(Workspace& work, const Query& query, const Block& block
     const Stored& s = *block.k_stored;
     char* products = work.plain + 18 * ROW_BYTES;
     const StoredRows k = stored_rows(f, s, *block.k_tables, block.k_rows.words, block.k_rows.word_strides[2], block.count,
-                                     block.tokens, work.panels[0], work.plain, work.unit, work.ahead);
+                                     block.tokens, work.plain);
     const auto score = s.element == BFLOAT ? score_rows_stored<false, false>
                        : s.split || s.planes == 2 ? score_rows_stored<true, true> : score_rows_stored<true, false>;
-    score(work.unit, s, k, query.tiles, f.dim, rows, tokens, block.k_scale, block.tokens, f.scale_type != SCALE_NONE, products,
-          work.scores, SCORE_STRIDE, work.most, work.ahead);
+    score(work.unit, k, query.tiles, rows, tokens, block.k_scale, block.tokens, f.scale_type != SCALE_NONE, work.panels[0],
+          products, work.scores, SCORE_STRIDE, work.most, work.ahead);
 #endif
 }
 
@@ -151,13 +150,9 @@ inline void attend_rows(const Attend& call, const Unit& unit, Workspace& work, c
             }
         }
         if (block.v_stored) work.unit.nudge();
-        work.ahead.step(work.pause);
+        work.ahead.tick(work.pause);
     }
-    if (block.v_stored) {
-        if (block.k_run)
-            work.ahead.aim_keys(*block.k_format, *block.k_run, f, *block.v_run, block.next, block.next_count, block.ticks);
-        return add_rows_stored(call, work, block, unit.out + int64_t(row) * call.v_dim, rows, state);
-    }
+    if (block.v_stored) return add_rows_stored(call, work, block, unit.out + int64_t(row) * call.v_dim, rows, state);
     if (block.direct) return add_rows(call, work, block, unit.out + int64_t(row) * call.v_dim, rows, state);
     for (int g = 0; g * group < f.dim; ++g) {
         for (int r = 0; r < rows && apart; ++r) {
@@ -176,15 +171,17 @@ inline void attend_rows(const Attend& call, const Unit& unit, Workspace& work, c
 // quantised rows are rounded relative to the largest of a block, so these blocks stay short.
 INLINE int tokens_per_block(const Attend& call, int rows) {
     int64_t bytes = 1;
-    bool integers = false, stored = false;
+    bool integers = false, stored = false, short_blocks = false;
     for (int i = 0; i < call.n_runs; ++i) {
-        stored |= multiplies_stored(*call.runs[i].v_format, rows);
+        const Format& v = *call.runs[i].v_format;
+        stored |= multiplies_stored(v, rows);
+        short_blocks |= v.kind == CODES && v.bits == 8;  // their rows fill the first cache
         for (const Format* f : {call.runs[i].k_format, call.runs[i].v_format})
             bytes = std::max(bytes, plain_stride(*f) * f->planes);
         integers |= element_of(*call.runs[i].v_format) == INT8;
     }
     if (rows > 64) return integers ? 128 : MOST_TOKENS;
-    if (stored) return 64;  // lines and spread weights stay in the first cache
+    if (stored) return short_blocks ? 64 : MOST_STORED_TOKENS;
     return int(std::clamp<int64_t>(16384 / bytes / 64 * 64, 64, 128));
 }
 
@@ -221,6 +218,13 @@ struct Layout {  // of the scratch memory
 
 inline size_t attend_memory(const Attend& call, int rows, Workspace* work, char** queries, float** scales, char* base) {
     Layout layout(base);
+#if defined(__AMX_BF16__)
+    if (takes_squares(call, rows, false)) {
+        const SquareMemory squares = square_memory(call, rows, [&](int64_t bytes) { return layout.take(bytes); });
+        if (base) work->squares = squares;
+        if (takes_squares(call, rows, true)) return layout.used;
+    }
+#endif
     const int64_t per_block = tokens_per_block(call, rows), dims[2] = {round_up(call.k_dim, 64), round_up(call.v_dim, 64)};
     char* products = layout.take(int64_t(ROWS_PER_MMA) * SCORE_STRIDE * 4);
     char* scores = layout.take(int64_t(ROWS_PER_MMA) * SCORE_STRIDE * 4);
@@ -228,10 +232,7 @@ inline size_t attend_memory(const Attend& call, int rows, Workspace* work, char*
     char* most = layout.take(int64_t(ROWS_PER_MMA) * LINE);
     char* rescale = layout.take(ROWS_PER_MMA * 4);
     char* first_query = layout.take(3 * query_bytes(call, rows));
-    char *shares = nullptr, *squares = nullptr;
-#if defined(__AMX_BF16__)
-    if (squares_rows(call, rows)) squares = layout.take(tiles_bytes(call, std::min(rows, rows_at_once(call))));
-#endif
+    char* shares = nullptr;
     if (rows <= MOST_DIRECT) shares = layout.take(dims[1] / 32 * round_up(rows, 4) * per_block * 4);
     char* sides[2][2];
     for (int i = 0; i < 2; ++i) {
@@ -242,7 +243,7 @@ inline size_t attend_memory(const Attend& call, int rows, Workspace* work, char*
     if (base) {
         work->products = products, work->weights = weights;
         work->scores = (float*)scores, work->most = (float*)most, work->rescale = (float*)rescale;
-        work->shares = (float*)shares, work->squares = squares;
+        work->shares = (float*)shares;
         *queries = first_query, work->plain = rows_scratch;
         for (int i = 0; i < 2; ++i) work->panels[i] = sides[i][0], scales[i] = (float*)sides[i][1];
     }
@@ -261,7 +262,7 @@ inline bool attend(const Attend& call, const Unit& unit, char* scratch) {
     attend_memory(call, unit.rows, &work, &next_query, scales, scratch);
     std::fill(unit.top, unit.top + unit.rows, -INFINITE);
     std::fill(unit.total, unit.total + unit.rows, 0.0f);
-    bool cleared = false;  // unit.out, which squares need not find cleared
+    bool cleared = false;  // unit.out
     Query queries[3];
     int packed = 0;
     const int per_block = tokens_per_block(call, unit.rows);
@@ -270,9 +271,20 @@ inline bool attend(const Attend& call, const Unit& unit, char* scratch) {
         const int64_t first = std::max(run.position, unit.first), stop = std::min(run.position + run.count, unit.stop);
         if (first >= stop) continue;
         const Format &kf = *run.k_format, &vf_ = *run.v_format;
-        bool k_stored = multiplies_stored(kf, unit.rows), v_stored = multiplies_stored(vf_, unit.rows);
-        if (with_panels_too(kf) && !v_stored && !adds_direct(vf_, unit.rows)) k_stored = false;
-        if (with_panels_too(vf_) && !k_stored) v_stored = false;
+        auto head = [&](Rows rows) {
+            rows.words += unit.batch * rows.word_strides[0] + unit.kv_head * rows.word_strides[1];
+            rows.scale += unit.batch * rows.scale_strides[0] + unit.kv_head * rows.scale_strides[1];
+            return rows;
+        };
+        const Rows k = head(run.k), v = head(run.v);
+#if defined(__AMX_BF16__)
+        if (takes_squares(kf, vf_, unit.rows)) {
+            if (attend_squares(call, unit, run, k, v, first, stop, work.squares, work.unit, work.ahead)) return true;
+            cleared = true;
+            continue;
+        }
+#endif
+        const bool k_stored = multiplies_stored(kf, unit.rows), v_stored = multiplies_stored(vf_, unit.rows);
         const bool direct = !v_stored && adds_direct(vf_, unit.rows);
         const Element ke = element_of(kf), ve = direct || v_stored ? FLOAT : element_of(vf_);
         const Tables k_tables(kf), v_tables(vf_);
@@ -286,19 +298,12 @@ inline bool attend(const Attend& call, const Unit& unit, char* scratch) {
             next_query += query_bytes(call, unit.rows);
         }
         const Query& query = queries[which];
-        auto head = [&](Rows rows) {
-            rows.words += unit.batch * rows.word_strides[0] + unit.kv_head * rows.word_strides[1];
-            rows.scale += unit.batch * rows.scale_strides[0] + unit.kv_head * rows.scale_strides[1];
-            return rows;
-        };
-        const Rows k = head(run.k), v = head(run.v);
         const int most = ROWS_PER_MMA / std::max(query.terms, terms_of(ve, call, bfloat_query(call)));
-        const Direct values = direct ? direct_of(vf_) : Direct{};
-        const bool squares = squares_rows(call, unit.rows) && ke == BFLOAT && ve == BFLOAT;
+        const Direct direct_values = direct ? direct_of(vf_) : Direct{};
         const bool fresh = !cleared;  // zeros are in any order
-        if (fresh && !squares) std::fill_n(unit.out, int64_t(unit.rows) * call.v_dim, 0.0f);
+        if (fresh) std::fill_n(unit.out, int64_t(unit.rows) * call.v_dim, 0.0f);
         cleared = true;
-        if (direct && !fresh) turn_columns(values, unit.out, unit.rows, call.v_dim, vf_.dim, false);
+        if (direct && !fresh) turn_columns(direct_values, unit.out, unit.rows, call.v_dim, vf_.dim, false);
         if (v_stored && !fresh) turn_columns(v_order, unit.out, unit.rows, call.v_dim, vf_.dim, false);
         const int together = blocks_at_once(call, unit.rows), passing = std::min(unit.rows, rows_at_once(call));
         Block blocks[MOST_BLOCKS];
@@ -311,24 +316,22 @@ inline bool attend(const Attend& call, const Unit& unit, char* scratch) {
                 block.count = int(std::min<int64_t>(per_block, stop - at));
                 block.tokens = int(round_up(block.count, TOKENS_PER_STEP));
                 const int64_t slot = at - run.position, next = std::min<int64_t>(per_block, stop - at - block.count);
-                const int k_ticks = k_stored ? block.tokens / 16 * stored_ticks(kf, k_order) : panel_ticks(kf, block.tokens, true);
-                const int v_ticks = v_stored ? block.tokens / 16 * stored_ticks(vf_, v_order)
-                                    : direct ? block.count * DIRECT_PACE * direct_passes(vf_, unit.rows)
-                                             : panel_ticks(vf_, block.tokens, false);
                 if (k_stored && v_stored) {
-                    const int pauses = 2 * k_ticks;
-                    work.ahead.aim_values(vf_, v, slot, block.count, k_ticks + pauses);
-                    work.pause = pauses / (unit.rows + 1);
-                    block.k_run = &k, block.v_run = &v, block.next = slot + block.count, block.next_count = next;
-                    block.ticks = v_ticks;
+                    work.pause = ROW_TICKS * block.tokens / 64;
+                    work.ahead.aim_half(kf, k, vf_, v, slot, block.count, next,
+                                        stored_ticks(k_order, v_order, unit.rows, block.tokens));
                 } else {
-                    const int pauses = together > 1 ? 0 : (k_ticks + v_ticks) / 4;
-                    work.ahead.aim(kf, k, vf_, v, slot + block.count, next, k_ticks + v_ticks + pauses);
+                    const int keys = k_stored ? block.tokens / 32 * k_sum_ticks(k_order) : panel_ticks(kf, block.tokens, true);
+                    const int values = direct ? block.count * DIRECT_PACE * direct_passes(vf_, unit.rows)
+                                              : panel_ticks(vf_, block.tokens, false);
+                    const int pauses = together > 1 ? 0 : (keys + values) / 4;
+                    work.ahead.aim(kf, k, vf_, v, slot + block.count, next, keys + values + pauses);
                     work.pause = pauses / (2 * unit.rows + 2);
                 }
                 block.k_rows = k, block.k_tables = &k_tables, block.v_rows = v, block.v_tables = &v_tables;
                 block.k_rows.words += slot * k.word_strides[2], block.v_rows.words += slot * v.word_strides[2];
                 work.unit.keep_awake();
+                work.ahead.tick(SCALE_TICKS);
                 if (k_stored)
                     block.k_stored = &k_order;
                 else
@@ -338,7 +341,7 @@ inline bool attend(const Attend& call, const Unit& unit, char* scratch) {
                 if (v_stored)
                     block.v_stored = &v_order;
                 else if (direct)
-                    block.direct = &values;
+                    block.direct = &direct_values;
                 else
                     block.v = v_panels(vf_, v_tables, v, slot, block.count, block.tokens,
                                        work.panels[1] + made * panel_bytes(call, 1, unit.rows, per_block), work.plain, work.unit,
@@ -346,25 +349,12 @@ inline bool attend(const Attend& call, const Unit& unit, char* scratch) {
                 float* k_scale = scales[0] + made * (per_block * round_up(call.k_dim, 64) / 32);
                 float* v_scale = scales[1] + made * (per_block * round_up(call.v_dim, 64) / 32);
                 expand_scales(kf, k, slot, block.count, block.tokens, k_scale);
+                work.ahead.tick(SCALE_TICKS);
                 expand_scales(vf_, v, slot, block.count, block.tokens, v_scale);
+                work.ahead.tick(SCALE_TICKS);
                 block.k_scale = k_scale, block.v_scale = v_scale;
                 at += block.count;
             }
-#if defined(__AMX_BF16__)
-            if (squares) {
-                const bool done = unit.alone && at == stop && stop == unit.stop;
-                Tiles tiles = tiles_at(vf_, passing, work.squares);
-                for (int begin = 0; begin < unit.rows; begin += passing) {
-                    enter_tiles(call, unit, tiles, begin, std::min(passing, unit.rows - begin));
-                    for (int i = 0; i < made; ++i)
-                        for (int row = begin; row < begin + tiles.rows; row += SQUARE)
-                            Square(call, unit, tiles, query, blocks[i], row).attend(work.unit);
-                    leave_tiles(call, unit, tiles, done);
-                }
-                if (done) return true;
-                continue;
-            }
-#endif
             for (int begin = 0; begin < unit.rows; begin += passing)
                 for (int i = 0; i < made; ++i)
                     for (int row = begin; row < std::min(unit.rows, begin + passing); row += most) {
@@ -378,7 +368,7 @@ inline bool attend(const Attend& call, const Unit& unit, char* scratch) {
                             attend_rows<FLOAT>(call, unit, work, query, block, row, rows);
                     }
         }
-        if (direct) turn_columns(values, unit.out, unit.rows, call.v_dim, vf_.dim, true);
+        if (direct) turn_columns(direct_values, unit.out, unit.rows, call.v_dim, vf_.dim, true);
         if (v_stored) turn_columns(v_order, unit.out, unit.rows, call.v_dim, vf_.dim, true);
     }
     if (!cleared) std::fill_n(unit.out, int64_t(unit.rows) * call.v_dim, 0.0f);

@@ -16,9 +16,6 @@ struct Block {
     const float *k_scale, *v_scale;  // [scale][tokens]
     int64_t position;
     int count, tokens;               // tokens: count padded to whole steps
-    const Rows *k_run = nullptr, *v_run;  // where rows of the next block are fetched while values are added, else null
-    int64_t next, next_count;
-    int ticks;                       // until then
 };
 
 INLINE int mask_bytes(const Attend& call) { return call.mask_type == MASK_BOOL ? 1 : call.mask_type == MASK_F32 ? 4 : 2; }

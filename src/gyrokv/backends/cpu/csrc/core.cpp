@@ -47,6 +47,9 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // Memory aligned to 64 bytes at least that grows and is kept. Throws bad_alloc.
+//
+// Much of it is asked of the system, in huge pages: pages that the allocator has used before would stay small, and lie
+// anywhere in the sets of a core's own cache.
 class Buffer {
 public:
     Buffer() = default;
@@ -57,28 +60,42 @@ public:
     char* get(size_t size) {
         if (size > size_) {
             release();
-            align_ = std::align_val_t(size >= kPage ? kPage : 64);
-            data_ = static_cast<char*>(::operator new(size, align_));
-            size_ = size;
-#if defined(__linux__)
-            if (size >= kPage) madvise(data_, size, MADV_HUGEPAGE);  // fewer misses of the address cache; may be refused
-#endif
+            data_ = size < kPage ? static_cast<char*>(::operator new(size, kAlign)) : map(size_t(round_up(size, kPage)));
+            size_ = size < kPage ? size : size_t(round_up(size, kPage));
         }
         return data_;
     }
 
 private:
     static constexpr size_t kPage = 2 << 20;
+    static constexpr std::align_val_t kAlign{64};
+
+#if defined(__linux__)
+    static char* map(size_t size) {
+        void* found = mmap(nullptr, size + kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (found == MAP_FAILED) throw std::bad_alloc();
+        char* const at = static_cast<char*>(found);
+        const size_t before = size_t(-reinterpret_cast<uintptr_t>(at)) % kPage;  // to where huge pages begin
+        if (before) munmap(at, before);
+        munmap(at + before + size, kPage - before);
+        madvise(at + before, size, MADV_HUGEPAGE);  // may be refused
+        return at + before;
+    }
+    static void unmap(char* at, size_t size) { munmap(at, size); }
+#else
+    static char* map(size_t size) { return static_cast<char*>(::operator new(size, kAlign)); }
+    static void unmap(char* at, size_t) { ::operator delete(at, kAlign); }
+#endif
 
     void release() {
-        if (data_ != nullptr) ::operator delete(data_, align_);
+        if (data_ != nullptr && size_ >= kPage) unmap(data_, size_);
+        if (data_ != nullptr && size_ < kPage) ::operator delete(data_, kAlign);
         data_ = nullptr;
         size_ = 0;
     }
 
     char* data_ = nullptr;
     size_t size_ = 0;
-    std::align_val_t align_{64};
 };
 
 thread_local Buffer scratch;   // of the thread: kernels' own memory

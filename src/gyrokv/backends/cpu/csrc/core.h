@@ -43,7 +43,7 @@ struct Run {
 struct Attend {
     int32_t batch, q_heads, kv_heads, q_len, k_dim, v_dim;
     int32_t q_kind;            // F32, F16 or BF16
-    int32_t terms;             // int8 parts of a q and of a weight: 2, or 1 for the fast inexact mode
+    int32_t terms;             // of codes, their q and weights: 2, or 1 for the fast inexact mode
     const char* q;
     int64_t q_strides[3];      // batch, head, token
     char* out;                 // [B, Hq, Tq, v_dim], contiguous

@@ -27,8 +27,9 @@ INLINE int direct_passes(const Format&, int) { return 0; }
 enum Decoding : int { BFLOATS, HALVES, FLOATS, FLOAT8, LINEAR, LOOKUP };
 
 // Where the codes of a chunk are: lane i loads a dword from one of two places, then takes that of lane index[i] and
-// shifts it. PLAIN: they are 64 consecutive bytes. WHOLE: one load has all of the field. PARTS: neither.
-enum Loading : int { PARTS, PLAIN, WHOLE };
+// shifts it. PLAIN: they are 64 consecutive bytes. HALF, QUARTER: 32 or 16, repeated. WHOLE: one load has all of the field.
+// PARTS: neither.
+enum Loading : int { PARTS, PLAIN, WHOLE, HALF, QUARTER };
 struct Piece {
     int32_t offset[2];
     __mmask16 mask[2];
@@ -73,7 +74,8 @@ INLINE Piece piece_of(int dim, int width, int base, int start, int to) {
     made.mask[0] = __mmask16((1u << before) - 1), made.mask[1] = __mmask16(~made.mask[0]);
     const bool whole = words <= COLUMNS_PER_CHUNK && !plain;
     if (whole) made.offset[0] = base, made.mask[0] = __mmask16((1u << words / 2) - 1), made.mask[1] = 0;
-    made.loading = plain ? PLAIN : whole ? WHOLE : PARTS;
+    const bool aligned = whole && start % words == 0;
+    made.loading = plain ? PLAIN : aligned && words == 16 ? HALF : aligned && words == 8 ? QUARTER : whole ? WHOLE : PARTS;
     for (int i = 0; i < LANES; ++i) {
         const int column = start + 2 * i, at = column / words * width - to;
         made.index[i] = uint32_t(whole ? column % words / 2 : i);
@@ -110,6 +112,8 @@ struct Loader {
           odd(load<vu>(p.odd)) {}
     inline __attribute__((always_inline)) vu operator()(const char* row) const {
         if constexpr (loading == PLAIN) return load<vu>(row + offset[0]);
+        if constexpr (loading == HALF) return (vu)_mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)(row + offset[0])));
+        if constexpr (loading == QUARTER) return (vu)_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)(row + offset[0])));
         __m512i x = _mm512_maskz_loadu_epi32(mask[0], row + offset[0]);
         if constexpr (loading == PARTS) x = _mm512_mask_loadu_epi32(x, mask[1], row + offset[1]);
         return (vu)_mm512_permutexvar_epi32((__m512i)index, x);

@@ -280,40 +280,26 @@ class Ahead {
         lines += add(k.words, k.word_strides[2], row_bytes(kf), first, count);
         lines += add(v.scale, v.scale_strides[2], scale_bytes(vf_), first, count);
         lines += add(k.scale, k.scale_strides[2], scale_bytes(kf), first, count);
-        set(lines, ticks, false);
+        set(lines, ticks);
     }
-    // Rows of V of a block, and then K of the next one with the scales of both: each into the first cache, just before it is
-    // used, because a line that is fetched twice occupies the few buffers of outstanding misses twice.
-    void aim_values(const Format& vf_, const Rows& v, int64_t first, int64_t count, int ticks) {
+    // The same, from V of a block to K of the next one, with its scales: half a block ahead of their use.
+    void aim_half(const Format& kf, const Rows& k, const Format& vf_, const Rows& v, int64_t first, int64_t count, int64_t next,
+                  int ticks) {
+        credit_ = ONE << 20;  // what was left out
+        fetch();
         streams_ = 0;
-        set(add(v.words, v.word_strides[2], row_bytes(vf_), first, count), ticks, true);
+        int64_t lines = add(v.scale, v.scale_strides[2], scale_bytes(vf_), first + count, next);
+        lines += add(k.scale, k.scale_strides[2], scale_bytes(kf), first + count, next);
+        lines += add(k.words, k.word_strides[2], row_bytes(kf), first + count, next);
+        lines += add(v.words, v.word_strides[2], row_bytes(vf_), first, count);
+        set(lines, ticks);
     }
-    void aim_keys(const Format& kf, const Rows& k, const Format& vf_, const Rows& v, int64_t first, int64_t count, int ticks) {
-        streams_ = 0;
-        int64_t lines = add(k.words, k.word_strides[2], row_bytes(kf), first, count);
-        lines += add(v.scale, v.scale_strides[2], scale_bytes(vf_), first, count);
-        lines += add(k.scale, k.scale_strides[2], scale_bytes(kf), first, count);
-        set(lines, ticks, true);
-    }
-    // Inside loops that have no registers to spare for a call.
     inline __attribute__((always_inline)) void tick(int weight = 1) {
         credit_ += rate_ * weight;
-        if (credit_ >= ONE) fetch<2>();
-    }
-    // Elsewhere, and where rows may be wanted in the first cache.
-    void step(int weight) {
-        credit_ += rate_ * weight;
-        if (credit_ >= ONE) fetch_apart();
+        if (credit_ >= ONE) fetch();
     }
 
    private:
-    __attribute__((noinline)) void fetch_apart() {
-        if (near_)
-            fetch<3>();
-        else
-            fetch<2>();
-    }
-    template <int locality>
     inline __attribute__((always_inline)) void fetch() {
         int64_t lines = int64_t(credit_ / ONE);
         credit_ %= ONE;
@@ -322,7 +308,7 @@ class Ahead {
             const char* at = s.row + s.at;
             const int64_t here = std::min(lines, (s.bytes - s.at + 63) / 64);
 #pragma GCC unroll 1
-            for (const char* end = at + 64 * here; at < end; at += 64) __builtin_prefetch(at, 0, locality);
+            for (const char* end = at + 64 * here; at < end; at += 64) __builtin_prefetch(at, 0, 2);
             s.at += 64 * here, lines -= here;
             if (s.at >= s.bytes) {
                 s.row += s.stride, s.at = 0;
@@ -339,8 +325,8 @@ class Ahead {
     static int64_t scale_bytes(const Format& f) {
         return f.scale_type == SCALE_NONE ? 0 : int64_t(f.dim / f.group) * (f.scale_type == SCALE_F16 ? 2 : 4);
     }
-    void set(int64_t lines, int ticks, bool near) {
-        rate_ = uint64_t(lines) * ONE / uint64_t(std::max(ticks, 1)) + 1, credit_ = 0, near_ = near;
+    void set(int64_t lines, int ticks) {
+        rate_ = uint64_t(lines) * ONE / uint64_t(std::max(ticks, 1)) + 1, credit_ = 0;
     }
     int64_t add(const char* from, int64_t stride, int64_t bytes, int64_t first, int64_t count) {
         if (!bytes || count <= 0) return 0;
@@ -351,7 +337,6 @@ class Ahead {
     }
     Stream stream_[4];
     int streams_ = 0;
-    bool near_ = false;
     uint64_t rate_ = 0, credit_ = 0;
 };
 

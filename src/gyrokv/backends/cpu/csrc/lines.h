@@ -9,8 +9,8 @@ namespace gyrokv {
 namespace GYROKV_ISA {
 
 constexpr int MOST_STORED = 16;   // query rows
+constexpr int MOST_STORED_TOKENS = 128;  // of a block
 constexpr int TILE = 16 * LINE;   // bytes
-constexpr int LINE_TICKS = 4;     // of Ahead, per tile
 
 #if !defined(__AMX_INT8__)
 
@@ -18,30 +18,34 @@ struct Stored {
     Stored(const Format&, bool) {}
 };
 INLINE bool multiplies_stored(const Format&, int) { return false; }
-INLINE bool with_panels_too(const Format&) { return false; }
-INLINE int stored_ticks(const Format&, const Stored&) { return 0; }
+INLINE int stored_ticks(const Stored&, const Stored&, int, int) { return 0; }
+INLINE int k_sum_ticks(const Stored&) { return 0; }
+constexpr int ROW_TICKS = 0, SCALE_TICKS = 0;
 INLINE void turn_columns(const Stored&, float*, int, int64_t, int, bool) {}
 
 #else
 
 constexpr int MOST_LINES = 640 / 32;  // of a padded head
 
-// Whether `rows` query rows cost less so than with panels, which are made once for all of them.
+// Whether `rows` query rows take rows of a format so: few do, because panels cost more than they save. Fewer where scores
+// leave out the products of both low parts (see QueryTiles).
 INLINE bool multiplies_stored(const Format& f, int rows) {
-    if (f.dim % 32 || f.group % 32) return false;
-    if (f.kind == BF16 || f.kind == FP8_E4M3) return rows <= MOST_STORED;
-    if (f.kind != CODES || f.bits < 2 || f.bits == 7) return false;
-    if (!packed_tokens(f) || !packed_values(f)) return rows <= MOST_STORED;  // panels would be made of unpacked rows
-    return rows <= (f.planes == 2 || f.bits == 8 ? 8 : f.bits == 4 ? 4 : 0);
+    if (f.dim % 32 || f.group % 32 || rows > (f.planes == 2 && f.group < f.dim ? MOST_STORED / 2 : MOST_STORED)) return false;
+    return f.kind == BF16 || f.kind == FP8_E4M3 || (f.kind == CODES && f.bits > 1 && f.bits != 7);
 }
-
-// Formats whose panels cost so little that changing between the two kinds of products would cost more.
-INLINE bool with_panels_too(const Format& f) { return packed_tokens(f) && packed_values(f) && f.planes == 1 && f.bits == 4; }
 
 // How rows of a format lie in lines. Unit u: lines first[u] .. first[u + 1] - 1, whose even bytes are in group even[u] of
 // the scale and whose odd bytes in group odd[u].
+struct Stored;
+using MakeLines = void (*)(const Stored&, const Tables&, int line, const char* from, int64_t stride, char* to);
+struct Makers {  // of 16 tokens (see code_lines and code_quads)
+    MakeLines keys, values;
+};
+inline Makers makers_of(const Format& f, const Stored& s);
+
 struct Stored {
     Element element;
+    Makers make;
     int lines, planes, units;
     int lanes;       // 16-bit lanes of a line in use
     bool in_place;   // rows are lines
@@ -57,7 +61,7 @@ struct Stored {
             lanes = f.dim % 64 ? 16 : 32, lines = f.dim / 2 / lanes, split = f.group < f.dim;
             in_place = f.linear && f.dim % 64 == 0;
             const int width = f.bits & 8 ? 8 : f.bits & 4 ? 4 : 2;
-            for (int j = 0; j < lines && !in_place; ++j) {
+            for (int j = 0; j < lines; ++j) {
                 wide[j] = piece_of(f.dim, width, 0, j * lanes, 0);
                 if (f.bits > width) next[j] = piece_of(f.dim, f.bits - width, f.dim * width / 8, j * lanes, width);
             }
@@ -68,16 +72,18 @@ struct Stored {
             first[units] = j, even[units] = a, odd[units] = b, ++units;
         }
         first[units] = lines;
+        if (element == INT8) make = makers_of(f, *this);
     }
 
-    // body(place in the order of the sums, column) for all columns; sums lie as [line][byte or bfloat16 of a column][column]
+    // body(place in the order of the sums, column) for all columns; sums lie as [line][bfloat16 of a dword][dword] or, of
+    // bytes, as interleave_quads leaves them.
     template <class Body>
     void each_column(int dim, Body body) const {
         const int parts = element == INT8 ? 4 : 2, columns = element == INT8 ? lanes / 2 : 16;
         for (int j = 0, at = 0; j < lines; ++j)
             for (int b = 0; b < parts; ++b)
                 for (int i = 0; i < columns; ++i, ++at)
-                    body(at, element == INT8 ? lanes * j + 2 * i + b / 2 + b % 2 * (dim / 2) : 32 * j + 2 * i + b);
+                    body(at, element == INT8 ? lanes * j + i / 4 * 8 + b / 2 * 4 + i % 4 + b % 2 * (dim / 2) : 32 * j + 2 * i + b);
     }
 };
 
@@ -95,114 +101,166 @@ inline void turn_columns(const Stored& s, float* out, int rows, int64_t stride, 
     }
 }
 
-// Rows of a block in groups of 16 tokens; all distances in bytes.
-struct StoredRows {
-    const char* data;
-    int64_t group, stride, line, plane;  // stride: from token to token
-    int groups;                          // in `data`; the next is at `rest`, whatever follows is zeros
-    const char *rest, *zeros;
-    int64_t rest_stride;
-    const char* at(int g) const { return g < groups ? data + g * group : g == groups ? rest : zeros; }
-    int64_t step(int g) const { return g < groups ? stride : g == groups ? rest_stride : 0; }
+// 16 tokens: line j of token t is at `at` + t * step + j * line, its second plane `plane` behind. Distances in bytes.
+struct Lines {
+    const char* at;
+    int64_t step, line, plane;
 };
 
-template <int bits, bool look_up, int planes, Loading wide_load, Loading next_load>
-inline void code_lines(const Stored& s, const Tables& tables, const char* from, int64_t stride, int groups, char* to,
-                       MatrixUnit& unit, Ahead& ahead) {
+// Codes of a line of tokens, as bytes.
+template <int bits, Loading wide_load, Loading next_load>
+struct Codes {
     using F = Fields<bits>;
-    const Decoder<bits, look_up> decoder(tables);
-    const int64_t plane = s.lines * TILE;
-    for (int g = 0; g < groups; ++g, from += 16 * stride, to += planes * plane)
-        for (int j = 0; j < s.lines; ++j) {
-            if (j % 2 == 0) unit.nudge();
-            const Loader<wide_load> wide(s.wide[j]);
-            const Loader<next_load> next(s.next[j]);
-            const char* row = from;
-            char* at = to + j * TILE;
-            ahead.step(LINE_TICKS);
-#pragma GCC unroll 4
-            for (int i = 0; i < 16; ++i, row += stride, at += LINE) {
-                vu code = wide(row) >> wide.even;  // tables repeat, so bits above the code do not matter
-                if constexpr (F::next > 0) {
-                    const vu low = (vu)splat(((1 << F::wide) - 1) * 0x01010101), y = next(row);
-                    code = (code & low) | ((vu)_mm512_rorv_epi32((__m512i)y, (__m512i)next.even) & ~low);
-                }
-                decoder.template write<planes>((line)code, at, plane);
-            }
+    const Loader<wide_load> wide;
+    const Loader<next_load> next;
+    inline __attribute__((always_inline)) Codes(const Stored& s, int line) : wide(s.wide[line]), next(s.next[line]) {}
+    inline __attribute__((always_inline)) vu operator()(const char* row) const {
+        if constexpr (bits == 8 && wide_load == PLAIN) return wide(row);
+        vu code = wide(row) >> wide.even;  // tables repeat, so bits above the code do not matter
+        if constexpr (F::next > 0) {
+            const vu low = (vu)splat(((1 << F::wide) - 1) * 0x01010101);
+            code = (code & low) | ((vu)_mm512_rorv_epi32((__m512i)next(row), (__m512i)next.even) & ~low);
         }
+        return code;
+    }
+};
+
+// A line of 16 tokens: as operand A of scores, [plane][token].
+template <int bits, bool look_up, int planes, Loading wide_load, Loading next_load>
+void code_lines(const Stored& s, const Tables& tables, int j, const char* row, int64_t stride, char* to) {
+    const Decoder<bits, look_up> decoder(tables);
+    const Codes<bits, wide_load, next_load> codes(s, j);
+#pragma GCC unroll 4
+    for (int t = 0; t < 16; ++t, row += stride, to += LINE) decoder.template write<planes>((line)codes(row), to, s.lines * TILE);
 }
 
-inline void code_lines(const Format& f, const Stored& s, const Tables& tables, const char* from, int64_t stride, int groups,
-                       char* to, MatrixUnit& unit, Ahead& ahead) {
-    auto load = [&]<int bits, int look_up, int planes>(std::integer_sequence<int, bits, look_up, planes>) {
-        const Loading wide = s.wide[0].loading, next = s.next[0].loading;
-        if (wide == PLAIN && (bits == Fields<bits>::wide || next == WHOLE))
-            code_lines<bits, bool(look_up), planes, PLAIN, WHOLE>(s, tables, from, stride, groups, to, unit, ahead);
-        else if (wide == WHOLE)  // and so is the next field, which has fewer words
-            code_lines<bits, bool(look_up), planes, WHOLE, WHOLE>(s, tables, from, stride, groups, to, unit, ahead);
-        else
-            code_lines<bits, bool(look_up), planes, PARTS, PARTS>(s, tables, from, stride, groups, to, unit, ahead);
-    };
-    auto run = [&]<int bits>(std::integral_constant<int, bits>) {
-        if (bits == 8 && f.linear)
-            load(std::integer_sequence<int, bits, int(bits != 8), 1>{});
-        else if (f.planes == 1)
-            load(std::integer_sequence<int, bits, true, 1>{});
-        else
-            load(std::integer_sequence<int, bits, true, 2>{});
-    };
-    switch (f.bits) {
-        case 2: return run(std::integral_constant<int, 2>{});
-        case 3: return run(std::integral_constant<int, 3>{});
-        case 4: return run(std::integral_constant<int, 4>{});
-        case 5: return run(std::integral_constant<int, 5>{});
-        case 6: return run(std::integral_constant<int, 6>{});
-        case 8: return run(std::integral_constant<int, 8>{});
+// Bytes of four tokens: vector b of the result holds, per dword, a byte of each of them. Byte 16 l + 2 i + b % 2 + 8 (b / 2)
+// of a token goes to dword 4 l + i, for i < 4.
+INLINE void interleave_quads(const vu* x, vu* to) {
+    const vec<uint8_t> a = (line)x[0], b = (line)x[1], c = (line)x[2], d = (line)x[3];
+    const vu low = (vu)splat(0xffff);
+    const vu ab[2] = {(vu)zip<0>(a, b), (vu)zip<1>(a, b)}, cd[2] = {(vu)zip<0>(c, d), (vu)zip<1>(c, d)};
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) to[2 * i] = (ab[i] & low) | cd[i] << 16, to[2 * i + 1] = ab[i] >> 16 | (cd[i] & ~low);
+}
+
+// A line of 16 tokens as operand B of values: [plane][byte, as above][row][16 dwords], of signed bytes. Tokens 4 i .. 4 i + 3
+// go to row 4 i, where the weights have them (see weight_bytes).
+constexpr int64_t QUADS = 4 * TILE;  // bytes of a plane of a line
+template <int bits, bool look_up, int planes, Loading wide_load, Loading next_load>
+void code_quads(const Stored& s, const Tables& tables, int j, const char* row, int64_t stride, char* to) {
+    const Decoder<bits, look_up, true> decoder(tables);
+    const Codes<bits, wide_load, next_load> codes(s, j);
+#pragma GCC unroll 2
+    for (int q = 0; q < 4; ++q, row += 4 * stride, to += 4 * LINE) {
+        vu x[4], made[4];
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) x[i] = codes(row + i * stride);
+        interleave_quads(x, made);
+#pragma GCC unroll 4
+        for (int b = 0; b < 4; ++b) decoder.template write<planes>((line)made[b], to + b * TILE, QUADS);
     }
 }
 
-// Rows of fp8 to rows of bfloat16.
-inline void float8_lines(int dim, const char* from, int64_t stride, int count, char* to, MatrixUnit& unit, Ahead& ahead) {
+inline Makers makers_of(const Format& f, const Stored& s) {
+    auto load = []<int bits, int look_up, int planes, int wide, int next>(
+                    std::integer_sequence<int, bits, look_up, planes, wide, next>) {
+        return Makers{code_lines<bits, bool(look_up), planes, Loading(wide), Loading(next)>,
+                      code_quads<bits, bool(look_up), planes, Loading(wide), Loading(next)>};
+    };
+    auto run = [&]<int bits, int look_up, int planes>(std::integer_sequence<int, bits, look_up, planes>) {
+        const Loading wide = s.wide[0].loading, next = s.next[0].loading;
+        constexpr bool one = bits == Fields<bits>::wide;
+        constexpr int none = HALF;  // of the next field where there is none
+        if (wide == PLAIN && (one || next == HALF)) return load(std::integer_sequence<int, bits, look_up, planes, PLAIN, HALF>{});
+        if (wide == PLAIN && next == QUARTER)
+            return load(std::integer_sequence<int, bits, look_up, planes, PLAIN, one ? none : QUARTER>{});
+        if (wide == PLAIN && next == PLAIN)
+            return load(std::integer_sequence<int, bits, look_up, planes, PLAIN, one ? none : PLAIN>{});
+        if (wide == HALF) return load(std::integer_sequence<int, bits, look_up, planes, HALF, one ? none : WHOLE>{});
+        if (wide == WHOLE)  // and so is the next field, which has fewer words
+            return load(std::integer_sequence<int, bits, look_up, planes, WHOLE, WHOLE>{});
+        return load(std::integer_sequence<int, bits, look_up, planes, PARTS, PARTS>{});
+    };
+    auto table = [&]<int bits>(std::integral_constant<int, bits>) {
+        if (bits == 8 && f.linear) return run(std::integer_sequence<int, bits, int(bits != 8), 1>{});
+        if (f.planes == 1) return run(std::integer_sequence<int, bits, true, 1>{});
+        return run(std::integer_sequence<int, bits, true, 2>{});
+    };
+    switch (f.bits) {
+        case 2: return table(std::integral_constant<int, 2>{});
+        case 3: return table(std::integral_constant<int, 3>{});
+        case 4: return table(std::integral_constant<int, 4>{});
+        case 5: return table(std::integral_constant<int, 5>{});
+        case 6: return table(std::integral_constant<int, 6>{});
+        default: return table(std::integral_constant<int, 8>{});
+    }
+}
+
+// 16 rows of fp8 to rows of bfloat16.
+inline void float8_lines(int dim, const char* from, int64_t stride, char* to) {
     const int lanes = dim / 2;
-    for (int t = 0; t < count; ++t, from += stride, to += 2 * dim) {
-        if (t % 16 == 0) unit.nudge();
+    for (int t = 0; t < 16; ++t, from += stride, to += 2 * dim)
         for (int x = 0; x < lanes; x += 32) {
-            ahead.step(1);
             const __mmask32 mask = lanes - x < 32 ? (1u << (lanes - x)) - 1 : ~0u;
             const auto code = (vec<uint16_t>)_mm512_maskz_loadu_epi16(mask, from + 2 * x);
             _mm512_mask_storeu_epi16(to + 2 * x, mask, (__m512i)fp8_to_bfloat(code & 0xff));
             _mm512_mask_storeu_epi16(to + 2 * (x + lanes), mask, (__m512i)fp8_to_bfloat(code >> 8));
         }
-    }
 }
 
-// `count` rows, padded to `tokens` with zeros of the code, to `to` if they are not multiplied in place. `rest`: room for 17.
+// Rows of a block in groups of 16 tokens.
+struct StoredRows {
+    const Format& format;
+    const Stored& stored;
+    const Tables& tables;
+    const char* data;
+    int64_t stride, bytes;       // from row to row; of a row
+    int groups;                  // in `data`; the next is at `rest`, whatever follows is zeros
+    const char *rest, *zeros;
+
+    const char* at(int g) const { return g < groups ? data + g * 16 * stride : g == groups ? rest : zeros; }
+    int64_t step(int g) const { return g < groups ? stride : g == groups ? bytes : 0; }
+
+    // Group g as operand A of scores or, of bfloat16, B of values; made in `to` if rows are not lines.
+    Lines lines(int g, char* to) const {
+        if (stored.in_place) return {at(g), step(g), LINE, 0};
+        if (stored.element != INT8) {
+            float8_lines(format.dim, at(g), step(g), to);
+            return {to, 2 * int64_t(format.dim), LINE, 0};
+        }
+        for (int j = 0; j < stored.lines; ++j) stored.make.keys(stored, tables, j, at(g), step(g), to + j * TILE);
+        return {to, LINE, TILE, stored.lines * TILE};
+    }
+};
+// Ticks of Ahead, of some 8 cycles. K: to make lines of 16 tokens, and to multiply 32 tokens with a few query rows. V: to make
+// a line of 16 tokens, for a row of weights, and to multiply a line of 64 tokens with a few query rows.
+INLINE int k_make_ticks(const Stored& s) { return s.in_place ? 0 : 5 * s.lines * s.planes; }
+INLINE int k_sum_ticks(const Stored& s) { return 4 * ((12 + (s.in_place ? 16 : 8) * s.lines * s.planes + (s.split ? 16 : 0)) / 4); }
+INLINE int v_make_ticks(const Stored& s) { return s.element != INT8 && s.in_place ? 0 : 8 * s.planes; }
+INLINE int v_sum_ticks(const Stored& s) { return s.element == INT8 ? 40 : 28; }
+constexpr int V_ROW_TICKS = 4, ROW_TICKS = 15, SCALE_TICKS = 10;
+// From the beginning of a block to its end.
+INLINE int stored_ticks(const Stored& k, const Stored& v, int rows, int tokens) {
+    const int passes = (rows + 3) / 4, v_passes = v.element == INT8 && v.planes == 1 ? (rows + 7) / 8 : passes, steps = tokens / 64;
+    const int keys = 2 * steps * (2 * k_make_ticks(k) + passes * k_sum_ticks(k));
+    const int sides = v.element == INT8 ? v.units * (v.split ? 2 : 1) : 1;
+    const int values = v.lines * (4 * v_make_ticks(v) + v_passes * v_sum_ticks(v)) + sides * rows * V_ROW_TICKS;
+    return keys + rows * steps * ROW_TICKS + steps * values + 3 * SCALE_TICKS;
+}
+
+INLINE int64_t lines_bytes(const Stored& s) { return s.in_place ? 0 : s.lines * s.planes * TILE; }  // of 16 tokens
+
+// `count` rows of a block of `tokens`; `rest`: room for 17.
 inline StoredRows stored_rows(const Format& f, const Stored& s, const Tables& tables, const char* from, int64_t stride, int count,
-                              int tokens, char* to, char* rest, MatrixUnit& unit, Ahead& ahead) {
+                              int tokens, char* rest) {
     const int64_t bytes = row_bytes(f);
     const int groups = count / 16;
-    char* zeros = rest + 16 * bytes;
-    if (count < tokens && f.kind != FP8_E4M3) {
+    if (count < tokens) {
         std::memset(rest, 0, 17 * bytes);
         for (int t = 16 * groups; t < count; ++t) std::memcpy(rest + (t - 16 * groups) * bytes, from + t * stride, bytes);
     }
-    if (s.in_place) return {from, 16 * stride, stride, LINE, 0, groups, rest, zeros, bytes};
-    if (f.kind == FP8_E4M3) {
-        float8_lines(f.dim, from, stride, count, to, unit, ahead);
-        std::memset(to + int64_t(count) * 2 * f.dim, 0, int64_t(tokens - count) * 2 * f.dim);
-        return {to, 32 * int64_t(f.dim), 2 * int64_t(f.dim), LINE, 0, tokens / 16, nullptr, nullptr, 0};
-    }
-    const int64_t plane = s.lines * TILE, group = s.planes * plane;
-    code_lines(f, s, tables, from, stride, groups, to, unit, ahead);
-    for (int g = groups; 16 * g < tokens; ++g)
-        code_lines(f, s, tables, 16 * g < count ? rest : zeros, 16 * g < count ? bytes : 0, 1, to + g * group, unit, ahead);
-    return {to, group, LINE, TILE, plane, tokens / 16, nullptr, nullptr, 0};
-}
-
-// How often stored_rows and a pass over its lines call Ahead::tick, for 16 tokens.
-INLINE int stored_ticks(const Format& f, const Stored& s) {
-    const int made = s.in_place ? 0 : f.kind == FP8_E4M3 ? 16 * ((f.dim + 63) / 64) : LINE_TICKS * s.lines;
-    return made + LINE_TICKS * s.lines * s.planes;
+    return {f, s, tables, from, stride, bytes, groups, rest, rest + 16 * bytes};
 }
 
 #endif

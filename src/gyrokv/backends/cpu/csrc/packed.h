@@ -18,8 +18,8 @@ struct LineTable {
 #if defined(__AVX512VBMI__)
     static constexpr int parts = entries == 256 ? 4 : 1;
     __m512i part[parts];
-    explicit LineTable(const uint8_t* table) {
-        for (int i = 0; i < parts; ++i) part[i] = _mm512_loadu_si512(table + 64 * i);
+    explicit LineTable(const uint8_t* table, uint8_t flipped = 0) {
+        for (int i = 0; i < parts; ++i) part[i] = _mm512_loadu_si512(table + 64 * i) ^ _mm512_set1_epi8(char(flipped));
     }
     line operator()(line code) const {
         const __m512i index = (__m512i)code;
@@ -30,7 +30,7 @@ struct LineTable {
     }
 #else
     const uint8_t* table;
-    explicit LineTable(const uint8_t* table) : table(table) {}
+    explicit LineTable(const uint8_t* table, uint8_t = 0) : table(table) {}
     line operator()(line code) const { return lookup<entries, LINE>(code, table); }
 #endif
 };
@@ -59,15 +59,17 @@ INLINE line codes_at(words wide, words next, int s, int place) {
     return (line)code;
 }
 
-template <int bits, bool look_up>
+// Codes to bytes as panels have them, or to signed ones.
+template <int bits, bool look_up, bool with_sign = ZERO == 0>
 struct Decoder {
     static constexpr int entries = bits <= 4 ? 16 : bits <= 6 ? 64 : 256;
     LineTable<entries> low, high;
-    explicit Decoder(const Tables& tables) : low(tables.plane[0]), high(tables.plane[1]) {}
+    explicit Decoder(const Tables& tables)
+        : low(tables.plane[0], with_sign ? ZERO : 0), high(tables.plane[1], with_sign ? ZERO : 0) {}
     template <int planes>
     inline __attribute__((always_inline)) void write(line code, char* to, int64_t plane) const {
         if constexpr (!look_up) {
-            store(to, ZERO ? code : code ^ 0x80);
+            store(to, with_sign ? code ^ 0x80 : code);
         } else {
             store(to, low(code));
             if constexpr (planes == 2) store(to + plane, high(code));

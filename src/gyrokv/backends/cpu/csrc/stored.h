@@ -1,9 +1,9 @@
 // Few query rows on the matrix unit, from rows as they are stored (see lines.h).
 //
-// Scores take lines of 16 tokens as A and q as B. Values take lines of 16 tokens as B, so that the bytes of a column belong
-// to one token; A therefore holds each weight once per byte (or bfloat16) of a column, with zeros in place of the others.
-// That wastes 3/4 (1/2) of the products, which costs less than to interleave the tokens. q and weights have two parts, as
-// everywhere.
+// Scores take lines of 16 tokens as A and q as B. Values of bytes take the bytes of four tokens at a time, interleaved, as B
+// and weights as A. Values of bfloat16 take lines of 16 tokens as B, so that a column belongs to one token; A then holds each
+// weight once per value of a column, with a zero beside it, which costs less than to interleave tokens. q and weights have
+// two parts, as everywhere.
 #pragma once
 #include "lines.h"
 
@@ -97,45 +97,39 @@ inline void pack_tiles(const Format& f, const Stored& s, const char* a, int64_t 
     else                             \
         _tile_dpbf16ps(c, a, 6)
 
-// Products of 64 tokens from group g on with q, for the lines of a unit: c [64][16].
-template <bool integer>
-INLINE void score_unit(const Stored& s, const StoredRows& rows, int g, const QueryTiles& q, int unit, char* c, Ahead& ahead) {
-    if constexpr (integer) {
-        const int32_t* start = q.start + 16 * unit;
-        _tile_loadd(0, start, 0);
-        _tile_loadd(1, start, 0);
-        _tile_loadd(2, start, 0);
-        _tile_loadd(3, start, 0);
-    } else {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
+// Products of 32 tokens with q in tiles c and d: at `to` + unit * 2 * TILE, [32][16]. Two pairs of tiles take turns, so that
+// a product waits for none of the 32 tokens before.
+#define GYROKV_SCORE_TILES(c, d)                                                       \
+    for (int u = 0; u < s.units; ++u, to += 2 * TILE) {                                \
+        if constexpr (integer) {                                                       \
+            _tile_loadd(c, q.start + 16 * u, 0);                                       \
+            _tile_loadd(d, q.start + 16 * u, 0);                                       \
+        } else {                                                                       \
+            _tile_zero(c);                                                             \
+            _tile_zero(d);                                                             \
+        }                                                                              \
+        for (int p = 0; p < s.planes; ++p)                                             \
+            for (int j = s.first[u]; j < s.first[u + 1]; ++j) {                        \
+                _tile_loadd(6, q.tiles + (p * s.lines + j) * int64_t(TILE), LINE);     \
+                _tile_loadd(4, k[0].at + j * k[0].line + p * k[0].plane, k[0].step);   \
+                GYROKV_K_DOT(c, 4);                                                    \
+                _tile_loadd(5, k[1].at + j * k[1].line + p * k[1].plane, k[1].step);   \
+                GYROKV_K_DOT(d, 5);                                                    \
+            }                                                                          \
+        _tile_stored(c, to, LINE);                                                     \
+        _tile_stored(d, to + TILE, LINE);                                              \
     }
-    const char* at[4] = {rows.at(g), rows.at(g + 1), rows.at(g + 2), rows.at(g + 3)};
-    const int64_t step[4] = {rows.step(g), rows.step(g + 1), rows.step(g + 2), rows.step(g + 3)};
-    for (int plane = 0; plane < s.planes; ++plane)
-        for (int j = s.first[unit]; j < s.first[unit + 1]; ++j) {
-            const int64_t line = j * rows.line + plane * rows.plane;
-            _tile_loadd(6, q.tiles + (plane * s.lines + j) * int64_t(TILE), LINE);
-            _tile_loadd(4, at[0] + line, step[0]);
-            GYROKV_K_DOT(0, 4);
-            ahead.step(LINE_TICKS);
-            _tile_loadd(5, at[1] + line, step[1]);
-            GYROKV_K_DOT(1, 5);
-            ahead.step(LINE_TICKS);
-            _tile_loadd(4, at[2] + line, step[2]);
-            GYROKV_K_DOT(2, 4);
-            ahead.step(LINE_TICKS);
-            _tile_loadd(5, at[3] + line, step[3]);
-            GYROKV_K_DOT(3, 5);
-            ahead.step(LINE_TICKS);
-        }
-    _tile_stored(0, c, LINE);
-    _tile_stored(1, c + TILE, LINE);
-    _tile_stored(2, c + 2 * TILE, LINE);
-    _tile_stored(3, c + 3 * TILE, LINE);
+template <bool integer>
+INLINE void score_tiles(const Stored& s, const Lines* k, const QueryTiles& q, bool second, char* to) {
+    memory_barrier();
+    if (second) {
+        GYROKV_SCORE_TILES(2, 3)
+    } else {
+        GYROKV_SCORE_TILES(0, 1)
+    }
+    memory_barrier();
 }
+#undef GYROKV_SCORE_TILES
 #undef GYROKV_K_DOT
 
 INLINE vf shuffle_parts(vf a, vf b, std::integral_constant<int, 0>) { return (vf)_mm512_shuffle_f32x4((__m512)a, (__m512)b, 0x88); }
@@ -192,74 +186,91 @@ INLINE void join_products(const Stored& s, const QueryTiles& q, const char* c, i
 }
 
 // Scores of `rows` query rows for `tokens` tokens (a multiple of LANES): [row][stride], and the largest of each lane [row][LANES].
-// k_scale: [group][scale_stride].
+// k_scale: [group][scale_stride]. `made`: room for lines of 64 tokens; `products`: for 4 TILE per unit.
+//
+// While the matrix unit multiplies 32 tokens, the vector units make lines of the next 32 and join products of those before.
 template <bool integer, bool split>
-inline void score_rows_stored(MatrixUnit& unit, const Stored& s, const StoredRows& k, char* q_memory, int dim, int rows, int tokens,
-                              const float* k_scale, int64_t scale_stride, bool scaled, char* products, float* scores, int64_t stride,
+inline void score_rows_stored(MatrixUnit& unit, const StoredRows& k, char* q_memory, int rows, int tokens, const float* k_scale,
+                              int64_t scale_stride, bool scaled, char* made, char* products, float* scores, int64_t stride,
                               float* most, Ahead& ahead) {
     unit.configure(16, 16);
-    for (int row = 0; row < rows; row += STORED_ROWS) {
-        const QueryTiles q = query_tiles(s, q_memory, dim, row);
-        const int own = std::min(STORED_ROWS, rows - row);
-        const vf none = splat(-__builtin_inff());
-        vf top[4] = {none, none, none, none};
-        for (int t = 0; t < tokens; t += 64) {
-            memory_barrier();
-            for (int u = 0; u < s.units; ++u) score_unit<integer>(s, k, t / 16, q, u, products + 4 * u * TILE, ahead);
-            memory_barrier();
-            for (int i = 0; i < 64 && t + i < tokens; i += 16) {
-                vf made[4];
-                join_products<integer, split>(s, q, products + i * LINE, 4 * TILE, k_scale + t + i, scale_stride, made);
-                for (int r = 0; r < own; ++r) {
-                    if (!split && scaled) made[r] *= load<vf>(k_scale + t + i);
-                    top[r] = max(top[r], made[r]);
-                    store(scores + (row + r) * stride + t + i, made[r]);
-                }
+    const Stored& s = k.stored;
+    const int passes = (rows + STORED_ROWS - 1) / STORED_ROWS, items = (tokens + 31) / 32 * passes;
+    const int64_t size = lines_bytes(s), products_size = s.units * 2 * TILE;
+    for (int r = 0; r < rows; ++r) store(most + r * LANES, splat(-__builtin_inff()));
+    Lines lines[2];
+    auto make = [&](int step) {
+        char* to = made + step % 2 * 2 * size;
+        lines[0] = k.lines(2 * step, to);
+        ahead.tick(k_make_ticks(s));
+        lines[1] = k.lines(2 * step + 1, to + size);
+        ahead.tick(k_make_ticks(s));
+    };
+    auto join = [&](int item) {
+        const int row = item % passes * STORED_ROWS, own = std::min(STORED_ROWS, rows - row);
+        const QueryTiles q = query_tiles(s, q_memory, k.format.dim, row);
+        const char* from = products + item % 2 * products_size;
+        for (int t = item / passes * 32; t < std::min(item / passes * 32 + 32, tokens); t += 16, from += TILE) {
+            vf x[4];
+            join_products<integer, split>(s, q, from, 2 * TILE, k_scale + t, scale_stride, x);
+            for (int r = 0; r < own; ++r) {
+                if (!split && scaled) x[r] *= load<vf>(k_scale + t);
+                float* top = most + (row + r) * LANES;
+                store(top, max(load<vf>(top), x[r]));
+                store(scores + (row + r) * stride + t, x[r]);
             }
+            ahead.tick(k_sum_ticks(s) / 4);
         }
-        for (int r = 0; r < own; ++r) store(most + (row + r) * LANES, top[r]);
-        unit.nudge();
+    };
+    make(0);
+    for (int item = 0; item < items; ++item) {
+        const QueryTiles q = query_tiles(s, q_memory, k.format.dim, item % passes * STORED_ROWS);
+        score_tiles<integer>(s, lines, q, item % 2, products + item % 2 * products_size);
+        ahead.tick(k_sum_ticks(s) / 2);
+        if ((item + 1) % passes == 0 && item + 1 < items) make((item + 1) / passes);
+        if (item) join(item - 1);
     }
+    join(items - 1);
 }
 
 // -- values
 
-// What turns sums of bytes into sums of values: [even or odd bytes][query row].
-struct Shares {
-    float factor[2][STORED_ROWS];
-    int32_t offset[2][STORED_ROWS];
-};
-
-// Weights [row][stride] times V's scales as A, for `groups` groups of 16 tokens: [group][high or low part][byte][query row].
-INLINE void spread_integers(const float* weights, int64_t stride, int rows, const float* even, const float* odd, int groups,
-                            int planes, char* to, Shares& made, MatrixUnit& unit) {
-    for (int side = 0; side < (even == odd ? 1 : 2); ++side) {
-        const float* scales = side ? odd : even;
-        for (int r = 0; r < rows; ++r) {
-            if (r % 2 == 0) unit.nudge();
-            const float* w = weights + r * stride;
-            vf most = {};
-            for (int g = 0; g < groups; ++g) most = max(most, (vf)((vi)(load<vf>(w + 16 * g) * load<vf>(scales + 16 * g)) & 0x7fffffff));
-            const float size = reduce_max(most), inverse = size > 1e-30f ? 32512.0f / size : 0.0f;
-            vi sum = {}, high_sum = {};
-            for (int g = 0; g < groups; ++g) {
-                const vi x = round_int(load<vf>(w + 16 * g) * load<vf>(scales + 16 * g) * inverse), y = x + 128;
-                sum += x, high_sum += y >> 8;
-                char *high = to + g * 2 * TILE + r * LINE, *low = high + TILE;
-                constexpr int BYTE = STORED_ROWS * LINE;
-                if (side == 0) {
-                    store(high, y >> 8 & 0xff), store(high + 2 * BYTE, y << 8 & 0xff0000);
-                    store(low, x & 0xff), store(low + 2 * BYTE, x << 16 & 0xff0000);
-                }
-                if (side == 1 || even == odd) {
-                    store(high + BYTE, y & 0xff00), store(high + 3 * BYTE, (y & 0xff00) << 16);
-                    store(low + BYTE, x << 8 & 0xff00), store(low + 3 * BYTE, x << 24);
-                }
-            }
-            made.factor[side][r] = size / 32512.0f;
-            made.offset[side][r] = ZERO * (reduce_add(sum) + (planes == 2 ? reduce_add(high_sum) : 0));
-            if (even == odd) made.factor[1][r] = made.factor[0][r], made.offset[1][r] = made.offset[0][r];
+// Weights times V's scales as A for bytes: [64 tokens][zeros, high part, low part, zeros][row][64 bytes], the tokens in the
+// order of code_quads; without zeros where V has one plane. `factors`: of the integers.
+INLINE int64_t weight_bytes_size(int rows, int planes) { return int64_t(2 * planes) * rows * LINE; }  // of 64 tokens
+template <int planes, int steps>
+INLINE void weight_bytes(const float* weights, int64_t stride, int rows, const float* scales, int first, int stop, char* to,
+                         float* factors, Ahead& ahead) {
+    vf scale[4 * steps];  // of tokens that some row sees: others need not be numbers
+    for (int i = 0; i < 4 * steps; ++i) scale[i] = 16 * i >= first && 16 * i < stop ? load<vf>(scales + 16 * i) : vf{};
+    for (int r = 0; r < rows; ++r) {
+        vf x[4 * steps], most = {};
+#pragma GCC unroll 8
+        for (int i = 0; i < 4 * steps; ++i) {
+            x[i] = load<vf>(weights + r * stride + 16 * i) * scale[i];
+            most = (vf)_mm512_range_ps((__m512)most, (__m512)x[i], 0xb);  // of larger magnitude, without sign
         }
+        const float size = reduce_max(most), inverse = size > 1e-30f ? 32512.0f / size : 0.0f;
+        factors[r] = size / 32512.0f;
+#pragma GCC unroll 2
+        for (int i = 0; i < steps; ++i) {
+            __m512i whole[2], high[2];
+#pragma GCC unroll 2
+            for (int j = 0; j < 2; ++j) {
+                const vi a = round_int(x[4 * i + 2 * j] * inverse), b = round_int(x[4 * i + 2 * j + 1] * inverse);
+                whole[j] = _mm512_packs_epi32((__m512i)a, (__m512i)b);
+                high[j] = _mm512_srai_epi16(_mm512_add_epi16(whole[j], _mm512_set1_epi16(128)), 8);
+                whole[j] = _mm512_and_si512(whole[j], _mm512_set1_epi16(255));
+            }
+            char* at = to + i * weight_bytes_size(rows, planes) + r * LINE;
+            if constexpr (planes == 2) {
+                store(at, line{}), store(at + 3 * rows * LINE, line{});
+                at += rows * LINE;
+            }
+            _mm512_storeu_si512(at, _mm512_packs_epi16(high[0], high[1]));
+            _mm512_storeu_si512(at + rows * LINE, _mm512_packus_epi16(whole[0], whole[1]));
+        }
+        ahead.tick(V_ROW_TICKS * steps);
     }
 }
 
@@ -276,81 +287,69 @@ INLINE void spread_bfloats(const float* weights, int64_t stride, int rows, int g
         }
 }
 
-// Sums of `groups` groups of tokens for one or two lines of bytes, [line][products with the high byte, the rest]: c.
-// a: [group][part] tiles of each line.
-template <int lines, int planes>
-INLINE void sum_bytes(const StoredRows& v, int line, int first, int groups, const char* const* a, char* c, Ahead& ahead) {
+// Sums of a line of bytes over `steps` times 64 tokens: [byte][high, low part][row]. `a`: weights of even and of odd bytes;
+// from: [64 tokens][plane] as code_quads makes them. Of two planes the low one is multiplied with weights that lie `rows` lower:
+// [byte][high plane with high part, high with low and low with high, low with low][row].
+#define GYROKV_V_DOT(c, byte)                                                        \
+    _tile_loadd(6, from + (planes - 1) * QUADS + byte * TILE, LINE);                 \
+    _tile_dpbssd(c, 4, 6);                                                           \
+    if constexpr (planes == 2) {                                                     \
+        _tile_loadd(7, from + byte * TILE, LINE);                                    \
+        _tile_dpbssd(c, 5, 7);                                                       \
+    }
+#define GYROKV_V_WEIGHTS(side)                                                       \
+    _tile_loadd(4, a[side] + step * size + (planes - 1) * rows * LINE, LINE);        \
+    if constexpr (planes == 2) _tile_loadd(5, a[side] + step * size, LINE);
+template <int planes>
+INLINE void sum_bytes(const char* const* a, int rows, const char* from, int steps, char* c) {
+    const int64_t size = weight_bytes_size(rows, planes);
+    memory_barrier();
     _tile_zero(0);
     _tile_zero(1);
-    if constexpr (lines > 1) {
-        _tile_zero(2);
-        _tile_zero(3);
-    }
-    for (int g = 0; g < groups; ++g) {
-        const char* at = v.at(first + g) + line * v.line;
-        const int64_t step = v.step(first + g);
-        _tile_loadd(4, a[0] + g * 2 * TILE, LINE);
-        _tile_loadd(5, a[0] + g * 2 * TILE + TILE, LINE);
-        _tile_loadd(6, at + (planes - 1) * v.plane, step);
-        _tile_dpbsud(0, 4, 6);
-        _tile_dpbsud(1, 5, 6);
-        ahead.step(LINE_TICKS);
-        if constexpr (planes == 2) {
-            _tile_loadd(7, at, step);
-            _tile_dpbsud(1, 4, 7);
-            ahead.step(LINE_TICKS);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int step = 0; step < steps; ++step, from += planes * QUADS) {
+        GYROKV_V_WEIGHTS(0)
+        GYROKV_V_DOT(0, 0)
+        GYROKV_V_DOT(2, 2)
+        if (a[1] != a[0]) {
+            GYROKV_V_WEIGHTS(1)
         }
-        if constexpr (lines > 1) {
-            if (a[1] != a[0]) {
-                _tile_loadd(4, a[1] + g * 2 * TILE, LINE);
-                _tile_loadd(5, a[1] + g * 2 * TILE + TILE, LINE);
-            }
-            _tile_loadd(7, at + v.line + (planes - 1) * v.plane, step);
-            _tile_dpbsud(2, 4, 7);
-            _tile_dpbsud(3, 5, 7);
-            ahead.step(LINE_TICKS);
-            if constexpr (planes == 2) {
-                _tile_loadd(6, at + v.line, step);
-                _tile_dpbsud(3, 4, 6);
-                ahead.step(LINE_TICKS);
-            }
-        }
+        GYROKV_V_DOT(1, 1)
+        GYROKV_V_DOT(3, 3)
     }
     _tile_stored(0, c, LINE);
     _tile_stored(1, c + TILE, LINE);
-    if constexpr (lines > 1) {
-        _tile_stored(2, c + 2 * TILE, LINE);
-        _tile_stored(3, c + 3 * TILE, LINE);
-    }
+    _tile_stored(2, c + 2 * TILE, LINE);
+    _tile_stored(3, c + 3 * TILE, LINE);
+    memory_barrier();
 }
+#undef GYROKV_V_DOT
+#undef GYROKV_V_WEIGHTS
 
 template <int lines>
-INLINE void sum_bfloats(const StoredRows& v, int line, int first, int groups, const char* a, char* c, Ahead& ahead) {
+INLINE void sum_bfloats(const Lines* v, int line, int groups, const char* a, char* c) {
     _tile_zero(0);
     if constexpr (lines > 1) _tile_zero(1);
     if constexpr (lines > 2) _tile_zero(2);
     if constexpr (lines > 3) _tile_zero(3);
     for (int g = 0; g < groups; ++g) {
-        const char* at = v.at(first + g) + line * LINE;
-        const int64_t step = v.step(first + g);
+        const char* at = v[g].at + line * LINE;
+        const int64_t step = v[g].step;
         _tile_loadd(4, a + g * TILE, LINE);
         _tile_loadd(6, at, step);
         _tile_dpbf16ps(0, 4, 6);
-        ahead.step(LINE_TICKS);
         if constexpr (lines > 1) {
             _tile_loadd(7, at + LINE, step);
             _tile_dpbf16ps(1, 4, 7);
-            ahead.step(LINE_TICKS);
         }
         if constexpr (lines > 2) {
             _tile_loadd(6, at + 2 * LINE, step);
             _tile_dpbf16ps(2, 4, 6);
-            ahead.step(LINE_TICKS);
         }
         if constexpr (lines > 3) {
             _tile_loadd(7, at + 3 * LINE, step);
             _tile_dpbf16ps(3, 4, 7);
-            ahead.step(LINE_TICKS);
         }
     }
     _tile_stored(0, c, LINE);
@@ -359,101 +358,109 @@ INLINE void sum_bfloats(const StoredRows& v, int line, int first, int groups, co
     if constexpr (lines > 3) _tile_stored(3, c + 3 * TILE, LINE);
 }
 
-// Rows of V and what they are multiplied with: weights [row][stride] of `groups` groups of 16 tokens from `first` on.
+// Rows of V and what they are multiplied with: weights [row][stride] of all `tokens` of the block, 64 or 128. Those before
+// `first` and from `stop` on, multiples of 16, are zeros.
 struct StoredValues {
-    const Format& format;
-    const Stored& stored;
     const StoredRows& rows;
-    int first, groups;
+    int tokens, first, stop;
     const float* weights;
     int64_t stride;
     int count;               // query rows
-    const float* scales;     // [group of the scale][scale_stride], from the first token on
+    const float* scales;     // [group of the scale][scale_stride]
     int64_t scale_stride;
     float* out;              // [row][out_stride], in the order of the sums
     int64_t out_stride;
     const float* rescale;    // out = out * rescale + sums
-    char *spread, *products; // room
+    char *made, *spread, *products; // room
 };
 
-inline void add_stored_bytes(const StoredValues& w, int row, MatrixUnit& matrix, Ahead& ahead) {
-    const Stored& s = w.stored;
-    const int rows = std::min(STORED_ROWS, w.count - row);
-    const float* weights = w.weights + row * w.stride;
-    Shares shares[2];
-    int made[2] = {-1, -1}, unit = 0;  // units whose weights are spread
+template <int planes, int steps>
+inline void add_stored_bytes(const StoredValues& w, MatrixUnit& unit, Ahead& ahead) {
+    constexpr int most = planes == 2 ? 4 : 8;  // query rows of a product
+    const Stored& s = w.rows.stored;
     const __mmask16 mask = s.lanes == 32 ? 0xffff : 0xff;
-    for (int line = 0; line < s.lines; line += 2) {
-        const int lines = std::min(2, s.lines - line);
-        const char* a[2];
-        int place[2];
-        for (int l = 0; l < lines; ++l) {
-            while (s.first[unit + 1] <= line + l) ++unit;
-            int at = made[0] == unit ? 0 : made[1] == unit ? 1 : -1;
-            if (at < 0) {
-                at = l && place[0] == 0 ? 1 : 0;
-                spread_integers(weights, w.stride, rows, w.scales + s.even[unit] * w.scale_stride, w.scales + s.odd[unit] * w.scale_stride,
-                                w.groups, s.planes, w.spread + at * w.groups * 2 * TILE, shares[at], matrix);
-                made[at] = unit;
-            }
-            place[l] = at, a[l] = w.spread + at * w.groups * 2 * TILE;
+    const float by = w.rows.format.factor * (planes == 2 ? 256.0f : 1.0f);
+    for (int j = 0, u = -1; j < s.lines; ++j) {
+        const bool fresh = j == s.first[u + 1];  // scales differ from those of the line before
+        u += fresh;
+        for (int i = 0; i < 4 * steps; ++i) {
+            s.make.values(s, w.rows.tables, j, w.rows.at(i), w.rows.step(i), w.made + i / 4 * planes * QUADS + i % 4 * LINE);
+            ahead.tick(v_make_ticks(s));
         }
-        memory_barrier();
-        if (lines == 2 && s.planes == 2)
-            sum_bytes<2, 2>(w.rows, line, w.first, w.groups, a, w.products, ahead);
-        else if (lines == 2)
-            sum_bytes<2, 1>(w.rows, line, w.first, w.groups, a, w.products, ahead);
-        else if (s.planes == 2)
-            sum_bytes<1, 2>(w.rows, line, w.first, w.groups, a, w.products, ahead);
-        else
-            sum_bytes<1, 1>(w.rows, line, w.first, w.groups, a, w.products, ahead);
-        memory_barrier();
-        const float factor = w.format.factor * (s.planes == 2 ? 256.0f : 1.0f);
-        for (int l = 0; l < lines; ++l)
-            for (int b = 0; b < 4; ++b)
+        for (int row = 0; row < w.count; row += most) {
+            const int rows = std::min(most, w.count - row);
+            const int64_t size = steps * weight_bytes_size(most, planes);
+            char* room = w.spread + row / most * 2 * size;
+            float* factors = (float*)(w.spread + 2 * MOST_STORED / most * size) + 2 * row;
+            const bool apart = s.odd[u] != s.even[u];
+            const char* a[2] = {room, room + apart * size};
+            for (int side = 0; side < 1 + apart && fresh; ++side) {
+                const int group = side ? s.odd[u] : s.even[u];
+                weight_bytes<planes, steps>(w.weights + row * w.stride, w.stride, rows, w.scales + group * w.scale_stride, w.first,
+                                            w.stop, room + side * size, factors + side * most, ahead);
+            }
+            sum_bytes<planes>(a, rows, w.made, steps, w.products);
+            ahead.tick(v_sum_ticks(s) * steps / 2);
+            for (int b = 0; b < 4; ++b) {
+                if (b == 2) ahead.tick(v_sum_ticks(s) * steps / 2);
                 for (int r = 0; r < rows; ++r) {
-                    const Shares& own = shares[place[l]];
-                    const char* c = w.products + l * 2 * TILE + (b * STORED_ROWS + r) * LINE;
-                    const vf x = to_float((load<vi>(c) << 8) + load<vi>(c + TILE) - own.offset[b & 1][r]);
-                    float* to = w.out + (row + r) * w.out_stride + ((line + l) * 4 + b) * (s.lanes / 2);
+                    const char* c = w.products + b * TILE + r * LINE;
+                    vf x = to_float((load<vi>(c) << 8) + load<vi>(c + rows * LINE));
+                    if constexpr (planes == 2) x = fma(to_float(load<vi>(c + 2 * rows * LINE)), splat(1.0f / 256.0f), x);
+                    float* to = w.out + (row + r) * w.out_stride + (j * 4 + b) * (s.lanes / 2);
                     const vf old = (vf)_mm512_maskz_loadu_ps(mask, to);
-                    _mm512_mask_storeu_ps(to, mask, (__m512)fma(old, splat(w.rescale[row + r]), x * (own.factor[b & 1][r] * factor)));
+                    const float factor = factors[(b & apart) * most + r] * by;
+                    _mm512_mask_storeu_ps(to, mask, (__m512)fma(old, splat(w.rescale[row + r]), x * factor));
                 }
+            }
+        }
     }
 }
 
-inline void add_stored_bfloats(const StoredValues& w, int row, Ahead& ahead) {
-    const int rows = std::min(STORED_ROWS, w.count - row);
-    spread_bfloats(w.weights + row * w.stride, w.stride, rows, w.groups, w.spread);
-    for (int line = 0; line < w.stored.lines; line += 4) {
-        const int lines = std::min(4, w.stored.lines - line);
-        memory_barrier();
-        if (lines == 4)
-            sum_bfloats<4>(w.rows, line, w.first, w.groups, w.spread, w.products, ahead);
-        else if (lines == 3)
-            sum_bfloats<3>(w.rows, line, w.first, w.groups, w.spread, w.products, ahead);
-        else if (lines == 2)
-            sum_bfloats<2>(w.rows, line, w.first, w.groups, w.spread, w.products, ahead);
-        else
-            sum_bfloats<1>(w.rows, line, w.first, w.groups, w.spread, w.products, ahead);
-        memory_barrier();
-        for (int l = 0; l < lines; ++l)
-            for (int b = 0; b < 2; ++b)
-                for (int r = 0; r < rows; ++r) {
-                    const char* c = w.products + l * TILE + (2 * b * STORED_ROWS + r) * LINE;
-                    float* to = w.out + (row + r) * w.out_stride + ((line + l) * 2 + b) * 16;
-                    store(to, fma(load<vf>(to), splat(w.rescale[row + r]), load<vf>(c) + load<vf>(c + STORED_ROWS * LINE)));
-                }
+inline void add_stored_bfloats(const StoredValues& w, MatrixUnit& unit, Ahead& ahead) {
+    const Stored& s = w.rows.stored;
+    const int groups = (w.stop - w.first) / 16;
+    Lines v[MOST_STORED_TOKENS / 16];
+    for (int g = 0; g < groups; ++g) {
+        v[g] = w.rows.lines(w.first / 16 + g, w.made + g * lines_bytes(s));
+        ahead.tick(v_make_ticks(s) * s.lines);
+    }
+    for (int row = 0; row < w.count; row += STORED_ROWS) {
+        const int rows = std::min(STORED_ROWS, w.count - row);
+        spread_bfloats(w.weights + row * w.stride + w.first, w.stride, rows, groups, w.spread);
+        for (int line = 0; line < s.lines; line += 4) {
+            const int lines = std::min(4, s.lines - line);
+            memory_barrier();
+            if (lines == 4)
+                sum_bfloats<4>(v, line, groups, w.spread, w.products);
+            else if (lines == 3)
+                sum_bfloats<3>(v, line, groups, w.spread, w.products);
+            else if (lines == 2)
+                sum_bfloats<2>(v, line, groups, w.spread, w.products);
+            else
+                sum_bfloats<1>(v, line, groups, w.spread, w.products);
+            memory_barrier();
+            for (int l = 0; l < lines; ++l) {
+                ahead.tick(v_sum_ticks(s) * groups / 4);
+                for (int b = 0; b < 2; ++b)
+                    for (int r = 0; r < rows; ++r) {
+                        const char* c = w.products + l * TILE + (2 * b * STORED_ROWS + r) * LINE;
+                        float* to = w.out + (row + r) * w.out_stride + ((line + l) * 2 + b) * 16;
+                        store(to, fma(load<vf>(to), splat(w.rescale[row + r]), load<vf>(c) + load<vf>(c + STORED_ROWS * LINE)));
+                    }
+            }
+        }
     }
 }
 
 inline void add_stored(const StoredValues& w, MatrixUnit& unit, Ahead& ahead) {
     unit.configure(16, 16);
-    for (int row = 0; row < w.count; row += STORED_ROWS)
-        if (w.stored.element == INT8)
-            add_stored_bytes(w, row, unit, ahead);
-        else
-            add_stored_bfloats(w, row, ahead);
+    if (w.rows.stored.element != INT8) return add_stored_bfloats(w, unit, ahead);
+    const bool two = w.rows.stored.planes == 2, whole = w.tokens == 128;
+    if (two && whole) return add_stored_bytes<2, 2>(w, unit, ahead);
+    if (two) return add_stored_bytes<2, 1>(w, unit, ahead);
+    if (whole) return add_stored_bytes<1, 2>(w, unit, ahead);
+    add_stored_bytes<1, 1>(w, unit, ahead);
 }
 
 #endif

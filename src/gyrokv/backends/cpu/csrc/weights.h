@@ -1,6 +1,6 @@
 // Scores of a few rows to weights, and what these add to the output: see attend.h.
 #pragma once
-#include "block.h"
+#include "prefill.h"
 
 namespace gyrokv {
 namespace GYROKV_ISA {
@@ -15,7 +15,9 @@ struct Workspace {
     char* panels[2];  // of K and V
     float* rescale;   // [rows]
     float* shares;    // weights with V's scale (see direct.h)
-    char* squares;    // see prefill.h
+#if defined(__AMX_BF16__)
+    SquareMemory squares;
+#endif
     MatrixUnit unit;
     Ahead ahead;
     int pause;        // ticks of `ahead` after each step on a row
@@ -173,13 +175,16 @@ INLINE void clear_weights(Workspace& work, int rows, const Row* state, int& firs
 inline void add_rows_stored(const Attend& call, Workspace& work, const Block& block, float* out, int rows, const Row* state) {
 #if defined(__AMX_INT8__)
     const Format& f = *block.v_format;
-    const Stored& s = *block.v_stored;
     int first, stop;
     clear_weights(work, rows, state, first, stop);
-    const StoredRows v = stored_rows(f, s, *block.v_tables, block.v_rows.words, block.v_rows.word_strides[2], block.count,
-                                     block.tokens, work.panels[block.k_stored ? 0 : 1], work.plain, work.unit, work.ahead);
-    add_stored({f, s, v, first / 16, (stop - first) / 16, work.scores + first, SCORE_STRIDE, rows, block.v_scale + first, block.tokens,
-                out, call.v_dim, work.rescale, work.weights, work.products}, work.unit, work.ahead);
+    for (int r = 0; r < rows; ++r) {
+        std::fill_n(work.scores + r * SCORE_STRIDE, first, 0.0f);
+        std::fill(work.scores + r * SCORE_STRIDE + stop, work.scores + r * SCORE_STRIDE + block.tokens, 0.0f);
+    }
+    const StoredRows v = stored_rows(f, *block.v_stored, *block.v_tables, block.v_rows.words, block.v_rows.word_strides[2],
+                                     block.count, block.tokens, work.plain);
+    add_stored({v, block.tokens, first, stop, work.scores, SCORE_STRIDE, rows, block.v_scale, block.tokens, out, call.v_dim,
+                work.rescale, work.panels[block.k_stored ? 0 : 1], work.weights, work.products}, work.unit, work.ahead);
 #endif
 }
 
