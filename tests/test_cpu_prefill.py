@@ -42,7 +42,7 @@ TERMS = [
         ("turbo4", "q8_0", 70, 700, (4, 1), (256, 256), {}),
         ("q8_0", "turbo3", 300, 600, (4, 1), (96, 96), dict(dtype=torch.bfloat16)),
         ("tq6", "tq8", 65, 450, (4, 2), (64, 64), dict(window=300)),
-        ("f16", "f32", 66, 290, (2, 2), (40, 40), dict(sinks=True, softcap=20.0)),
+        ("f16", "f16", 66, 290, (2, 2), (40, 40), dict(sinks=True, softcap=20.0)),
         ("q8_0", "q8_0", 65, 300, (4, 2), (192, 128), dict(mask="additive", alibi=8.0)),
         ("q4_0", "bf16", 65, 300, (2, 2), (576, 512), dict(mask="bool", causal=False)),
         ("bf16", "q8_0", 40, 290, (4, 1), (72, 72), dict(batch=3, starts=True, scale=-0.2)),

@@ -307,8 +307,9 @@ class Square {
 };
 
 // Whether `rows` of q pass over rows of these formats in squares. Fewer do not repay the panels of codes, which as integers
-// are cheaper to make, most of all where a row has one scale.
+// are cheaper to make, most of all where a row has one scale. Rows of float32 keep all of their bits.
 INLINE bool takes_squares(const Format& k, const Format& v, int rows) {
+    if (k.kind == F32 || v.kind == F32) return false;
     auto least = [](const Format& f) { return one_term(f) ? 17 : f.kind == CODES && f.planes == 1 && f.group == f.dim ? 64 : 32; };
     return rows >= std::max(least(k), least(v));
 }
