@@ -116,15 +116,15 @@ def test_cells_lead_to_the_nearest_level(fmt):
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
-def test_the_compiler_spills_two_registers_at_most(fmt):
+def test_the_compiler_spills_nothing(fmt):
     """Values of a group live in registers: what does not fit goes through memory, several times."""
     if nvrtc.compiler_version() is None:
         pytest.skip("libnvrtc is not here")
     for i, dim in enumerate(d for d in HEAD_DIMS if fits(FORMATS[fmt], d)):
         sides = (side(fmt, dim, many, (F16, BF16, F32)[(i + many) % 3]) for many in (False, True))
         _, notes = nvrtc.compile_source("encode.cu", encode.defines(*sides), "sm_90a")
-        frame, spilled = (int(re.search(rf"(\d+) bytes {what}", notes)[1]) for what in ("stack frame", "spill stores"))
-        assert frame <= 8 and spilled <= 8, (dim, notes)
+        bytes_of = [int(re.search(rf"(\d+) bytes {what}", notes)[1]) for what in ("stack frame", "spill stores")]
+        assert max(bytes_of) <= (8 if (fmt, dim) == ("turbo3.v2", 576) else 0), (dim, notes)  # the longest rows of all
 
 
 # -- the bytes, on a GPU
