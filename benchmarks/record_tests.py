@@ -1,10 +1,14 @@
-"""Run pytest and write what came of it: commit, machine, versions, counts. Arguments after ``--`` go to pytest."""
+"""Run pytest and write what came of it: commit, machine, versions, counts. Arguments after ``--`` go to pytest.
+
+The file is written every few seconds, so a run that is stopped leaves its counts, with ``exit`` null.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
+import time
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -18,9 +22,11 @@ OUTCOMES = ("passed", "failed", "skipped", "error")
 class Counts:
     """Counts each test once: by its call, or by its set-up when that failed or skipped."""
 
-    def __init__(self) -> None:
+    def __init__(self, out: Path, about: dict) -> None:
+        self.out, self.about = out, about
         self.counts = dict.fromkeys(OUTCOMES, 0)
         self.failures: list[str] = []
+        self.written = time.monotonic()
 
     def pytest_runtest_logreport(self, report) -> None:
         if report.when == "call" or (report.when == "setup" and not report.passed):
@@ -28,6 +34,14 @@ class Counts:
             self.counts[outcome] += 1
             if report.failed:
                 self.failures.append(report.nodeid)
+        if time.monotonic() - self.written > 5:
+            self.write(None)
+
+    def write(self, status: int | None) -> None:
+        when = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        result = {"when": when, **self.about, "exit": status, **self.counts, "failures": self.failures}
+        self.out.write_text(json.dumps(result, indent=1) + "\n")
+        self.written = time.monotonic()
 
 
 def main() -> int:
@@ -36,22 +50,14 @@ def main() -> int:
     parser.add_argument("--commit", help="commit of a tree that is no git checkout")
     parser.add_argument("pytest", nargs="*", help="arguments for pytest")
     options = parser.parse_args()
-    counts = Counts()
-    status = pytest.main(options.pytest, plugins=[counts])
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     machine = environment()
     machine["commit"] = machine["commit"] or options.commit
-    result = {
-        "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "environment": machine,
-        "command": "pytest " + " ".join(options.pytest),
-        "exit": int(status),
-        **counts.counts,
-        "failures": counts.failures,
-    }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    counts = Counts(options.out, {"environment": machine, "command": "pytest " + " ".join(options.pytest)})
+    status = int(pytest.main(options.pytest, plugins=[counts]))
+    counts.write(status)
     print(json.dumps(counts.counts))
-    return int(status)
+    return status
 
 
 if __name__ == "__main__":
