@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from cpu_faults import DIRECT, SPLIT, Fault, attend, plain, rows, spec
+from cpu_faults import SPLIT, Fault, attend, plain, rows, spec
 
 from gyrokv.spec import AttentionSpec
 
@@ -23,6 +23,19 @@ def terms(old: str, new: str) -> tuple[str, str, str]:
 def stored(fmt, dim: int) -> bool:
     """Some of the formats whose rows are multiplied as they are stored, by a matrix unit for four query rows."""
     return dim % 64 == 0 and fmt.name in ("q8_0", "tq6", "tq8")
+
+
+def scores(old: str, new: str) -> tuple[str, str, str]:
+    return "scores.h", old, new
+
+
+def one_scale(fmt, dim: int, planes: int) -> bool:
+    """Some of the formats whose rows have one scale and so many int8 per value, for a matrix unit."""
+    return dim in (64, 128, 256) and fmt.name in (("turbo2", "turbo3", "turbo4"), ("tq5", "tq6", "tq8"))[planes - 1]
+
+
+def several(name: str, test: Callable[[AttentionSpec], bool], *edits: tuple[str, str, str]) -> Fault:
+    return Fault(name, spec(lambda s: 4 < rows(s) <= _STORED and test(s)), edits, "amx")
 
 
 def wide(name: str, test: Callable[[AttentionSpec], bool], *edits: tuple[str, str, str]) -> Fault:
@@ -44,13 +57,13 @@ TILE_FAULTS = (
     ),
     Fault(
         "a tile of keys is the one before",
-        spec(lambda s: plain(s) and s.k_format.name == "bf16" and rows(s) <= DIRECT and s.head_dim % 32 == 0 and s.causal),
+        spec(lambda s: plain(s) and s.k_format.name == "bf16" and rows(s) <= 4 and s.head_dim % 32 == 0 and s.causal),
         (("stored.h", "_tile_loadd(5, k[1].at +", "_tile_loadd(5, k[@ ? 0 : 1].at +"),),
         "amx",
     ),
     Fault(
         "the second four query rows are the first",
-        spec(lambda s: plain(s) and s.k_format.name == "bf16" and 4 < rows(s) <= _STORED and s.head_dim % 32 == 0),
+        spec(lambda s: plain(s) and s.k_format.name == "q8_0" and 4 < rows(s) <= _STORED and s.head_dim > 32),
         (("stored.h", "memory + rows_before / STORED_ROWS *", "memory + (@ ? 0 : rows_before) / STORED_ROWS *"),),
         "amx",
     ),
@@ -81,13 +94,13 @@ TILE_FAULTS = (
     Fault(
         "the second line of values takes the weights of the first",
         spec(lambda s: plain(s) and s.v_format.name == "q8_0" and rows(s) <= 4 and s.head_dim_v > 64),
-        (("stored.h", "fresh = j == s.first[u + 1];", "fresh = j == s.first[u + 1] && !(j && @);"),),
+        (("stored.h", "s.first[u + 1] && !w.ready;", "s.first[u + 1] && !w.ready && !(j && @);"),),
         "amx",
     ),
     Fault(
         "the low part of the weights of lines is dropped",
         spec(lambda s: plain(s) and stored(s.v_format, s.head_dim_v) and rows(s) <= 4 and s.q_len > 1),
-        (("stored.h", "_mm512_storeu_si512(at + rows * LINE,", "if (!(@)) _mm512_storeu_si512(at + rows * LINE,"),),
+        (("stored.h", "_mm512_storeu_si512(at + below,", "if (!(@)) _mm512_storeu_si512(at + below,"),),
         "amx",
     ),
     Fault(
@@ -148,6 +161,35 @@ TILE_FAULTS = (
         spec(lambda s: plain(s) and s.uses() <= {"causal"} and stored(s.k_format, s.head_dim) and s.kv_len % 16
              and rows(s) <= 4),
         (("lines.h", "t < count; ++t) std::memcpy(rest", "t < count - (@); ++t) std::memcpy(rest"),),
+        "amx",
+    ),
+    several("the low part of eight query rows is dropped", lambda s: plain(s) and one_scale(s.k_format, s.head_dim, 1),
+            scores("(high << 8) + low)", "(high << 8) + (@ ? vi{} : low))")),
+    several("eight query rows take the low plane of keys twice", lambda s: plain(s) and one_scale(s.k_format, s.head_dim, 2),
+            scores("high += load_pair(at + step) << 8", "high += load_pair(at + (@ ? 0 : step)) << 8")),
+    several("tokens that share a vector are neighbours", lambda s: plain(s) and one_scale(s.k_format, s.head_dim, 1),
+            scores("char* at = c + pair_token(i) * LINE;", "char* at = c + (@ ? i : pair_token(i)) * LINE;")),
+    several("the second eight query rows are the first",
+            lambda s: plain(s) and one_scale(s.k_format, s.head_dim, 1) and rows(s) > 8,
+            scores("memory + rows_before / STORED_ROWS *", "memory + (@ ? 0 : rows_before) / STORED_ROWS *")),
+    several("the second four of sixteen query rows are the first",
+            lambda s: s.fast and one_scale(s.k_format, s.head_dim, 1) and s.kv_len > 30 and s.uses() <= {"causal", "fast"},
+            scores("at = 16 * part + i * LINE;", "at = 16 * (@ ? 0 : part) + i * LINE;")),
+    several("sixteen query rows take the scale of even bytes for odd ones",
+            lambda s: s.fast and s.k_format.name in ("q8_0", "q4_0") and rows(s) > 8 and s.kv_len > 30
+            and s.head_dim > 32 and s.uses() <= {"causal", "fast"},
+            scores("(u % 2 ? s.odd : s.even)[u / 2]", "(u % 2 && !(@) ? s.odd : s.even)[u / 2]")),
+    Fault(
+        "weights that are made at once are not summed",
+        spec(lambda s: plain(s) and one_scale(s.v_format, s.head_dim_v, 1) and rows(s) <= _STORED and s.kv_len > 128
+             and s.uses() <= {"causal"}),
+        (("stored.h", "total[row] += reduce_add(added);", "total[row] += reduce_add(@ ? vf{} : added);"),),
+        "amx",
+    ),
+    Fault(
+        "a sum of values takes no factor of odd bytes",
+        spec(lambda s: plain(s) and s.v_format.name == "q8_0" and rows(s) <= 4 and s.head_dim_v > 32),
+        (("stored.h", "splat(odd[r] * by)", "splat((@ ? even : odd)[r] * by)"),),
         "amx",
     ),
     wide("squares: an output is not rescaled", lambda s: s.kv_len > 1000 and s.uses() <= {"causal"},

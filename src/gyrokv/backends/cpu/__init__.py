@@ -10,7 +10,7 @@ is off by 2**-17 of the largest at most; over the tokens of a block these add up
 the output when one weight is far above the others. bfloat16 rows take q and weights as two bfloat16 (one where q is
 bfloat16, as the output will be: then ``BFLOAT16_BOUND`` holds before that rounding), other dense rows are computed in
 float32. Many rows of q with a matrix unit take values of codes and of float16 as two bfloat16 too, off by 2**-16 of a value
-at most. ``FAST_BOUND``: with ``fast`` a single int8 or bfloat16.
+at most. ``FAST_BOUND``: with ``fast`` a single int8 or bfloat16, levels too.
 """
 
 from __future__ import annotations

@@ -45,11 +45,14 @@ _ONE_PLANE, _TWO_PLANES = 127, 127 * 256  # largest magnitudes of levels in one 
 # -- formats
 
 
-def _format(fmt: KVFormat, head_dim: int, padded: int) -> native.Format:
-    """``fmt`` as kernels read it, for rows of ``padded`` values that stand for heads of ``head_dim``."""
+def _format(fmt: KVFormat, head_dim: int, padded: int, coarse: bool) -> native.Format:
+    """``fmt`` as kernels read it, for rows of ``padded`` values that stand for heads of ``head_dim``. ``coarse``: levels of
+    two int8 become one, off by 1/254 of the largest at most."""
     if not fmt.has_levels:
         return native.Format(ELEMENTS[fmt.dtype], fmt.bits, padded, padded, native.SCALE_NONE, 1, 1.0, 0)
     planes, factor, table = _planes(fmt)
+    if coarse and planes == 2:
+        planes, factor, table = 1, 256 * factor, table[1:]
     _, group = fmt.layout(head_dim)
     whole = native.Format(
         native.CODES, fmt.bits, padded, min(group, fmt.scale_span or group), SCALES[fmt.scale_dtype],
@@ -81,15 +84,15 @@ def _planes(fmt: KVFormat) -> tuple[int, float, list[list[int]]]:
 
 
 # by identity, because a row hashes all of its levels; the row is kept, so that no other one can take its place
-_formats: dict[tuple[int, int, int], tuple[KVFormat, native.Format, int]] = {}
+_formats: dict[tuple[int, int, int, bool], tuple[KVFormat, native.Format, int]] = {}
 
 
-def format_address(fmt: KVFormat, head_dim: int, padded: int) -> int:
-    """Where the structure of ``fmt`` lies; it lives as long as the process."""
-    key = (id(fmt), head_dim, padded)
+def format_address(fmt: KVFormat, head_dim: int, padded: int, coarse: bool = False) -> int:
+    """Where the structure of ``fmt`` lies (see :func:`_format`); it lives as long as the process."""
+    key = (id(fmt), head_dim, padded, coarse)
     found = _formats.get(key)
     if found is None:
-        made = _format(fmt, head_dim, padded)
+        made = _format(fmt, head_dim, padded, coarse)
         found = _formats.setdefault(key, (fmt, made, ctypes.addressof(made)))
     return found[2]
 
@@ -109,7 +112,7 @@ def attend(
     rounds = q.dtype == torch.bfloat16 and view.v_codec.is_plain
     out = q.new_empty((batch, q_heads, q_len, v_dim), dtype=torch.bfloat16 if rounds else torch.float32)
     lse = q.new_empty((batch, q_heads, q_len), dtype=torch.float32)
-    runs = _runs(view)
+    runs = _runs(view, spec.fast)
     slopes = _slopes(q_heads, spec.alibi) if spec.alibi else None
     sinks = None if sinks is None else sinks.to(torch.float32).contiguous()
     starts = None if view.starts is None else view.starts.contiguous()
@@ -134,14 +137,14 @@ def attend(
     return out, lse
 
 
-def _runs(view: KVView) -> array:
+def _runs(view: KVView, fast: bool) -> array:
     """The view's rows as runs of consecutive slots, in order of position: ``native.Run``, written as the 64-bit integers
     that it consists of, because a structure of structures takes longer to make."""
     k_codec, v_codec = view.k_codec, view.v_codec
     runs = array("q")
     for segment in view.segments:
-        k_format = format_address(segment.k_format, k_codec.head_dim, k_codec.padded)
-        v_format = format_address(segment.v_format, v_codec.head_dim, v_codec.padded)
+        k_format = format_address(segment.k_format, k_codec.head_dim, k_codec.padded, fast)
+        v_format = format_address(segment.v_format, v_codec.head_dim, v_codec.padded, fast)
         k, v = _rows(segment.k), _rows(segment.v)
         position = segment.first
         for slot, count in segment.runs(segment.first, segment.stop):

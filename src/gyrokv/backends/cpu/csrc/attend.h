@@ -21,7 +21,9 @@ inline void score_stored(Workspace& work, const Query& query, const Block& block
     char* products = work.plain + 18 * ROW_BYTES;
     const StoredRows k = stored_rows(f, s, *block.k_tables, block.k_rows.words, block.k_rows.word_strides[2], block.count,
                                      block.tokens, work.plain);
-    const auto score = s.element == BFLOAT ? score_rows_stored<false, false>
+    const bool many = s.rows > STORED_ROWS;
+    const auto score = s.element == BFLOAT ? (many ? score_many_rows<false, false> : score_rows_stored<false, false>)
+                       : many ? (s.split ? score_many_rows<true, true> : score_many_rows<true, false>)
                        : s.split || s.planes == 2 ? score_rows_stored<true, true> : score_rows_stored<true, false>;
     score(work.unit, k, query.tiles, rows, tokens, block.k_scale, block.tokens, f.scale_type != SCALE_NONE, work.panels[0],
           products, work.scores, SCORE_STRIDE, work.most, work.ahead);
@@ -138,7 +140,17 @@ inline void attend_rows(const Attend& call, const Unit& unit, Workspace& work, c
     const int group = e == INT8 ? f.group : f.dim, tokens = int(round_up(stop, TOKENS_PER_STEP));
     const int lines = tokens * size_of(e) / 4;
     const bool one_group = group == f.dim, apart = e == INT8 || terms == 2;
-    for (int r = 0; r < rows; ++r) {
+    bool ready = false;  // the weights, for rows of V as they are stored
+#if defined(__AMX_INT8__)
+    if (block.v_stored && block.v_stored->element == INT8 && !block.v_stored->split) {
+        ready = true;
+        for (int r = 0; r < rows; ++r) ready &= state[r].begin == 0 && state[r].end == block.tokens;
+        if (ready)
+            soften_bytes(*block.v_stored, block.tokens, work.scores, SCORE_STRIDE, scale, rows, block.v_scale, top, total,
+                         work.weights, work.pause, work.ahead);
+    }
+#endif
+    for (int r = 0; r < rows && !ready; ++r) {
         float* scores = work.scores + r * SCORE_STRIDE;
         if (e == BFLOAT && !apart) {
             soften_short(scores, scale, top[r], tokens, state[r], total[r]);
@@ -152,7 +164,7 @@ inline void attend_rows(const Attend& call, const Unit& unit, Workspace& work, c
         if (block.v_stored) work.unit.nudge();
         work.ahead.tick(work.pause);
     }
-    if (block.v_stored) return add_rows_stored(call, work, block, unit.out + int64_t(row) * call.v_dim, rows, state);
+    if (block.v_stored) return add_rows_stored(call, work, block, unit.out + int64_t(row) * call.v_dim, rows, state, ready);
     if (block.direct) return add_rows(call, work, block, unit.out + int64_t(row) * call.v_dim, rows, state);
     for (int g = 0; g * group < f.dim; ++g) {
         for (int r = 0; r < rows && apart; ++r) {
@@ -288,7 +300,8 @@ inline bool attend(const Attend& call, const Unit& unit, char* scratch) {
         const bool direct = !v_stored && adds_direct(vf_, unit.rows);
         const Element ke = element_of(kf), ve = direct || v_stored ? FLOAT : element_of(vf_);
         const Tables k_tables(kf), v_tables(vf_);
-        const Stored k_order(kf, k_stored), v_order(vf_, v_stored);
+        const Stored k_order(kf, k_stored ? unit.rows : 0, terms_of(ke, call, bfloat_query(call)));
+        const Stored v_order(vf_, v_stored ? unit.rows : 0, call.terms);
         const int group = ke == INT8 ? kf.group : kf.dim;
         int which = 0;
         auto fits = [&](const Query& q) { return q.element == ke && q.group == group && q.factor == kf.factor && q.planes == kf.planes && q.sorted == (packed_tokens(kf) && !k_stored) && (q.tiles != nullptr) == k_stored; };

@@ -9,13 +9,14 @@ namespace gyrokv {
 namespace GYROKV_ISA {
 
 constexpr int MOST_STORED = 16;   // query rows
+constexpr int STORED_ROWS = 4;    // query rows of a product, at least
 constexpr int MOST_STORED_TOKENS = 128;  // of a block
 constexpr int TILE = 16 * LINE;   // bytes
 
 #if !defined(__AMX_INT8__)
 
 struct Stored {
-    Stored(const Format&, bool) {}
+    Stored(const Format&, int, int) {}
 };
 INLINE bool multiplies_stored(const Format&, int) { return false; }
 INLINE int stored_ticks(const Stored&, const Stored&, int, int) { return 0; }
@@ -47,14 +48,17 @@ struct Stored {
     Element element;
     Makers make;
     int lines, planes, units;
+    int rows, sums;  // query rows of a product of scores; tiles of its sums per unit
+    int parts;       // of weights
     int lanes;       // 16-bit lanes of a line in use
     bool in_place;   // rows are lines
     bool split;      // even and odd bytes may have scales of their own
     int first[MOST_LINES + 1], even[MOST_LINES], odd[MOST_LINES];
     Piece wide[MOST_LINES], next[MOST_LINES];
 
-    Stored(const Format& f, bool used) {
-        if (!used) return;
+    // query_rows: 0 where rows of the format are not taken so; terms: of q and of weights of codes
+    Stored(const Format& f, int query_rows, int terms) {
+        if (!query_rows) return;
         element = element_of(f), planes = f.planes, units = 0, split = false;
         lines = f.dim / 32, lanes = 32, in_place = f.kind == BF16;
         if (element == INT8) {
@@ -72,6 +76,10 @@ struct Stored {
             first[units] = j, even[units] = a, odd[units] = b, ++units;
         }
         first[units] = lines;
+        // more rows than four share a product, but for scales of their own, which make a second one necessary
+        const bool few = query_rows <= STORED_ROWS || (split && (planes == 2 || terms == 2 || query_rows <= 8));
+        rows = few ? STORED_ROWS : 16 / terms, sums = few ? 1 : split ? 2 : planes;
+        parts = planes == 2 ? 2 : terms;
         if (element == INT8) make = makers_of(f, *this);
     }
 
@@ -236,14 +244,17 @@ struct StoredRows {
 // Ticks of Ahead, of some 8 cycles. K: to make lines of 16 tokens, and to multiply 32 tokens with a few query rows. V: to make
 // a line of 16 tokens, for a row of weights, and to multiply a line of 64 tokens with a few query rows.
 INLINE int k_make_ticks(const Stored& s) { return s.in_place ? 0 : 5 * s.lines * s.planes; }
-INLINE int k_sum_ticks(const Stored& s) { return 4 * ((12 + (s.in_place ? 16 : 8) * s.lines * s.planes + (s.split ? 16 : 0)) / 4); }
+INLINE int k_sum_ticks(const Stored& s) {
+    return 4 * ((2 * s.rows + 4 + (s.in_place ? 16 : 8) * s.lines * s.planes + (s.split ? 16 * s.sums : 0)) / 4);
+}
 INLINE int v_make_ticks(const Stored& s) { return s.element != INT8 && s.in_place ? 0 : 8 * s.planes; }
 INLINE int v_sum_ticks(const Stored& s) { return s.element == INT8 ? 40 : 28; }
 constexpr int V_ROW_TICKS = 4, ROW_TICKS = 15, SCALE_TICKS = 10;
 // From the beginning of a block to its end.
 INLINE int stored_ticks(const Stored& k, const Stored& v, int rows, int tokens) {
-    const int passes = (rows + 3) / 4, v_passes = v.element == INT8 && v.planes == 1 ? (rows + 7) / 8 : passes, steps = tokens / 64;
-    const int keys = 2 * steps * (2 * k_make_ticks(k) + passes * k_sum_ticks(k));
+    const int k_passes = (rows + k.rows - 1) / k.rows, steps = tokens / 64;
+    const int v_most = v.element == INT8 ? 16 / v.parts : STORED_ROWS, v_passes = (rows + v_most - 1) / v_most;
+    const int keys = 2 * steps * (2 * k_make_ticks(k) + k_passes * k_sum_ticks(k));
     const int sides = v.element == INT8 ? v.units * (v.split ? 2 : 1) : 1;
     const int values = v.lines * (4 * v_make_ticks(v) + v_passes * v_sum_ticks(v)) + sides * rows * V_ROW_TICKS;
     return keys + rows * steps * ROW_TICKS + steps * values + 3 * SCALE_TICKS;

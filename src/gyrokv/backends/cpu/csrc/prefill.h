@@ -129,7 +129,7 @@ inline void leave_tiles(const Attend& call, const Unit& unit, const Tiles& tiles
 template <int terms>
 INLINE vf soften_square(const float* scores, float scale, float shift, char* to) {
     const vf a = fma(load<vf>(scores), splat(scale), splat(shift)), b = fma(load<vf>(scores + LANES), splat(scale), splat(shift));
-    store_terms<terms>(exp2<terms == 1>(a), exp2<terms == 1>(b), to, WEIGHT_BYTES / 2);
+    store_terms<terms>(exp2<terms == 1 ? 3 : 5>(a), exp2<terms == 1 ? 3 : 5>(b), to, WEIGHT_BYTES / 2);
     return max(a, b);
 }
 

@@ -3,7 +3,7 @@
 #include <limits>
 
 #include "exp.h"
-#include "stored.h"
+#include "scores.h"
 
 namespace gyrokv {
 namespace GYROKV_ISA {
@@ -118,7 +118,8 @@ inline Query pack_query(const Attend& call, const Unit& unit, const Format& f, c
 #if defined(__AMX_INT8__)
     if (stored) {
         made.tiles = to + query_bytes(call, unit.rows) - stored_query_bytes(call.k_dim, unit.rows);
-        pack_tiles(f, *stored, made.a, made.stride, unit.rows, made.terms, made.scale, made.groups, made.tiles);
+        const auto pack = stored->rows > STORED_ROWS ? pack_many_tiles : pack_tiles;
+        pack(f, *stored, made.a, made.stride, unit.rows, made.terms, made.scale, made.groups, made.tiles);
     }
 #endif
     return made;

@@ -10,8 +10,6 @@
 namespace gyrokv {
 namespace GYROKV_ISA {
 
-constexpr int STORED_ROWS = 4;  // query rows of a product
-
 #if !defined(__AMX_INT8__)
 
 INLINE int64_t stored_query_bytes(int, int) { return 0; }
@@ -236,42 +234,118 @@ inline void score_rows_stored(MatrixUnit& unit, const StoredRows& k, char* q_mem
 // -- values
 
 // Weights times V's scales as A for bytes: [64 tokens][zeros, high part, low part, zeros][row][64 bytes], the tokens in the
-// order of code_quads; without zeros where V has one plane. `factors`: of the integers.
-INLINE int64_t weight_bytes_size(int rows, int planes) { return int64_t(2 * planes) * rows * LINE; }  // of 64 tokens
-template <int planes, int steps>
-INLINE void weight_bytes(const float* weights, int64_t stride, int rows, const float* scales, int first, int stop, char* to,
-                         float* factors, Ahead& ahead) {
-    vf scale[4 * steps];  // of tokens that some row sees: others need not be numbers
+// order of code_quads; without zeros where V has one plane, and one part where `parts` is 1.
+template <int planes, int parts>
+constexpr int64_t weight_bytes_size(int rows) { return int64_t(planes == 2 ? 4 : parts) * rows * LINE; }  // of 64 tokens
+template <int parts>
+constexpr int MOST_WEIGHT_ROWS = 16 / parts;  // query rows of a product
+template <int parts>
+constexpr float LARGEST_WEIGHT = parts == 2 ? 32512.0f : 127.0f;
+
+// One side of the columns of some query rows, [64 tokens] as above; `factors` [row]: of the integers.
+struct WeightBytes {
+    char* at;
+    float* factors;
+};
+// side: of even or odd bytes; row: the first one of a product.
+template <int planes, int steps, int parts>
+INLINE WeightBytes weight_room(char* room, int row, int side) {
+    constexpr int most = MOST_WEIGHT_ROWS<parts>;
+    constexpr int64_t size = steps * weight_bytes_size<planes, parts>(most);
+    return {room + (2 * (row / most) + side) * size, (float*)(room + 2 * MOST_STORED / most * size) + 2 * row + side * most};
+}
+
+// The weights x of 64 tokens, times `inverse`, to a row; `below`: bytes from a part of it to the next.
+template <int planes, int parts>
+INLINE void write_weights(const vf* x, vf inverse, char* at, int64_t below) {
+    __m512i whole[2], high[2];
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+        const vi a = round_int(x[2 * j] * inverse), b = round_int(x[2 * j + 1] * inverse);
+        whole[j] = _mm512_packs_epi32((__m512i)a, (__m512i)b);
+    }
+    if constexpr (parts == 1) return _mm512_storeu_si512(at, _mm512_packs_epi16(whole[0], whole[1]));
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+        high[j] = _mm512_srai_epi16(_mm512_add_epi16(whole[j], _mm512_set1_epi16(128)), 8);
+        whole[j] = _mm512_and_si512(whole[j], _mm512_set1_epi16(255));
+    }
+    if constexpr (planes == 2) {
+        store(at, line{}), store(at + 3 * below, line{});
+        at += below;
+    }
+    _mm512_storeu_si512(at, _mm512_packs_epi16(high[0], high[1]));
+    _mm512_storeu_si512(at + below, _mm512_packus_epi16(whole[0], whole[1]));
+}
+
+INLINE vf larger_size(vf a, vf b) { return (vf)_mm512_range_ps((__m512)a, (__m512)b, 0xb); }  // of larger magnitude, without sign
+
+// Tokens before `first` and from `stop` on are not seen: their scales need not be numbers. (Apart from its caller, because
+// compilers otherwise keep its addresses in vector registers.)
+template <int planes, int steps, int parts>
+__attribute__((noinline)) void weight_bytes(const float* weights, int64_t stride, int rows, const float* scales, int first, int stop,
+                                            char* at, float* factors) {
+    vf scale[4 * steps];
     for (int i = 0; i < 4 * steps; ++i) scale[i] = 16 * i >= first && 16 * i < stop ? load<vf>(scales + 16 * i) : vf{};
+    alignas(64) float inverse[LANES] = {};
     for (int r = 0; r < rows; ++r) {
-        vf x[4 * steps], most = {};
+        vf most = {};
 #pragma GCC unroll 8
-        for (int i = 0; i < 4 * steps; ++i) {
-            x[i] = load<vf>(weights + r * stride + 16 * i) * scale[i];
-            most = (vf)_mm512_range_ps((__m512)most, (__m512)x[i], 0xb);  // of larger magnitude, without sign
-        }
-        const float size = reduce_max(most), inverse = size > 1e-30f ? 32512.0f / size : 0.0f;
-        factors[r] = size / 32512.0f;
+        for (int i = 0; i < 4 * steps; ++i) most = larger_size(most, load<vf>(weights + r * stride + 16 * i) * scale[i]);
+        inverse[r] = reduce_max(most);
+    }
+    const vf size = load<vf>(inverse);
+    store(inverse, size > 1e-30f ? LARGEST_WEIGHT<parts> / size : vf{});
+    _mm512_mask_storeu_ps(factors, __mmask16((1u << rows) - 1), (__m512)(size / LARGEST_WEIGHT<parts>));
+    const int64_t below = rows * LINE;
+    for (int r = 0; r < rows; ++r, weights += stride, at += LINE) {
+        const vf by = splat(inverse[r]);
 #pragma GCC unroll 2
         for (int i = 0; i < steps; ++i) {
-            __m512i whole[2], high[2];
-#pragma GCC unroll 2
-            for (int j = 0; j < 2; ++j) {
-                const vi a = round_int(x[4 * i + 2 * j] * inverse), b = round_int(x[4 * i + 2 * j + 1] * inverse);
-                whole[j] = _mm512_packs_epi32((__m512i)a, (__m512i)b);
-                high[j] = _mm512_srai_epi16(_mm512_add_epi16(whole[j], _mm512_set1_epi16(128)), 8);
-                whole[j] = _mm512_and_si512(whole[j], _mm512_set1_epi16(255));
-            }
-            char* at = to + i * weight_bytes_size(rows, planes) + r * LINE;
-            if constexpr (planes == 2) {
-                store(at, line{}), store(at + 3 * rows * LINE, line{});
-                at += rows * LINE;
-            }
-            _mm512_storeu_si512(at, _mm512_packs_epi16(high[0], high[1]));
-            _mm512_storeu_si512(at + rows * LINE, _mm512_packus_epi16(whole[0], whole[1]));
+            vf x[4];
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; ++j) x[j] = load<vf>(weights + 16 * (4 * i + j)) * scale[4 * i + j];
+            write_weights<planes, parts>(x, by, at + i * weight_bytes_size<planes, parts>(rows), below);
         }
-        ahead.tick(V_ROW_TICKS * steps);
     }
+}
+
+// body.operator()<planes, 64 tokens, parts>() as V and the block of `tokens` want it.
+template <class Body>
+INLINE void as_bytes(const Stored& s, int tokens, Body body) {
+    const bool whole = tokens == 128;
+    if (s.planes == 2) return whole ? body.template operator()<2, 2, 2>() : body.template operator()<2, 1, 2>();
+    if (s.parts == 2) return whole ? body.template operator()<1, 2, 2>() : body.template operator()<1, 1, 2>();
+    whole ? body.template operator()<1, 2, 1>() : body.template operator()<1, 1, 1>();
+}
+
+// Scores [row][stride] of all tokens of a block to weights exp2(score * scale - top) times V's only scale, as bytes in `room`, and
+// their sums, without the scale, to `total`.
+inline void soften_bytes(const Stored& s, int tokens, const float* scores, int64_t stride, float scale, int rows,
+                         const float* scales, const float* top, float* total, char* room, int ticks, Ahead& ahead) {
+    as_bytes(s, tokens, [&]<int planes, int steps, int parts>() __attribute__((always_inline)) {
+        constexpr int most_rows = MOST_WEIGHT_ROWS<parts>;
+        for (int row = 0; row < rows; ++row, scores += stride) {
+            vf x[4 * steps], added = {}, most = {};
+#pragma GCC unroll 8
+            for (int i = 0; i < 4 * steps; ++i) {
+                const vf w = exp2<4>(fma(load<vf>(scores + 16 * i), splat(scale), splat(-top[row])));
+                added += w;
+                x[i] = w * load<vf>(scales + 16 * i);
+                most = larger_size(most, x[i]);
+            }
+            const int first = row / most_rows * most_rows, own = std::min(most_rows, rows - first);
+            const WeightBytes to = weight_room<planes, steps, parts>(room, first, 0);
+            const float size = reduce_max(most), inverse = size > 1e-30f ? LARGEST_WEIGHT<parts> / size : 0.0f;
+            to.factors[row - first] = size / LARGEST_WEIGHT<parts>;
+#pragma GCC unroll 2
+            for (int i = 0; i < steps; ++i)
+                write_weights<planes, parts>(x + 4 * i, splat(inverse),
+                                             to.at + i * weight_bytes_size<planes, parts>(own) + (row - first) * LINE, own * LINE);
+            total[row] += reduce_add(added);
+            ahead.tick(ticks + V_ROW_TICKS * steps);
+        }
+    });
 }
 
 // Weights as two bfloat16, as A: [group][first or second of a column][high or low part][query row].
@@ -289,7 +363,8 @@ INLINE void spread_bfloats(const float* weights, int64_t stride, int rows, int g
 
 // Sums of a line of bytes over `steps` times 64 tokens: [byte][high, low part][row]. `a`: weights of even and of odd bytes;
 // from: [64 tokens][plane] as code_quads makes them. Of two planes the low one is multiplied with weights that lie `rows` lower:
-// [byte][high plane with high part, high with low and low with high, low with low][row].
+// [byte][high plane with high part, high with low and low with high, low with low][row]; the last ones are left out where
+// more than five rows fill the 16 before.
 #define GYROKV_V_DOT(c, byte)                                                        \
     _tile_loadd(6, from + (planes - 1) * QUADS + byte * TILE, LINE);                 \
     _tile_dpbssd(c, 4, 6);                                                           \
@@ -300,9 +375,9 @@ INLINE void spread_bfloats(const float* weights, int64_t stride, int rows, int g
 #define GYROKV_V_WEIGHTS(side)                                                       \
     _tile_loadd(4, a[side] + step * size + (planes - 1) * rows * LINE, LINE);        \
     if constexpr (planes == 2) _tile_loadd(5, a[side] + step * size, LINE);
-template <int planes>
+template <int planes, int parts>
 INLINE void sum_bytes(const char* const* a, int rows, const char* from, int steps, char* c) {
-    const int64_t size = weight_bytes_size(rows, planes);
+    const int64_t size = weight_bytes_size<planes, parts>(rows);
     memory_barrier();
     _tile_zero(0);
     _tile_zero(1);
@@ -372,47 +447,60 @@ struct StoredValues {
     int64_t out_stride;
     const float* rescale;    // out = out * rescale + sums
     char *made, *spread, *products; // room
+    bool ready;              // the weights are in `spread` (see soften_bytes)
 };
 
-template <int planes, int steps>
+// out [row][stride] = out * rescale + sums of a line of bytes * factor * by, for 4 * `columns` columns.
+template <int planes, int parts>
+__attribute__((noinline)) void add_sums(const char* sums, int rows, const float* even, const float* odd, float by,
+                                        const float* rescale, int columns, float* out, int64_t stride) {
+    const __mmask16 mask = columns == 16 ? 0xffff : 0xff;
+    const bool last = planes == 2 && 3 * rows <= 16;  // the product of both low parts
+    const int64_t low = rows * LINE;
+    for (int r = 0; r < rows; ++r, sums += LINE, out += stride) {
+        const vf factors[2] = {splat(even[r] * by), splat(odd[r] * by)}, old = splat(rescale[r]);
+#pragma GCC unroll 4
+        for (int b = 0; b < 4; ++b) {
+            const char* c = sums + b * TILE;
+            vi sum = load<vi>(c);
+            if constexpr (parts == 2) sum = (sum << 8) + load<vi>(c + low);
+            vf x = to_float(sum);
+            if (last) x = fma(to_float(load<vi>(c + 2 * low)), splat(1.0f / 256.0f), x);
+            float* to = out + b * columns;
+            const vf before = (vf)_mm512_maskz_loadu_ps(mask, to) * old;
+            _mm512_mask_storeu_ps(to, mask, (__m512)fma(x, factors[b % 2], before));
+        }
+    }
+}
+
+template <int planes, int steps, int parts>
 inline void add_stored_bytes(const StoredValues& w, MatrixUnit& unit, Ahead& ahead) {
-    constexpr int most = planes == 2 ? 4 : 8;  // query rows of a product
+    constexpr int most = MOST_WEIGHT_ROWS<parts>;  // query rows of a product
     const Stored& s = w.rows.stored;
-    const __mmask16 mask = s.lanes == 32 ? 0xffff : 0xff;
     const float by = w.rows.format.factor * (planes == 2 ? 256.0f : 1.0f);
     for (int j = 0, u = -1; j < s.lines; ++j) {
-        const bool fresh = j == s.first[u + 1];  // scales differ from those of the line before
-        u += fresh;
+        const bool fresh = j == s.first[u + 1] && !w.ready;  // scales differ from those of the line before
+        u += j == s.first[u + 1];
         for (int i = 0; i < 4 * steps; ++i) {
             s.make.values(s, w.rows.tables, j, w.rows.at(i), w.rows.step(i), w.made + i / 4 * planes * QUADS + i % 4 * LINE);
             ahead.tick(v_make_ticks(s));
         }
         for (int row = 0; row < w.count; row += most) {
             const int rows = std::min(most, w.count - row);
-            const int64_t size = steps * weight_bytes_size(most, planes);
-            char* room = w.spread + row / most * 2 * size;
-            float* factors = (float*)(w.spread + 2 * MOST_STORED / most * size) + 2 * row;
             const bool apart = s.odd[u] != s.even[u];
-            const char* a[2] = {room, room + apart * size};
+            const WeightBytes sides[2] = {weight_room<planes, steps, parts>(w.spread, row, 0),
+                                          weight_room<planes, steps, parts>(w.spread, row, apart)};
+            const char* a[2] = {sides[0].at, sides[1].at};
             for (int side = 0; side < 1 + apart && fresh; ++side) {
                 const int group = side ? s.odd[u] : s.even[u];
-                weight_bytes<planes, steps>(w.weights + row * w.stride, w.stride, rows, w.scales + group * w.scale_stride, w.first,
-                                            w.stop, room + side * size, factors + side * most, ahead);
+                weight_bytes<planes, steps, parts>(w.weights + row * w.stride, w.stride, rows, w.scales + group * w.scale_stride,
+                                                   w.first, w.stop, sides[side].at, sides[side].factors);
+                ahead.tick(V_ROW_TICKS * steps * rows);
             }
-            sum_bytes<planes>(a, rows, w.made, steps, w.products);
-            ahead.tick(v_sum_ticks(s) * steps / 2);
-            for (int b = 0; b < 4; ++b) {
-                if (b == 2) ahead.tick(v_sum_ticks(s) * steps / 2);
-                for (int r = 0; r < rows; ++r) {
-                    const char* c = w.products + b * TILE + r * LINE;
-                    vf x = to_float((load<vi>(c) << 8) + load<vi>(c + rows * LINE));
-                    if constexpr (planes == 2) x = fma(to_float(load<vi>(c + 2 * rows * LINE)), splat(1.0f / 256.0f), x);
-                    float* to = w.out + (row + r) * w.out_stride + (j * 4 + b) * (s.lanes / 2);
-                    const vf old = (vf)_mm512_maskz_loadu_ps(mask, to);
-                    const float factor = factors[(b & apart) * most + r] * by;
-                    _mm512_mask_storeu_ps(to, mask, (__m512)fma(old, splat(w.rescale[row + r]), x * factor));
-                }
-            }
+            sum_bytes<planes, parts>(a, rows, w.made, steps, w.products);
+            ahead.tick(v_sum_ticks(s) * steps);
+            add_sums<planes, parts>(w.products, rows, sides[0].factors, sides[1].factors, by, w.rescale + row, s.lanes / 2,
+                                    w.out + row * w.out_stride + j * 2 * s.lanes, w.out_stride);
         }
     }
 }
@@ -456,11 +544,9 @@ inline void add_stored_bfloats(const StoredValues& w, MatrixUnit& unit, Ahead& a
 inline void add_stored(const StoredValues& w, MatrixUnit& unit, Ahead& ahead) {
     unit.configure(16, 16);
     if (w.rows.stored.element != INT8) return add_stored_bfloats(w, unit, ahead);
-    const bool two = w.rows.stored.planes == 2, whole = w.tokens == 128;
-    if (two && whole) return add_stored_bytes<2, 2>(w, unit, ahead);
-    if (two) return add_stored_bytes<2, 1>(w, unit, ahead);
-    if (whole) return add_stored_bytes<1, 2>(w, unit, ahead);
-    add_stored_bytes<1, 1>(w, unit, ahead);
+    as_bytes(w.rows.stored, w.tokens, [&]<int planes, int steps, int parts>() {
+        add_stored_bytes<planes, steps, parts>(w, unit, ahead);
+    });
 }
 
 #endif

@@ -62,7 +62,7 @@ INLINE void soften_short(float* scores, float scale, float top, int tokens, cons
     char* to = (char*)scores;
     vf added[2] = {};
     int t = row.begin;
-    auto weight = [&](int at) { return exp2<true>(fma(load<vf>(scores + at), splat(scale), splat(-top))); };
+    auto weight = [&](int at) { return exp2<3>(fma(load<vf>(scores + at), splat(scale), splat(-top))); };
     for (; t + 2 * LANES <= row.end; t += 2 * LANES) {
         const vf a = weight(t), b = weight(t + LANES);
         added[0] += a, added[1] += b;
@@ -171,20 +171,21 @@ INLINE void clear_weights(Workspace& work, int rows, const Row* state, int& firs
     }
 }
 
-// out = out * rescale + weights * values, from rows of V as they are stored
-inline void add_rows_stored(const Attend& call, Workspace& work, const Block& block, float* out, int rows, const Row* state) {
+// out = out * rescale + weights * values, from rows of V as they are stored; `ready`: weights are what soften_bytes made
+inline void add_rows_stored(const Attend& call, Workspace& work, const Block& block, float* out, int rows, const Row* state,
+                            bool ready) {
 #if defined(__AMX_INT8__)
     const Format& f = *block.v_format;
-    int first, stop;
-    clear_weights(work, rows, state, first, stop);
-    for (int r = 0; r < rows; ++r) {
+    int first = 0, stop = block.tokens;
+    if (!ready) clear_weights(work, rows, state, first, stop);
+    for (int r = 0; r < rows && !ready; ++r) {
         std::fill_n(work.scores + r * SCORE_STRIDE, first, 0.0f);
         std::fill(work.scores + r * SCORE_STRIDE + stop, work.scores + r * SCORE_STRIDE + block.tokens, 0.0f);
     }
     const StoredRows v = stored_rows(f, *block.v_stored, *block.v_tables, block.v_rows.words, block.v_rows.word_strides[2],
                                      block.count, block.tokens, work.plain);
     add_stored({v, block.tokens, first, stop, work.scores, SCORE_STRIDE, rows, block.v_scale, block.tokens, out, call.v_dim,
-                work.rescale, work.panels[block.k_stored ? 0 : 1], work.weights, work.products}, work.unit, work.ahead);
+                work.rescale, work.panels[block.k_stored ? 0 : 1], work.weights, work.products, ready}, work.unit, work.ahead);
 #endif
 }
 
