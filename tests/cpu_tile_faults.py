@@ -127,8 +127,8 @@ TILE_FAULTS = (
     Fault(
         "products of tokens overwrite those of the tokens before",
         spec(lambda s: plain(s) and stored(s.k_format, s.head_dim) and rows(s) <= 4 and s.kv_len > 40),
-        (("stored.h", "q, item % 2, products + item % 2 * products_size);",
-          "q, item % 2, products + (@ ? 0 : item % 2) * products_size);"),),
+        (("stored.h", "q, item % 2, products + item % 2 * products_size, ahead);",
+          "q, item % 2, products + (@ ? 0 : item % 2) * products_size, ahead);"),),
         "amx",
     ),
     Fault(

@@ -331,10 +331,10 @@ inline bool attend(const Attend& call, const Unit& unit, char* scratch) {
                 const int64_t slot = at - run.position, next = std::min<int64_t>(per_block, stop - at - block.count);
                 if (k_stored && v_stored) {
                     work.pause = ROW_TICKS * block.tokens / 64;
-                    work.ahead.aim_half(kf, k, vf_, v, slot, block.count, next,
-                                        stored_ticks(k_order, v_order, unit.rows, block.tokens));
+                    work.ahead.aim(kf, k, vf_, v, slot + block.count, next,
+                                   stored_ticks(k_order, v_order, unit.rows, block.tokens));
                 } else {
-                    const int keys = k_stored ? block.tokens / 32 * k_sum_ticks(k_order) : panel_ticks(kf, block.tokens, true);
+                    const int keys = k_stored ? block.tokens / 32 * k_score_ticks(k_order) : panel_ticks(kf, block.tokens, true);
                     const int values = direct ? block.count * DIRECT_PACE * direct_passes(vf_, unit.rows)
                                               : panel_ticks(vf_, block.tokens, false);
                     const int pauses = together > 1 ? 0 : (keys + values) / 4;

@@ -270,74 +270,60 @@ struct MatrixUnit {
 #endif
 
 // Fetches the rows of the next block a few cache lines at a time while this block is computed: a burst would wait for
-// memory, and between bursts memory would wait.
+// memory, and between bursts memory would wait. Lines of several pages take turns, because a core follows each page with a
+// prefetcher of its own, and these have more lines on their way than its buffers hold.
 class Ahead {
    public:
     // `ticks`: how often tick() is called until the rows are needed
     void aim(const Format& kf, const Rows& k, const Format& vf_, const Rows& v, int64_t first, int64_t count, int ticks) {
-        streams_ = 0;
-        int64_t lines = add(v.words, v.word_strides[2], row_bytes(vf_), first, count);
-        lines += add(k.words, k.word_strides[2], row_bytes(kf), first, count);
-        lines += add(v.scale, v.scale_strides[2], scale_bytes(vf_), first, count);
-        lines += add(k.scale, k.scale_strides[2], scale_bytes(kf), first, count);
-        set(lines, ticks);
-    }
-    // The same, from V of a block to K of the next one, with its scales: half a block ahead of their use.
-    void aim_half(const Format& kf, const Rows& k, const Format& vf_, const Rows& v, int64_t first, int64_t count, int64_t next,
-                  int ticks) {
         credit_ = ONE << 20;  // what was left out
         fetch();
-        streams_ = 0;
-        int64_t lines = add(v.scale, v.scale_strides[2], scale_bytes(vf_), first + count, next);
-        lines += add(k.scale, k.scale_strides[2], scale_bytes(kf), first + count, next);
-        lines += add(k.words, k.word_strides[2], row_bytes(kf), first + count, next);
+        streams_ = turn_ = 0;
+        int64_t lines = add(k.scale, k.scale_strides[2], scale_bytes(kf), first, count);
+        lines += add(v.scale, v.scale_strides[2], scale_bytes(vf_), first, count);
+        lines += add(k.words, k.word_strides[2], row_bytes(kf), first, count);
         lines += add(v.words, v.word_strides[2], row_bytes(vf_), first, count);
-        set(lines, ticks);
+        rate_ = lines * ONE / std::max(ticks, 1) + 1, credit_ = 0;
     }
     inline __attribute__((always_inline)) void tick(int weight = 1) {
         credit_ += rate_ * weight;
-        if (credit_ >= ONE) fetch();
+        if (credit_ >= 2 * PARTS * ONE) fetch();
     }
 
    private:
-    inline __attribute__((always_inline)) void fetch() {
-        int64_t lines = int64_t(credit_ / ONE);
-        credit_ %= ONE;
-        while (lines && streams_) {
-            Stream& s = stream_[streams_ - 1];  // the last one added comes first
-            const char* at = s.row + s.at;
-            const int64_t here = std::min(lines, (s.bytes - s.at + 63) / 64);
-#pragma GCC unroll 1
-            for (const char* end = at + 64 * here; at < end; at += 64) __builtin_prefetch(at, 0, 2);
-            s.at += 64 * here, lines -= here;
-            if (s.at >= s.bytes) {
-                s.row += s.stride, s.at = 0;
-                if (!--s.rows) --streams_;
-            }
+    __attribute__((noinline)) void fetch() {
+        for (; credit_ >= PARTS * ONE && streams_; ++turn_) {
+            if (turn_ >= streams_) turn_ = 0;
+            Stream& s = stream_[turn_];
+            for (int i = 0; i < PARTS; ++i) __builtin_prefetch(s.at + i * s.apart, 0, 2);
+            credit_ -= PARTS * ONE, s.at += 64;
+            if (--s.left) continue;
+            s.at += s.jump, s.left = s.lines;
+            if (!--s.rows) s = stream_[--streams_];
         }
+        if (!streams_) rate_ = 0;
     }
 
-    static constexpr uint64_t ONE = 256;
+    static constexpr int64_t ONE = 256;
+    static constexpr int PARTS = 4;  // of a stream, which take turns
     struct Stream {
-        const char* row;
-        int64_t bytes, stride, rows, at;
+        const char* at;             // the next line of the first part
+        int64_t apart;              // bytes from part to part
+        int64_t left, lines, jump;  // lines left of the row; of a row; bytes from its last line to the next row
+        int64_t rows;
     };
     static int64_t scale_bytes(const Format& f) {
         return f.scale_type == SCALE_NONE ? 0 : int64_t(f.dim / f.group) * (f.scale_type == SCALE_F16 ? 2 : 4);
     }
-    void set(int64_t lines, int ticks) {
-        rate_ = uint64_t(lines) * ONE / uint64_t(std::max(ticks, 1)) + 1, credit_ = 0;
-    }
     int64_t add(const char* from, int64_t stride, int64_t bytes, int64_t first, int64_t count) {
         if (!bytes || count <= 0) return 0;
-        Stream s = {from + first * stride, bytes, stride, count, 0};
-        if (bytes == stride) s.bytes *= count, s.rows = 1;
-        stream_[streams_++] = s;
-        return s.rows * ((s.bytes + 63) / 64);
+        const int64_t each = (count + PARTS - 1) / PARTS, rows = bytes == stride ? 1 : each, lines = (bytes * each / rows + 63) / 64;
+        stream_[streams_++] = {from + first * stride, each * stride, lines, lines, stride - 64 * lines, rows};
+        return PARTS * rows * lines;
     }
     Stream stream_[4];
-    int streams_ = 0;
-    uint64_t rate_ = 0, credit_ = 0;
+    int streams_ = 0, turn_ = 0;
+    int64_t rate_ = 0, credit_ = 0;
 };
 
 inline PlainRows plain_rows(const Format& f, const Tables& tables, const char* from, int64_t row_stride, int count, char* scratch) {

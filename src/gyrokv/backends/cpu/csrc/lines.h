@@ -20,7 +20,7 @@ struct Stored {
 };
 INLINE bool multiplies_stored(const Format&, int) { return false; }
 INLINE int stored_ticks(const Stored&, const Stored&, int, int) { return 0; }
-INLINE int k_sum_ticks(const Stored&) { return 0; }
+INLINE int k_score_ticks(const Stored&) { return 0; }
 constexpr int ROW_TICKS = 0, SCALE_TICKS = 0;
 INLINE void turn_columns(const Stored&, float*, int, int64_t, int, bool) {}
 
@@ -241,22 +241,26 @@ struct StoredRows {
         return {to, LINE, TILE, stored.lines * TILE};
     }
 };
-// Ticks of Ahead, of some 8 cycles. K: to make lines of 16 tokens, and to multiply 32 tokens with a few query rows. V: to make
-// a line of 16 tokens, for a row of weights, and to multiply a line of 64 tokens with a few query rows.
+// Ticks of Ahead, of some 8 cycles. K: to make lines of 16 tokens, to multiply a line of 32 tokens with the query rows of a
+// product, and to join products of 16. V: to make a line of 16 tokens, for a row of weights, and to multiply a line of
+// 64 tokens with a few query rows; of bfloat16 a line of 16 tokens, and to spread the weights of 64 tokens.
 INLINE int k_make_ticks(const Stored& s) { return s.in_place ? 0 : 5 * s.lines * s.planes; }
-INLINE int k_sum_ticks(const Stored& s) {
-    return 4 * ((2 * s.rows + 4 + (s.in_place ? 16 : 8) * s.lines * s.planes + (s.split ? 16 * s.sums : 0)) / 4);
+INLINE int k_tile_ticks(const Stored& s) { return s.in_place ? 16 : 8; }
+INLINE int k_join_ticks(const Stored& s) { return 2 + 2 * s.rows + (s.split ? 8 * s.sums : 0); }
+INLINE int k_score_ticks(const Stored& s) {
+    return k_tile_ticks(s) * s.lines * std::max(s.planes, s.sums) + 2 * k_join_ticks(s);
 }
 INLINE int v_make_ticks(const Stored& s) { return s.element != INT8 && s.in_place ? 0 : 8 * s.planes; }
-INLINE int v_sum_ticks(const Stored& s) { return s.element == INT8 ? 40 : 28; }
-constexpr int V_ROW_TICKS = 4, ROW_TICKS = 15, SCALE_TICKS = 10;
+constexpr int V_TILE_TICKS = 5, V_SPREAD_TICKS = 8;
+INLINE int v_sum_ticks(const Stored& s) { return s.element == INT8 ? 40 : 4 * V_TILE_TICKS + 4; }
+constexpr int V_ROW_TICKS = 4, ROW_TICKS = 6, SCALE_TICKS = 10;
 // From the beginning of a block to its end.
 INLINE int stored_ticks(const Stored& k, const Stored& v, int rows, int tokens) {
     const int k_passes = (rows + k.rows - 1) / k.rows, steps = tokens / 64;
     const int v_most = v.element == INT8 ? 16 / v.parts : STORED_ROWS, v_passes = (rows + v_most - 1) / v_most;
-    const int keys = 2 * steps * (2 * k_make_ticks(k) + k_passes * k_sum_ticks(k));
-    const int sides = v.element == INT8 ? v.units * (v.split ? 2 : 1) : 1;
-    const int values = v.lines * (4 * v_make_ticks(v) + v_passes * v_sum_ticks(v)) + sides * rows * V_ROW_TICKS;
+    const int keys = 2 * steps * (2 * k_make_ticks(k) + k_passes * k_score_ticks(k));
+    const int shares = v.element == INT8 ? v.units * (v.split ? 2 : 1) * rows * V_ROW_TICKS : v_passes * V_SPREAD_TICKS;
+    const int values = v.lines * (4 * v_make_ticks(v) + v_passes * v_sum_ticks(v)) + shares;
     return keys + rows * steps * ROW_TICKS + steps * values + 3 * SCALE_TICKS;
 }
 

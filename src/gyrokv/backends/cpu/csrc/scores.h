@@ -83,11 +83,13 @@ inline void pack_many_tiles(const Format& f, const Stored& s, const char* a, int
         GYROKV_K_DOT(c, 4);                                                            \
         _tile_loadd(5, k[1].at + j * k[1].line + plane * k[1].plane, k[1].step);       \
         GYROKV_K_DOT(d, 5);                                                            \
+        ahead.tick(ticks);                                                             \
     }                                                                                  \
     _tile_stored(c, to, LINE);                                                         \
     _tile_stored(d, to + TILE, LINE);
 template <bool integer, bool split>
-INLINE void many_score_tiles(const Stored& s, const Lines* k, const QueryTiles& q, char* to) {
+INLINE void many_score_tiles(const Stored& s, const Lines* k, const QueryTiles& q, char* to, Ahead& ahead) {
+    const int ticks = k_tile_ticks(s);
     memory_barrier();
     const int32_t* start = q.start;
     for (int u = 0; u < s.units; ++u)
@@ -245,14 +247,13 @@ inline void score_many_rows(MatrixUnit& unit, const StoredRows& k, char* q_memor
         for (int t = first; t < std::min(first + 32, tokens); t += 16, from += TILE) {
             join_tile(s, factors, from, 2 * TILE, k_scale + t, scale_stride, scaled, scores + row * stride + t, stride,
                       most + row * LANES);
-            ahead.tick(k_sum_ticks(s) / 4);
+            ahead.tick(k_join_ticks(s));
         }
     };
     make(0);
     for (int item = 0; item < items; ++item) {
         const QueryTiles q = many_tiles(s, q_memory, k.format.dim, item % passes * s.rows);
-        many_score_tiles<integer, split>(s, lines, q, products + item % 2 * products_size);
-        ahead.tick(k_sum_ticks(s) / 2);
+        many_score_tiles<integer, split>(s, lines, q, products + item % 2 * products_size, ahead);
         if ((item + 1) % passes == 0 && item + 1 < items) make((item + 1) / passes);
         if (item) join(item - 1);
     }

@@ -113,12 +113,14 @@ inline void pack_tiles(const Format& f, const Stored& s, const char* a, int64_t 
                 GYROKV_K_DOT(c, 4);                                                    \
                 _tile_loadd(5, k[1].at + j * k[1].line + p * k[1].plane, k[1].step);   \
                 GYROKV_K_DOT(d, 5);                                                    \
+                ahead.tick(ticks);                                                     \
             }                                                                          \
         _tile_stored(c, to, LINE);                                                     \
         _tile_stored(d, to + TILE, LINE);                                              \
     }
 template <bool integer>
-INLINE void score_tiles(const Stored& s, const Lines* k, const QueryTiles& q, bool second, char* to) {
+INLINE void score_tiles(const Stored& s, const Lines* k, const QueryTiles& q, bool second, char* to, Ahead& ahead) {
+    const int ticks = k_tile_ticks(s);
     memory_barrier();
     if (second) {
         GYROKV_SCORE_TILES(2, 3)
@@ -217,14 +219,13 @@ inline void score_rows_stored(MatrixUnit& unit, const StoredRows& k, char* q_mem
                 store(top, max(load<vf>(top), x[r]));
                 store(scores + (row + r) * stride + t, x[r]);
             }
-            ahead.tick(k_sum_ticks(s) / 4);
+            ahead.tick(k_join_ticks(s));
         }
     };
     make(0);
     for (int item = 0; item < items; ++item) {
         const QueryTiles q = query_tiles(s, q_memory, k.format.dim, item % passes * STORED_ROWS);
-        score_tiles<integer>(s, lines, q, item % 2, products + item % 2 * products_size);
-        ahead.tick(k_sum_ticks(s) / 2);
+        score_tiles<integer>(s, lines, q, item % 2, products + item % 2 * products_size, ahead);
         if ((item + 1) % passes == 0 && item + 1 < items) make((item + 1) / passes);
         if (item) join(item - 1);
     }
@@ -403,7 +404,7 @@ INLINE void sum_bytes(const char* const* a, int rows, const char* from, int step
 #undef GYROKV_V_WEIGHTS
 
 template <int lines>
-INLINE void sum_bfloats(const Lines* v, int line, int groups, const char* a, char* c) {
+INLINE void sum_bfloats(const Lines* v, int line, int groups, const char* a, char* c, Ahead& ahead) {
     _tile_zero(0);
     if constexpr (lines > 1) _tile_zero(1);
     if constexpr (lines > 2) _tile_zero(2);
@@ -418,6 +419,7 @@ INLINE void sum_bfloats(const Lines* v, int line, int groups, const char* a, cha
             _tile_loadd(7, at + LINE, step);
             _tile_dpbf16ps(1, 4, 7);
         }
+        ahead.tick(std::min(lines, 2) * V_TILE_TICKS);
         if constexpr (lines > 2) {
             _tile_loadd(6, at + 2 * LINE, step);
             _tile_dpbf16ps(2, 4, 6);
@@ -426,6 +428,7 @@ INLINE void sum_bfloats(const Lines* v, int line, int groups, const char* a, cha
             _tile_loadd(7, at + 3 * LINE, step);
             _tile_dpbf16ps(3, 4, 7);
         }
+        if constexpr (lines > 2) ahead.tick((lines - 2) * V_TILE_TICKS);
     }
     _tile_stored(0, c, LINE);
     if constexpr (lines > 1) _tile_stored(1, c + TILE, LINE);
@@ -516,20 +519,21 @@ inline void add_stored_bfloats(const StoredValues& w, MatrixUnit& unit, Ahead& a
     for (int row = 0; row < w.count; row += STORED_ROWS) {
         const int rows = std::min(STORED_ROWS, w.count - row);
         spread_bfloats(w.weights + row * w.stride + w.first, w.stride, rows, groups, w.spread);
+        ahead.tick(V_SPREAD_TICKS * groups / 4);
         for (int line = 0; line < s.lines; line += 4) {
             const int lines = std::min(4, s.lines - line);
             memory_barrier();
             if (lines == 4)
-                sum_bfloats<4>(v, line, groups, w.spread, w.products);
+                sum_bfloats<4>(v, line, groups, w.spread, w.products, ahead);
             else if (lines == 3)
-                sum_bfloats<3>(v, line, groups, w.spread, w.products);
+                sum_bfloats<3>(v, line, groups, w.spread, w.products, ahead);
             else if (lines == 2)
-                sum_bfloats<2>(v, line, groups, w.spread, w.products);
+                sum_bfloats<2>(v, line, groups, w.spread, w.products, ahead);
             else
-                sum_bfloats<1>(v, line, groups, w.spread, w.products);
+                sum_bfloats<1>(v, line, groups, w.spread, w.products, ahead);
             memory_barrier();
             for (int l = 0; l < lines; ++l) {
-                ahead.tick(v_sum_ticks(s) * groups / 4);
+                ahead.tick(groups);
                 for (int b = 0; b < 2; ++b)
                     for (int r = 0; r < rows; ++r) {
                         const char* c = w.products + l * TILE + (2 * b * STORED_ROWS + r) * LINE;
