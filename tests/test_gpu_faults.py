@@ -159,7 +159,7 @@ FAULTS = (
     Fault("a_table_is_one_entry_late", k_rows(lambda r: r.kind == plan.TABLE),
           score("(const char*)table, at)", "(const char*)table, max(0, at - 1))")),
     Fault("two_values_of_a_lookup_change_places", k_rows(lambda r: r.kind == plan.TABLE and r.bits <= 5),
-          codec("constexpr u32 WORTH = 1 | R::LEVELS << 16;", "constexpr u32 WORTH = R::LEVELS | 1 << 16;")),
+          codec("WORTH = 128 | 128 * R::LEVELS << 16;", "WORTH = 128 * R::LEVELS | 128 << 16;")),
     Fault("one_byte_of_a_table_is_off", k_rows(lambda r: r.kind == plan.BYTES and r.bits < 4),
           codec("return prmt(table.low, table.high, nibbles);", "return prmt(table.low ^ 0x0800, table.high, nibbles);")),
     Fault("codes_of_one_sign_are_not_looked_up", k_rows(lambda r: r.kind == plan.BYTES and r.bits == 4 and r.scales <= 2),

@@ -163,13 +163,13 @@ INLINE u32 upper(u32 nibbles) {
 // entry of a lookup table in shared memory: entries are 256 bytes apart, or 128 where they are pairs; one copy per lane
 INLINE u32 look_up(const char* lut, u32 place) { return *(const u32*)(lut + place); }
 
-// four codes, one per byte: planes a (bytes 0, 2) and b (bytes 1, 3). lane4: 4 * lane
+// four codes, one per byte: planes a (bytes 0, 2) and b (bytes 1, 3), of pairs bytes 0, 1 and 2, 3. lane4: 4 * lane
 template <class R>
 INLINE void from_table(u32 codes, const char* lut, u32 lane4, u32& a, u32& b) {
   if constexpr (LUT_PAIRS) {
-    constexpr u32 WORTH = 1 | R::LEVELS << 16;
-    a = look_up(lut, dot_bytes(codes, WORTH) * 128 + lane4);
-    b = look_up(lut, dot_bytes(codes, WORTH << 8) * 128 + lane4);
+    constexpr u32 WORTH = 128 | 128 * R::LEVELS << 16;
+    a = look_up(lut, dot_low(WORTH, codes, lane4));
+    b = look_up(lut, dot_high(WORTH, codes, lane4));
   } else {
     u32 a0 = look_up(lut, prmt(codes, lane4, 0x7604)), b0 = look_up(lut, prmt(codes, lane4, 0x7614));
     u32 a1 = look_up(lut, prmt(codes, lane4, 0x7624)), b1 = look_up(lut, prmt(codes, lane4, 0x7634));
@@ -182,6 +182,38 @@ template <class R>
 INLINE void from_nibbles(u32 nibbles, const char* lut, u32 lane4, u32& a, u32& b, u32& c, u32& d) {
   from_table<R>(nibbles & 0x0F0F0F0F, lut, lane4, a, c);
   from_table<R>((nibbles >> 4) & 0x0F0F0F0F, lut, lane4, b, d);
+}
+
+// z[NREG]: two units side by side, or with pairs bytes 0, 2, 1, 3 of them; h[PLANES]: their values
+template <class R>
+INLINE void from_tables(const u32* z, u32* h, const char* lut, u32 lane4) {
+  if constexpr (R::BITS == 2) {
+    from_nibbles<R>(z[0] & 0x33333333, lut, lane4, h[0], h[2], h[4], h[6]);
+    from_nibbles<R>((z[0] >> 2) & 0x33333333, lut, lane4, h[1], h[3], h[5], h[7]);
+  } else if constexpr (R::BITS == 3) {
+    u32 nibbles[4];
+    nibbles_of<R>(z, nibbles);
+#pragma unroll
+    for (int n = 0; n < 4; ++n) from_nibbles<R>(nibbles[n], lut, lane4, h[n], h[4 + n], h[8 + n], h[12 + n]);
+  } else if constexpr (R::BITS == 4) {
+    from_nibbles<R>(z[0], lut, lane4, h[0], h[1], h[2], h[3]);
+  } else if constexpr (R::BITS == 5) {  // plane m + 4 p: nibble p of block m, bit m + 4 p of the last block
+#pragma unroll
+    for (int m = 0; m < 4; ++m) {
+      u32 top = z[4] >> m;
+      from_table<R>((z[m] & 0x0F0F0F0F) | ((top << 4) & 0x10101010), lut, lane4, h[m], h[8 + m]);
+      from_table<R>(((z[m] >> 4) & 0x0F0F0F0F) | (top & 0x10101010), lut, lane4, h[4 + m], h[12 + m]);
+    }
+  } else if constexpr (R::BITS == 6) {  // plane m + 2 p: nibble p of block m, bits 2 m + 4 p of the last block
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+      u32 top = z[2] >> (2 * m);
+      from_table<R>((z[m] & 0x0F0F0F0F) | ((top << 4) & 0x30303030), lut, lane4, h[m], h[4 + m]);
+      from_table<R>(((z[m] >> 4) & 0x0F0F0F0F) | (top & 0x30303030), lut, lane4, h[2 + m], h[6 + m]);
+    }
+  } else {
+    from_table<R>(z[0], lut, lane4, h[0], h[1]);
+  }
 }
 
 // z[NREG]: two units side by side; h[PLANES]: their values, first unit in the low halves
@@ -223,32 +255,11 @@ INLINE void expand(const u32* z, u32* h, Table table, const char* lut, u32 lane4
       h[n + 2 * R::NIBBLES] = add_f16x2(prmt(y, 0x64646464, 0x4240), 0xE480E480);
       h[n + 3 * R::NIBBLES] = add_f16x2(prmt(y, 0x64646464, 0x4341), 0xE480E480);
     }
-  } else if constexpr (R::BITS == 2) {
-    from_nibbles<R>(z[0] & 0x33333333, lut, lane4, h[0], h[2], h[4], h[6]);
-    from_nibbles<R>((z[0] >> 2) & 0x33333333, lut, lane4, h[1], h[3], h[5], h[7]);
-  } else if constexpr (R::BITS == 3) {
-    u32 nibbles[4];
-    nibbles_of<R>(z, nibbles);
-#pragma unroll
-    for (int n = 0; n < 4; ++n) from_nibbles<R>(nibbles[n], lut, lane4, h[n], h[4 + n], h[8 + n], h[12 + n]);
-  } else if constexpr (R::BITS == 4) {
-    from_nibbles<R>(z[0], lut, lane4, h[0], h[1], h[2], h[3]);
-  } else if constexpr (R::BITS == 5) {  // plane m + 4 p: nibble p of block m, bit m + 4 p of the last block
-#pragma unroll
-    for (int m = 0; m < 4; ++m) {
-      u32 top = z[4] >> m;
-      from_table<R>((z[m] & 0x0F0F0F0F) | ((top << 4) & 0x10101010), lut, lane4, h[m], h[8 + m]);
-      from_table<R>(((z[m] >> 4) & 0x0F0F0F0F) | (top & 0x10101010), lut, lane4, h[4 + m], h[12 + m]);
-    }
-  } else if constexpr (R::BITS == 6) {  // plane m + 2 p: nibble p of block m, bits 2 m + 4 p of the last block
-#pragma unroll
-    for (int m = 0; m < 2; ++m) {
-      u32 top = z[2] >> (2 * m);
-      from_table<R>((z[m] & 0x0F0F0F0F) | ((top << 4) & 0x30303030), lut, lane4, h[m], h[4 + m]);
-      from_table<R>(((z[m] >> 4) & 0x0F0F0F0F) | (top & 0x30303030), lut, lane4, h[2 + m], h[6 + m]);
-    }
   } else {
-    from_table<R>(z[0], lut, lane4, h[0], h[1]);
+    u32 x[R::NREG];
+#pragma unroll
+    for (int r = 0; r < R::NREG; ++r) x[r] = LUT_PAIRS ? prmt(z[r], 0, 0x3120) : z[r];
+    from_tables<R>(x, h, lut, lane4);
   }
 }
 
