@@ -17,7 +17,8 @@ _STATIC = 4096  # bytes that kernels declare themselves, at most
 
 @dataclass(frozen=True)
 class Row:
-    """Rows of one side as kernels read them. ``span``: values per scale, 0 without scales. ``factor``: on values."""
+    """Rows of one side as kernels read them. ``span``: values per scale, 0 without scales. ``factor``: on values.
+    ``mirrored``: a table whose codes have a sign as their top bit."""
 
     kind: int
     bits: int
@@ -27,6 +28,7 @@ class Row:
     factor: float = 1.0
     low: int = 0
     high: int = 0
+    mirrored: bool = False
 
     @property
     def bytes(self) -> int:
@@ -66,23 +68,23 @@ class Row:
 
     @property
     def pair_bytes(self) -> int:
-        """Bytes of a table of pairs."""
-        return 128 << 2 * self.bits if self.kind == TABLE else 0
+        """Bytes of a table of pairs: of 6 bits, of magnitudes."""
+        return 128 << 2 * (5 if self.bits == 6 else self.bits) if self.kind == TABLE else 0
 
 
 @cache
-def _table(fmt: KVFormat) -> tuple[int, float, int, int]:
-    """(kind, factor, low, high) of rows with levels."""
+def _table(fmt: KVFormat) -> tuple[int, float, int, int, bool]:
+    """(kind, factor, low, high, mirrored) of rows with levels."""
     step, levels = float(fmt.step), fmt.levels
     half = 2 ** (fmt.bits - 1)
     if fmt.coding == "index" and fmt.bits in (4, 8) and list(levels) == list(range(-half, half)):
-        return LINEAR, step, 0, 0
+        return LINEAR, step, 0, 0, False
     whole = all(float(level).is_integer() and abs(level) <= (126 if fmt.bits == 4 else 127) for level in levels)
     by_code = (code_values(fmt).double() / step).round().int().tolist()
     if whole and (fmt.bits in (2, 3) or (fmt.bits == 4 and fmt.coding == "sign_magnitude")):
         text = bytes(level & 255 for level in by_code[:8]).ljust(8, b"\0")
-        return BYTES, step, int.from_bytes(text[:4], "little"), int.from_bytes(text[4:], "little")
-    return TABLE, float(code_values(fmt).abs().max()), 0, 0
+        return BYTES, step, int.from_bytes(text[:4], "little"), int.from_bytes(text[4:], "little"), False
+    return TABLE, float(code_values(fmt).abs().max()), 0, 0, fmt.coding == "sign_magnitude"
 
 
 @cache
@@ -90,9 +92,10 @@ def _row(fmt: KVFormat, head_dim: int) -> Row:
     padded, group = fmt.layout(head_dim)
     if not fmt.has_levels:
         return Row(_DENSE[fmt.element], fmt.bits, padded, 0)
-    kind, factor, low, high = _table(fmt)
+    kind, factor, low, high, mirrored = _table(fmt)
     span = min(group, fmt.scale_span or group)
-    return Row(kind, fmt.bits, padded, span, fmt.scale_dtype == "float32", factor / scale_divisor(fmt, head_dim), low, high)
+    factor /= scale_divisor(fmt, head_dim)
+    return Row(kind, fmt.bits, padded, span, fmt.scale_dtype == "float32", factor, low, high, mirrored)
 
 
 _rows: dict[tuple[int, int, int], tuple[KVFormat, Row]] = {}  # by identity: hashing a row hashes all of its levels
@@ -219,9 +222,10 @@ def _bitwise(row: Row, rows: int) -> bool:
 
 
 def _pairs(problem: Problem) -> bool:
-    """True where one lookup may yield two values: tables of at most 5 bits, and not two different ones."""
-    bits = [row.bits for row in (problem.k, problem.v) if row.kind == TABLE]
-    return bool(bits) and max(bits) <= 5 and (len(bits) == 1 or problem.same_table)
+    """True where one lookup may yield two values: tables of 5 bits, or of 6 with a sign, and not two different ones."""
+    tables = [row for row in (problem.k, problem.v) if row.kind == TABLE]
+    short = all(row.bits <= 5 or (row.bits == 6 and row.mirrored) for row in tables)
+    return bool(tables) and short and (len(tables) == 1 or problem.same_table)
 
 
 def _registers(problem: Problem, rows: int, terms: int, tile: int) -> int:
@@ -260,8 +264,9 @@ def _plan(problem: Problem, shared_memory: int) -> Plan:
     per_warp = (4 if rows == 4 and terms == 2 else 8 * columns) * v.dim * 4
     tables = TABLE in (k.kind, v.kind)
     whole = problem.page_slots % 32 == 0  # a page holds whole tiles
-    # lookups of short rows, and pairs of five bits, gain more from registers than from warps, by measurement
-    fewer = tables and (v.dim <= 64 or (_pairs(problem) and 5 in (k.bits, v.bits)))
+    # lookups of short rows, and pairs of five bits and more, gain more from registers than from warps, by measurement
+    looked_up = [row.bits for row in (k, v) if row.kind == TABLE]
+    fewer = tables and (v.dim <= 64 or (_pairs(problem) and max(looked_up) >= 5))
 
     def cut(fixed: int) -> tuple[int, int]:
         """(tile, warps) beside ``fixed`` bytes"""

@@ -10,7 +10,7 @@
 
 enum Kind { F16 = 0, BF16 = 1, F32 = 2, FP8 = 3, LINEAR = 4, BYTES = 5, TABLE = 6 };
 
-#ifndef LUT_PAIRS  // does a lookup yield two values? Tables of at most 5 bits, and not two different ones
+#ifndef LUT_PAIRS  // does a lookup yield two values? Tables of 5 bits, or of 6 with a sign, and not two different ones
 #define LUT_PAIRS 0
 #endif
 
@@ -32,7 +32,8 @@ struct Row {
   static constexpr int BYTES_ROW = KIND <= F32 ? DIM * WORD : DIM * BITS / 8;
   static constexpr int NIBBLES = KIND == BYTES ? PLANES / 4 : 1;     // registers of nibbles per pair of units
   static constexpr int PASSES = BITS == 4 ? 2 : 1;                   // lookups of bytes per nibble: both signs
-  static constexpr int LEVELS = KIND == TABLE ? 1 << BITS : 1;
+  static constexpr bool SIGNED = KIND == TABLE && BITS == 6 && LUT_PAIRS;  // the table holds magnitudes
+  static constexpr int LEVELS = KIND == TABLE ? 1 << (BITS - SIGNED) : 1;   // of the table
   static constexpr int LUT_BYTES = KIND != TABLE ? 0 : LUT_PAIRS ? 128 * LEVELS * LEVELS : 256 * LEVELS;  // one copy of the table per bank
   static constexpr float FACTOR = KIND == BYTES && BITS == 4 ? 16777216.0f : 1.0f;  // values over what `expand` makes: denormals
 
@@ -184,9 +185,13 @@ INLINE void from_nibbles(u32 nibbles, const char* lut, u32 lane4, u32& a, u32& b
   from_table<R>((nibbles >> 4) & 0x0F0F0F0F, lut, lane4, b, d);
 }
 
-// z[NREG]: two units side by side, or with pairs bytes 0, 2, 1, 3 of them; h[PLANES]: their values
+// a pair with the signs that stand `up` bits below the tops of the halves of x
+INLINE u32 signed_pair(u32 pair, u32 x, int up) { return pair ^ (x << up & 0x80008000); }
+
+// z[NREG]: two units side by side, or with pairs bytes 0, 2, 1, 3 of them; h[PLANES]: their values. last: the last block's
+// unit, as it is
 template <class R>
-INLINE void from_tables(const u32* z, u32* h, const char* lut, u32 lane4) {
+INLINE void from_tables(const u32* z, u32 last, u32* h, const char* lut, u32 lane4) {
   if constexpr (R::BITS == 2) {
     from_nibbles<R>(z[0] & 0x33333333, lut, lane4, h[0], h[2], h[4], h[6]);
     from_nibbles<R>((z[0] >> 2) & 0x33333333, lut, lane4, h[1], h[3], h[5], h[7]);
@@ -207,9 +212,13 @@ INLINE void from_tables(const u32* z, u32* h, const char* lut, u32 lane4) {
   } else if constexpr (R::BITS == 6) {  // plane m + 2 p: nibble p of block m, bits 2 m + 4 p of the last block
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
+      constexpr u32 TOP = R::SIGNED ? 0x10101010 : 0x30303030;
       u32 top = z[2] >> (2 * m);
-      from_table<R>((z[m] & 0x0F0F0F0F) | ((top << 4) & 0x30303030), lut, lane4, h[m], h[4 + m]);
-      from_table<R>(((z[m] >> 4) & 0x0F0F0F0F) | (top & 0x30303030), lut, lane4, h[2 + m], h[6 + m]);
+      from_table<R>((z[m] & 0x0F0F0F0F) | ((top << 4) & TOP), lut, lane4, h[m], h[4 + m]);
+      from_table<R>(((z[m] >> 4) & 0x0F0F0F0F) | (top & TOP), lut, lane4, h[2 + m], h[6 + m]);
+      if (R::SIGNED)
+#pragma unroll
+        for (int p = 0; p < 4; ++p) h[m + 2 * p] = signed_pair(h[m + 2 * p], last, 14 - 4 * p - 2 * m);
     }
   } else {
     from_table<R>(z[0], lut, lane4, h[0], h[1]);
@@ -259,7 +268,7 @@ INLINE void expand(const u32* z, u32* h, Table table, const char* lut, u32 lane4
     u32 x[R::NREG];
 #pragma unroll
     for (int r = 0; r < R::NREG; ++r) x[r] = LUT_PAIRS ? prmt(z[r], 0, 0x3120) : z[r];
-    from_tables<R>(x, h, lut, lane4);
+    from_tables<R>(x, z[R::NREG - 1], h, lut, lane4);
   }
 }
 
