@@ -75,6 +75,10 @@ def merge(old: str, new: str) -> tuple[tuple[str, str, str], ...]:
     return (("merge.cu", old, new),)
 
 
+def finish(old: str, new: str) -> tuple[tuple[str, str, str], ...]:
+    return (("finish.cuh", old, new),)
+
+
 def row(fmt: KVFormat, dim: int) -> plan.Row:
     return plan.row_of(fmt, dim, fmt.layout(dim)[0])
 
@@ -141,6 +145,10 @@ FAULTS = (
           splits=7),
     Fault("splits_are_added_without_factors", spec(long),
           merge("exp2f(top[i].x - reference);", "top[i].x == -INFINITY ? 0.0f : 1.0f;"), splits=7),
+    Fault("rows_of_one_block_take_the_sum_of_the_first", spec(lambda s: plain(s) and s.groups * s.q_len > 1),
+          attend("joined[row].x, joined[row].y", "joined[0].x, joined[0].y"), splits=1),
+    Fault("rows_of_one_block_take_the_sink_of_one_head", spec(lambda s: s.sinks and s.kv_len > 7 and s.groups > 1),
+          attend("row_at(p, unit, row).head, x", "unit.head, x"), splits=1),
     Fault("a_segment_overwrites_the_one_before", lambda c: c.spec.unquantised and c.spec.kv_len > 30,
           attend("* p.splits_total + p.split_base + split;", "* p.splits_total + split;")),
     Fault("query_rows_are_ordered_by_head", spec(lambda s: plain(s) and s.groups > 1 and 1 < s.q_len != s.groups),
@@ -246,8 +254,8 @@ FAULTS = (
     Fault("the_lowest_half_is_a_number", lambda c: masked_rows(c) and c.masked == -65504.0,
           score("return x <= -65504.0f ? -INFINITY : x;", "return x;")),
     Fault("sinks_are_not_in_the_denominator", spec(lambda s: s.sinks and s.kv_len > 7),
-          merge("over_warp(total, false) + exp2f(sink - reference);", "over_warp(total, false);")),
-    Fault("the_log_sum_exp_is_binary", spec(plain), merge("log2f(total)) * 0.6931471805599453f", "log2f(total))")),
+          finish("total * factor + exp2f(sink - reference);", "total * factor;")),
+    Fault("the_log_sum_exp_is_binary", spec(plain), finish("log2f(total)) * 0.6931471805599453f", "log2f(total))")),
 )  # fmt: skip
 
 
@@ -316,16 +324,26 @@ def test_every_fault_is_one_of_the_sources(fault):
 def test_faults_are_many_and_in_every_source():
     assert len({f.name for f in FAULTS}) == len(FAULTS) >= 24
     files = {name for fault in FAULTS for name, _, _ in fault.edits}
-    assert files == {"attend.cu", "score.cuh", "values.cuh", "codec.cuh", "rows.cuh", "merge.cu", "turn.cuh", "bits.cuh"}
+    assert files == {
+        "attend.cu",
+        "score.cuh",
+        "values.cuh",
+        "codec.cuh",
+        "rows.cuh",
+        "merge.cu",
+        "turn.cuh",
+        "bits.cuh",
+        "finish.cuh",
+    }
 
 
 def test_edited_sources_are_forgotten():
     """An edit that outlives its block, or that is made nowhere, would change other tests or none."""
     before = nvrtc._sources()
-    with nvrtc.sources([("merge.cu", "log2f(total)", "log2f(total + 1.0f)")]):
-        assert nvrtc._sources()["merge.cu"] != before["merge.cu"]
-        with nvrtc.sources([("merge.cu", "log2f(total + 1.0f)", "0.0f")]):
-            assert b"log2f" not in nvrtc._sources()["merge.cu"]
+    with nvrtc.sources([("finish.cuh", "log2f(total)", "log2f(total + 1.0f)")]):
+        assert nvrtc._sources()["finish.cuh"] != before["finish.cuh"]
+        with nvrtc.sources([("finish.cuh", "log2f(total + 1.0f)", "0.0f")]):
+            assert b"log2f" not in nvrtc._sources()["finish.cuh"]
     assert nvrtc._sources() == before
     for old in ("no such piece", "float"):
         with pytest.raises(ValueError, match=f"merge.cu holds '{old}' [0-9]+ times, not once"):

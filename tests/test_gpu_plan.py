@@ -157,7 +157,7 @@ def test_kernels_divide_by_multiplying(n):
 # -- structures
 
 
-MERGE = {"SPLITS": 32, "OUT_TYPE": 2, "DIM": 128, "TURN": 0}
+MERGE = {"SPLITS": 32, "OUT_TYPE": 2, "DIM": 128, "V_TURN": 0}
 CTYPES = {"float": 4, "int": 4, "u32": 4, "i64": 8}
 
 
@@ -171,7 +171,7 @@ def structures() -> dict[str, list[tuple[str, int, int]]]:
         at, fields = 0, []
         for declaration in filter(None, (part.strip() for part in body.split(";"))):
             kind, names = re.match(r"(?:const )?(\w+\*?) (.*)", declaration, re.DOTALL).groups()
-            size = 8 if kind.endswith("*") else CTYPES.get(kind) or sum(made[kind][-1][1:])
+            size = 8 if kind.endswith("*") else CTYPES.get(kind) or -(-sum(made[kind][-1][1:]) // 8) * 8
             for field in re.split(r",\s*", names):
                 field, count = re.fullmatch(r"\s*(\w+)(?:\[(\d+)\])?\s*", field).groups()
                 at += -at % (4 if kind == "SignBits" else min(size, 8))
@@ -181,7 +181,7 @@ def structures() -> dict[str, list[tuple[str, int, int]]]:
     return made
 
 
-@pytest.mark.parametrize("mirror", [calls.Side, calls.Attend, calls.Merge], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("mirror", [calls.Side, calls.Finish, calls.Attend, calls.Merge], ids=lambda m: m.__name__)
 def test_structures_are_laid_out_alike(mirror):
     """A field that moved would be read as another one."""
     fields = structures()[mirror.__name__]
@@ -202,9 +202,9 @@ needs_compiler = pytest.mark.skipif(nvrtc.compiler_version() is None, reason="li
 
 @needs_compiler
 def test_the_compiler_lays_structures_out_alike():
-    mirrors = (calls.Side, calls.Attend, calls.Merge)
+    mirrors = (calls.Side, calls.Finish, calls.Attend, calls.Merge)
     size = "".join(f'static_assert(sizeof({m.__name__}) == {ctypes.sizeof(m)}, "size");\n' for m in mirrors)
-    include = '#include "params.cuh"\n'
+    include = '#include "finish.cuh"\n'
     with nvrtc.sources([("merge.cu", include, include + size)]):
         nvrtc.compile_source("merge.cu", MERGE, gpu_record.ARCH)
     with (
@@ -224,9 +224,13 @@ def test_launches_of_every_case(at):
         if [r for r in gpu.why_not(c.on("cuda").spec) if r]:
             continue
         data = inputs(c)
-        *parts, merge = gpu_record.launches(data)
-        assert merge.name == "merge" and merge.grid == (c.spec.batch * c.spec.q_heads * c.spec.q_len, 1, 1)
-        assert len(parts) == len(data.view.segments)
+        launches = gpu_record.launches(data)
+        parts, merges = launches[: len(data.view.segments)], launches[len(data.view.segments) :]
+        total = sum(p.argument.splits for p in parts)
+        assert [m.name for m in merges] == ["merge"] * (total != 1)
+        for merge in merges:
+            assert merge.grid == (c.spec.batch * c.spec.q_heads * c.spec.q_len, 1, 1)
+            assert merge.argument.splits == total
         for launch in parts:
             assert launch.name == "attend" and launch.threads == 32 * launch.defines["WARPS"] <= 512
             rows = dict(launch.defines)["ROWS"]
@@ -234,7 +238,7 @@ def test_launches_of_every_case(at):
             assert launch.grid == (tiles, c.spec.kv_heads, c.spec.batch * launch.argument.splits)
             assert launch.shared + plan._STATIC <= plan.SHARED_MEMORY
             call = launch.argument
-            assert call.splits_total == merge.argument.splits == sum(p.argument.splits for p in parts)
+            assert call.splits_total == total and bool(call.finish.out) == (total == 1)
         assert [p.argument.split_base for p in parts] == [
             sum(p.argument.splits for p in parts[:i]) for i in range(len(parts))
         ]
@@ -356,7 +360,7 @@ def test_kernels_are_kept(compiled, monkeypatch, tmp_path):
     monkeypatch.setattr(nvrtc, "compiler_version", lambda: (13, 1))
     nvrtc.cubin("merge.cu", MERGE, "sm_90a")
     assert len(compiled) == 4 == len(list((tmp_path / "cache/kernels").iterdir()))
-    with nvrtc.sources([("merge.cu", "log2f(total)", "0.0f")]):
+    with nvrtc.sources([("merge.cu", "exp2f(top[i].x - reference)", "0.0f")]):
         nvrtc.cubin("merge.cu", MERGE, "sm_90a")
         nvrtc.cubin("merge.cu", MERGE, "sm_90a")
     assert len(compiled) == 6 and len(list((tmp_path / "cache/kernels").iterdir())) == 4

@@ -133,7 +133,8 @@ class Problem:
     """Everything that changes the code. ``stride``s: bytes from slot to slot where rows lie side by side, else 0.
 
     ``columns``: query rows per KV head. ``copy``: alignment of rows in bytes (16, 8 or 4). ``page_slots``: slots of a
-    page, a multiple of 16, or 0 without pages. ``k_turn``: the block of a rotation that the kernel applies to q, or 0.
+    page, a multiple of 16, or 0 without pages. ``k_turn``, ``v_turn``: the blocks of rotations that the kernel applies to q
+    and to the output, or 0.
     """
 
     k: Row
@@ -153,6 +154,8 @@ class Problem:
     k_scale_stride: int = 0
     v_scale_stride: int = 0
     k_turn: int = 0
+    v_turn: int = 0
+    out_type: int = F32
 
 
 @dataclass(frozen=True)
@@ -301,7 +304,7 @@ def _plan(problem: Problem, shared_memory: int) -> Plan:
         "V_INT": int(v_int), "DV": v.dim,
         "ROWS": rows, "TERMS": terms, "Q_TYPE": problem.q_type, "SOFTCAP": int(problem.softcap), "MASK": problem.mask,
         "ALIBI": int(problem.alibi), "PAGED": int(problem.page_slots > 0), "SAME_TABLE": int(problem.same_table),
-        "LUT_PAIRS": int(pairs), "K_TURN": problem.k_turn,
+        "LUT_PAIRS": int(pairs), "K_TURN": problem.k_turn, "V_TURN": problem.v_turn, "OUT_TYPE": problem.out_type,
         "TILE": tile, "STAGES": stages, "WARPS": warps,
         "K_PITCH": k_pitch, "V_PITCH": v_pitch,
         "K_COPY": problem.k_copy, "V_COPY": problem.v_copy, "K_STRIDE": problem.k_stride, "V_STRIDE": problem.v_stride,

@@ -8,8 +8,9 @@
 // Scales never touch elements: K's multiplies scores, V's the weights.
 //
 // The host defines K_KIND, K_BITS, K_SPAN, K_SCALE32, K_INT (and V_; 2: bits.cuh), DK, DV, ROWS, TERMS, Q_TYPE, SOFTCAP, MASK, ALIBI, TILE, STAGES,
-// WARPS, K_TURN (the block of a rotation that q goes through, or 0), K_PITCH, K_COPY, K_STRIDE, K_SCALE_STRIDE (and V_),
+// WARPS, K_TURN and V_TURN (the blocks of rotations that q and the output go through, or 0), OUT_TYPE (finish.cuh), K_PITCH, K_COPY, K_STRIDE, K_SCALE_STRIDE (and V_),
 // SAME_TABLE, LUT_PAIRS, PAGED, SHARED (bytes).
+#include "finish.cuh"
 #include "values.cuh"
 
 constexpr int STAGE_BYTES = TILE * (K_PITCH + V_PITCH);
@@ -22,7 +23,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
 #if K_INT == 2
   __shared__ float centres[K::GROUPS][ALL_ROWS];
 #endif
-  __shared__ float2 tops[WARPS][ALL_ROWS];
+  __shared__ float2 tops[WARPS][ALL_ROWS], joined[ALL_ROWS];
   touch(p, shared_address(norms));
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   Unit unit;
@@ -305,7 +306,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
         for (int i = 0; i < (WARPS + 7) / 8; ++i) total += all[i].y > 0.0f ? all[i].y * exp2_fast(all[i].x - most) : 0.0f;
         total = sum_over_tokens(total);
         i64 at = place(row);
-        if (g == 0 && at >= 0) p.top[at] = make_float2(most, total);
+        if (g == 0 && at >= 0) (p.finish.out ? &joined[row] : &p.top[at])[0] = make_float2(most, total);
       }
       float factor = run.top[j][e] == -INFINITY ? 0.0f : exp2_fast(run.top[j][e] - most);
       factor *= p.v_factor;
@@ -329,11 +330,19 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
   i64 at = place(threadIdx.x % ALL_ROWS);  // a thread's values are of one row
   static_assert(WARPS * 32 % ALL_ROWS == 0, "rows of threads");
   __syncthreads();
-  if (at < 0) return;
 #pragma unroll 1
-  for (int e = threadIdx.x; e < DV * ALL_ROWS; e += WARPS * 32) {
+  for (int e = threadIdx.x; at >= 0 && e < DV * ALL_ROWS; e += WARPS * 32) {
     float sum = 0.0f;
     for (int w = 0; w < WARPS; ++w) sum += parts[w * DV * ALL_ROWS + e];
-    p.out[at * DV + e / ALL_ROWS] = sum;
+    (p.finish.out ? &parts[e] : &p.out[at * DV + e / ALL_ROWS])[0] = sum;
+  }
+  if (!p.finish.out) return;
+  __syncthreads();
+#pragma unroll 1
+  for (int row = warp; row < unit.rows; row += WARPS) {  // the block has all keys of its rows
+    float x[(DV + 31) / 32];
+#pragma unroll
+    for (int j = 0; j < (DV + 31) / 32; ++j) x[j] = lane + 32 * j < DV ? parts[(lane + 32 * j) * ALL_ROWS + row] : 0.0f;
+    finish_row<OUT_TYPE, V_TURN>(p.finish, place(row), row_at(p, unit, row).head, x, joined[row].x, joined[row].y, lane);
   }
 }
