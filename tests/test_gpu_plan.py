@@ -36,11 +36,12 @@ PINNED = {
     ("turbo4", "turbo4", 64, 4): (4, 32, 16, 1, 32, 48),
     ("turbo4", "turbo4", 128, 4): (4, 32, 16, 1, 64, 80),
     ("turbo4", "turbo4", 512, 8): (8, 16, 8, 1, 320, 272),
-    ("turbo3", "turbo3", 128, 4): (4, 32, 16, 1, 48, 48),
+    ("turbo3", "turbo3", 128, 4): (4, 32, 20, 1, 48, 48),
+    ("turbo2", "turbo2", 128, 8): (8, 32, 12, 2, 32, 48),
     ("turbo2", "turbo2", 256, 8): (8, 32, 12, 1, 64, 80),
     ("tq6", "tq6", 128, 4): (4, 32, 12, 1, 96, 112),
     ("turbo2", "turbo2", 256, 4): (4, 32, 12, 1, 64, 80),
-    ("tq5", "tq5", 128, 4): (4, 32, 12, 1, 80, 80),
+    ("tq5", "tq5", 128, 4): (4, 32, 16, 1, 80, 80),
     ("tq8", "tq8", 64, 8): (8, 32, 12, 1, 64, 80),
     ("tq8", "tq5", 128, 8): (8, 32, 16, 1, 192, 80),
     ("f32", "f32", 512, 4): (4, 16, 3, 1, 2064, 2064),
@@ -74,7 +75,7 @@ def test_every_plan_fits_the_machine(name):
             defines = dict(made.defines)
             what = f"{name}.{other} d{dim} {columns} rows: {made}"
             assert made.rows == (4 if columns <= 4 else 8 if columns <= 8 or defines["DV"] > 256 else 16), what
-            assert made.tile in (16, 32) and 1 <= made.warps <= 16 and made.stages in (1, 2), what
+            assert made.tile in (16, 32) and 1 <= made.warps <= 20 and made.stages in (1, 2), what
             assert made.shared + plan._STATIC <= plan.SHARED_MEMORY, what
             ring = made.warps * made.stages * made.tile * (defines["K_PITCH"] + defines["V_PITCH"])
             assert ring <= made.shared and made.warps * made.rows * defines["DV"] * 4 <= made.shared, what
@@ -232,7 +233,7 @@ def test_launches_of_every_case(at):
             assert merge.grid == (c.spec.batch * c.spec.q_heads * c.spec.q_len, 1, 1)
             assert merge.argument.splits == total
         for launch in parts:
-            assert launch.name == "attend" and launch.threads == 32 * launch.defines["WARPS"] <= 512
+            assert launch.name == "attend" and launch.threads == 32 * launch.defines["WARPS"] <= 640
             rows = dict(launch.defines)["ROWS"]
             tiles = -(-c.spec.groups * c.spec.q_len // rows)
             assert launch.grid == (tiles, c.spec.kv_heads, c.spec.batch * launch.argument.splits)

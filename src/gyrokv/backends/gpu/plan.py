@@ -208,12 +208,13 @@ def _pitch(row: Row, copy: int, side: str) -> int:
 def _integers(row: Row, side: str, rows: int) -> bool:
     """True when a side is multiplied as bytes, which takes two terms of q and of the weights: free on K, and on V while
     four query rows fill half of a product. Two lookups per code, for either sign, pay for themselves on K alone, and
-    while a product meets few scales; not for long rows of 2 bits and many query rows, by measurement."""
+    while a product meets few scales; not for long rows of 2 bits and many query rows, by measurement. Eight query rows take
+    two products on V, which pays for itself in rows of 128 values."""
     if row.kind != BYTES:
         return False
     if side == "k":
         return (row.bits < 4 or row.scales <= 2) and not (row.bits == 2 and rows > 4 and row.dim > 256)
-    return row.bits < 4 and rows == 4
+    return row.bits < 4 and (rows == 4 or (rows == 8 and row.dim == row.span == 128))
 
 
 def _bitwise(row: Row, rows: int) -> bool:
@@ -267,9 +268,8 @@ def _plan(problem: Problem, shared_memory: int) -> Plan:
     per_warp = (4 if rows == 4 and terms == 2 else 8 * columns) * v.dim * 4
     tables = TABLE in (k.kind, v.kind)
     whole = problem.page_slots % 32 == 0  # a page holds whole tiles
-    # lookups of short rows, and pairs of five bits and more, gain more from registers than from warps, by measurement
-    looked_up = [row.bits for row in (k, v) if row.kind == TABLE]
-    fewer = tables and (v.dim <= 64 or (_pairs(problem) and max(looked_up) >= 5))
+    # lookups of short rows gain more from registers than from warps, and pairs of six bits from their table, by measurement
+    fewer = tables and (v.dim <= 64 or (_pairs(problem) and any(row.kind == TABLE and row.bits == 6 for row in (k, v))))
 
     def cut(fixed: int) -> tuple[int, int]:
         """(tile, warps) beside ``fixed`` bytes"""
@@ -277,7 +277,10 @@ def _plan(problem: Problem, shared_memory: int) -> Plan:
         def warps_of(tile: int) -> tuple[int, int]:
             """(as many as registers allow, as many as there are)"""
             registers = _registers(problem, rows, terms, tile)
-            most = 16 if registers <= (150 if v_int else 136) and not fewer else 12 if registers <= 184 else 8
+            if k_int and v_int and registers <= 124:
+                most = 20
+            else:
+                most = 16 if registers <= (150 if v_int else 136) and not fewer else 12 if registers <= 184 else 8
             warps = max(1, min(most, (room - fixed) // (tile * (k_pitch + v_pitch)), room // per_warp))
             return most, warps - (warps % 4 if warps >= 8 else 0)  # alike on the four schedulers
 
