@@ -114,6 +114,13 @@ def k_bits(case: Case) -> bool:
     return plain(s) and s.groups * s.q_len <= 4 and plan._bitwise(row(s.k_format, s.head_dim), 4)
 
 
+def teams(case: Case) -> bool:
+    """Two warps share the words of each row."""
+    s = case.spec
+    halves = plan.halves(row(s.k_format, s.head_dim)) and plan.halves(row(s.v_format, s.head_dim_v))
+    return plain(s) and s.groups * s.q_len <= 8 and halves
+
+
 def masked_rows(case: Case) -> bool:
     """Some row sees no key: the mask has an empty row, as those of the cases do without a block map."""
     s = case.spec
@@ -122,7 +129,7 @@ def masked_rows(case: Case) -> bool:
 
 FAULTS = (
     Fault("the_last_tile_is_dropped", spec(long),
-          attend("tile < end; tile += WARPS", "tile < end - 1; tile += WARPS"), splits=1),
+          attend("tile < end; tile += TEAMS", "tile < end - 1; tile += TEAMS"), splits=1),
     Fault("the_output_is_not_rescaled", spec(long),
           values("r.top[j][i] = most;\n    }\n    scale_out(r, j, factor);", "r.top[j][i] = most;\n    }"), splits=1),
     Fault("the_denominator_is_not_rescaled", spec(long), values("r.total[j][i] *= factor[i];", ""), splits=1),
@@ -132,11 +139,11 @@ FAULTS = (
     Fault("a_tile_is_read_from_the_other_stage", spec(long),
           attend("stage = stage + 1 == STAGES ? 0 : stage + 1;", "stage = 0;"), splits=1),
     Fault("a_ring_takes_the_next_tile_too_early", spec(long),
-          attend("later = tile + STAGES * WARPS;", "later = tile + WARPS;"), splits=1),
+          attend("later = tile + STAGES * TEAMS;", "later = tile + TEAMS;"), splits=1),
     Fault("scales_are_one_tile_late", spec(long),
-          attend("fetch_scales(free, tile + WARPS);", "fetch_scales(free, tile);"), splits=1),
+          attend("fetch_scales(free, tile + TEAMS);", "fetch_scales(free, tile);"), splits=1),
     Fault("the_first_warp_is_left_out", spec(plain),
-          attend("for (int w = 0; w < WARPS; ++w) sum += parts", "for (int w = 1; w < WARPS; ++w) sum += parts")),
+          attend("for (int w = 0; w < TEAMS; ++w) sum += parts", "for (int w = 1; w < TEAMS; ++w) sum += parts")),
     Fault("warps_are_added_without_factors", spec(long),
           attend("? 0.0f : exp2_fast(run.top[j][e] - most);", "? 0.0f : 1.0f;"), splits=1),
     Fault("splits_overlap", lambda c: long(c.spec),
@@ -235,6 +242,15 @@ FAULTS = (
           attend("  if (p.starts) first =", "  if (false) first =")),
     Fault("a_ring_is_read_in_the_order_of_its_slots", lambda c: c.sliding > 0 and c.spec.ring,
           rows("return slot - first_slot + (slot < first_slot ? capacity : 0);", "return slot - first_slot;")),
+    Fault("a_warp_takes_only_its_own_scores", teams, attend("] += load_shared_f32(theirs + i * 128);", "] *= 2.0f;")),
+    Fault("scores_of_a_team_are_those_of_the_step_before", teams,
+          attend("^ 1) + turn * WARPS)", "^ 1) + (turn ^ 1) * WARPS)")),
+    Fault("both_warps_take_the_same_share_of_q", teams,
+          score("+ rank * Q_SHARE + lane * 8;\n  Sum", "+ lane * 8;\n  Sum")),
+    Fault("both_warps_copy_the_same_words", teams, rows("from += rank * BYTES + part * COPY;", "from += part * COPY;")),
+    Fault("blocks_of_words_are_those_of_whole_rows", teams,
+          codec("(r * R::MINE + j) * 2, z[r]", "(r * R::WORDS + j) * 2 % K_PITCH, z[r]")),
+    Fault("values_of_both_warps_are_the_same_dims", teams, attend("rank * V::MINE + dim_of", "dim_of")),
     Fault("the_sign_of_q_counts_as_a_bit", k_bits, bits("? -1.0f : 1.0f", "? 1.0f : 1.0f")),
     Fault("signs_do_not_flip_magnitudes", k_bits, bits("z[0][i] ^ (z[0][i] >> 1 & 0x55555555)", "z[0][i]")),
     Fault("sums_of_bits_are_not_centred", k_bits, bits("(-0.5f / 68719476736.0f)", "0.0f")),

@@ -77,8 +77,9 @@ def test_every_plan_fits_the_machine(name):
             assert made.rows == (4 if columns <= 4 else 8 if columns <= 8 or defines["DV"] > 256 else 16), what
             assert made.tile in (16, 32) and 1 <= made.warps <= 20 and made.stages in (1, 2), what
             assert made.shared + plan._STATIC <= plan.SHARED_MEMORY, what
+            assert made.warps % made.team == 0, what
             ring = made.warps * made.stages * made.tile * (defines["K_PITCH"] + defines["V_PITCH"])
-            assert ring <= made.shared and made.warps * made.rows * defines["DV"] * 4 <= made.shared, what
+            assert ring <= made.shared and made.warps // made.team * made.rows * defines["DV"] * 4 <= made.shared, what
 
 
 @pytest.mark.parametrize("pair", PINNED, ids=lambda p: ".".join(map(str, p)))
@@ -107,24 +108,26 @@ def test_pitches_are_free_of_conflicts(side):
         if not fits(fmt, dim):
             continue
         r = row(fmt, dim)
-        for copy in (n for n in (16, 8, 4) if r.bytes % n == 0):
-            pitch = plan._pitch(r, copy, side)
-            assert pitch >= r.bytes and pitch % copy == 0
-            size, at = loads(r, side)
+        for copy, team in product((16, 8, 4), (1, 2) if plan.halves(r) else (1,)):
+            if r.bytes % copy:
+                continue
+            pitch = plan._pitch(r, copy, side, team)
+            assert pitch >= r.bytes // team and pitch % copy == 0
+            size, at = loads(r, side, r.words // team)
             passes = plan._conflicts([i * pitch + byte for i, byte in at], size)
             assert passes <= (2 if r.kind == plan.F32 and side == "k" else 0), f"{fmt} d{dim} copies of {copy}: {passes}"
 
 
-def loads(r: plan.Row, side: str) -> tuple[int, list[tuple[int, int]]]:
-    """(bytes per lane, (row, byte) by lane) of the loads in score.cuh and values.cuh."""
+def loads(r: plan.Row, side: str, words: int) -> tuple[int, list[tuple[int, int]]]:
+    """(bytes per lane, (row, byte) by lane) of the loads in score.cuh and values.cuh. ``words``: those a warp has."""
     units = 4 if r.kind == plan.F32 else 2
     if side == "k":  # load_pairs: words j .. j + 2 VEC - 1 of row g
-        vector = next(n for n in (4, 2, 1) if n == 1 or r.words // 2 % (4 * n) == 0)
+        vector = next(n for n in (4, 2, 1) if n == 1 or words // 2 % (4 * n) == 0)
         size = 8 if r.kind == plan.F32 else 4 * vector
-        return size, [(lane // 4, min(lane % 4 * 2 * vector, r.words - 2) * units) for lane in range(32)]
-    if r.words % 8 == 0 and r.kind != plan.F32:  # load_transposed: 16 bytes of each token
+        return size, [(lane // 4, min(lane % 4 * 2 * vector, words - 2) * units) for lane in range(32)]
+    if words % 8 == 0 and r.kind != plan.F32:  # load_transposed: 16 bytes of each token
         return 16, [(lane, 0) for lane in range(32)]
-    return 4, [(2 * (lane % 4), min(lane // 4, r.words - 1) * units) for lane in range(32)]
+    return 4, [(2 * (lane % 4), min(lane // 4, words - 1) * units) for lane in range(32)]
 
 
 def test_conflicts_are_counted():

@@ -184,7 +184,7 @@ class _Part:
 
         tiles = -(-seen // self.plan.tile) + 1
         units = spec.batch * spec.kv_heads * self.row_tiles
-        self.splits = plan.splits(units, tiles, self.plan.warps, _processors(device.index))
+        self.splits = plan.splits(units, tiles, self.plan.warps // self.plan.team, _processors(device.index))
         self.held = k, v, _table(segment.k_format, k.row, device), _table(segment.v_format, v.row, device)
         self.call = Attend(
             q=q.data_ptr(), q_strides=strides(q)[:3], k=k.side, v=v.side,

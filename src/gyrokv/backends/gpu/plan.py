@@ -160,7 +160,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Plan:
-    """A kernel's constants and its launch. ``rows``: query rows per block."""
+    """A kernel's constants and its launch. ``rows``: query rows per block. ``team``: warps that share a tile."""
 
     defines: tuple[tuple[str, int], ...]
     rows: int
@@ -168,6 +168,7 @@ class Plan:
     warps: int
     stages: int
     shared: int
+    team: int = 1
 
 
 def _vector(units: int, lanes: int) -> int:
@@ -187,20 +188,20 @@ def _conflicts(addresses: list[int], size: int) -> int:
     return passes - 32 // lanes
 
 
-def _pitch(row: Row, copy: int, side: str) -> int:
-    """Bytes from row to row in shared memory: the fewest without bank conflicts."""
-    word = 4 if row.kind == F32 else 2
+def _pitch(row: Row, copy: int, side: str, team: int = 1) -> int:
+    """Bytes from row to row in shared memory, of what a warp of a team has: the fewest without bank conflicts."""
+    word, words = 4 if row.kind == F32 else 2, row.words // team
     if side == "k":
         sharing = 4 // row.fold
-        vector = _vector(row.words // 2, sharing)
+        vector = _vector(words // 2, sharing)
         size, lanes = (8, 2 * vector) if row.kind == F32 else (4 * vector, 2 * vector)
-        at = [(lane // 4, min(lane % sharing * lanes, row.words - 2) * word) for lane in range(32)]
-    elif row.words % 8 == 0 and row.kind != F32:  # eight words of a token at once
+        at = [(lane // 4, min(lane % sharing * lanes, words - 2) * word) for lane in range(32)]
+    elif words % 8 == 0 and row.kind != F32:  # eight words of a token at once
         size, at = 16, [(lane, 0) for lane in range(32)]
     else:
-        size, at = 4, [(2 * (lane % 4), min(lane // 4 % (8 // row.fold), row.words - 1) * word) for lane in range(32)]
+        size, at = 4, [(2 * (lane % 4), min(lane // 4 % (8 // row.fold), words - 1) * word) for lane in range(32)]
     unit = max(copy, size, 4)
-    first = -(-row.bytes // unit) * unit
+    first = -(-row.bytes // team // unit) * unit
     pitches = range(first, first + 144, unit)
     return min(pitches, key=lambda pitch: (_conflicts([r * pitch + b for r, b in at], size), pitch))
 
@@ -232,9 +233,21 @@ def _pairs(problem: Problem) -> bool:
     return bool(tables) and short and (len(tables) == 1 or problem.same_table)
 
 
-def _registers(problem: Problem, rows: int, terms: int, tile: int) -> int:
+def halves(row: Row) -> bool:
+    """True for rows whose words two warps may share: of 512 values, whose sums fill the registers of one, that are looked
+    up. Halves of a block are 64 bytes and more there, by 32 from memory it is slower. Both halves meet the same scales."""
+    return row.kind == TABLE and row.bits >= 6 and row.dim == 512 and row.span % row.words == 0
+
+
+def _team(problem: Problem, rows: int) -> int:
+    """Warps that share the words of each row."""
+    shared = halves(problem.k) and halves(problem.v) and problem.k_copy == problem.v_copy == 16
+    return 2 if shared and rows <= 8 else 1
+
+
+def _registers(problem: Problem, rows: int, terms: int, tile: int, team: int) -> int:
     """About how many registers a lane needs: sums, weights, and what every kernel has."""
-    v, k, tiles = problem.v, problem.k, tile // 16
+    v, k, tiles, dims = problem.v, problem.k, tile // 16, problem.v.dim // team
     columns = -(-rows // 8)
     per_lane = 1 if terms == 2 and rows <= 4 else 2
     k_columns = columns if terms == 1 else 1 if rows <= 4 else 2 * columns
@@ -242,8 +255,8 @@ def _registers(problem: Problem, rows: int, terms: int, tile: int) -> int:
     scores = tiles * 4 * (sums * k_columns + columns)
     if _integers(v, "v", rows):
         products = max(v.scales, 1) * columns * per_lane
-        return 70 + 5 * -(-v.dim // 16) * columns * per_lane // 4 + 32 * products * (7 if tile == 32 else 5) // 5
-    out = -(-v.dim // 16) * 4 * columns
+        return 70 + 5 * -(-dims // 16) * columns * per_lane // 4 + 32 * products * (7 if tile == 32 else 5) // 5
+    out = -(-dims // 16) * 4 * columns
     work = 2 * tiles * max(v.scales, 1) * columns * (2 if v.kind in (BF16, F32) else 1) + 16
     return out + max(scores, work) + 72
 
@@ -257,41 +270,48 @@ def plan(problem: Problem, shared_memory: int = SHARED_MEMORY) -> Plan:
 def _plan(problem: Problem, shared_memory: int) -> Plan:
     k, v = problem.k, problem.v
     rows = 4 if problem.columns <= 4 else 8 if problem.columns <= 8 or v.dim > 256 else 16
-    k_int, v_int = 2 if _bitwise(k, rows) else int(_integers(k, "k", rows)), _integers(v, "v", rows)
+    team = _team(problem, rows)
+    k_int = 2 if _bitwise(k, rows) and team == 1 else int(_integers(k, "k", rows))
+    v_int = _integers(v, "v", rows)
     # one bfloat16 holds a q of that dtype only; where four rows fill half a product, two terms are free
     rounded = k.kind in (BF16, F32) and (problem.q_type != BF16 or problem.k_turn > 0)
     terms = 2 if problem.two_terms or rounded or k_int or rows == 4 else 1
     columns = -(-rows // 8)
     k_columns = columns if terms == 1 else 1 if rows == 4 else 2 * columns
-    k_pitch, v_pitch = _pitch(k, problem.k_copy, "k"), _pitch(v, problem.v_copy, "v")
+    k_pitch, v_pitch = _pitch(k, problem.k_copy, "k", team), _pitch(v, problem.v_copy, "v", team)
     room = shared_memory - _STATIC
-    per_warp = (4 if rows == 4 and terms == 2 else 8 * columns) * v.dim * 4
+    per_lane = 1 if rows == 4 and terms == 2 else 2
+    per_warp = 4 * per_lane * columns * v.dim * 4 // team
     tables = TABLE in (k.kind, v.kind)
     whole = problem.page_slots % 32 == 0  # a page holds whole tiles
     # lookups of short rows gain more from registers than from warps, and pairs of six bits from their table, by measurement
     fewer = tables and (v.dim <= 64 or (_pairs(problem) and any(row.kind == TABLE and row.bits == 6 for row in (k, v))))
+
+    def sums(tile: int) -> int:
+        """Bytes of a warp for the scores of its share of rows, twice"""
+        return tile // 16 * columns * per_lane * 512 if team > 1 else 0
 
     def cut(fixed: int) -> tuple[int, int]:
         """(tile, warps) beside ``fixed`` bytes"""
 
         def warps_of(tile: int) -> tuple[int, int]:
             """(as many as registers allow, as many as there are)"""
-            registers = _registers(problem, rows, terms, tile)
+            registers = _registers(problem, rows, terms, tile, team)
             if k_int and v_int and registers <= 124:
                 most = 20
             else:
                 most = 16 if registers <= (150 if v_int else 136) and not fewer else 12 if registers <= 184 else 8
-            warps = max(1, min(most, (room - fixed) // (tile * (k_pitch + v_pitch)), room // per_warp))
-            return most, warps - (warps % 4 if warps >= 8 else 0)  # alike on the four schedulers
+            warps = max(1, min(most, (room - fixed) // (tile * (k_pitch + v_pitch) + sums(tile)), room // per_warp))
+            return most, warps - (warps % 4 if warps >= 8 else warps % team)  # alike on the four schedulers
 
         # long tiles cost less per token, unless they leave too few warps; bytes gain more than spilled registers cost
         most, warps = warps_of(32)
-        if whole and warps == most and (v_int or _registers(problem, rows, terms, 32) + 24 * tables <= 176):
+        if whole and warps == most and (v_int or _registers(problem, rows, terms, 32, team) + 24 * tables <= 176):
             return 32, warps
         return 16, warps_of(16)[1]
 
     def beside(lut: int) -> int:
-        return -(-(lut + _query_bytes(k, k_columns, k_int)) // 128) * 128
+        return -(-(lut + _query_bytes(k, k_columns, k_int, team)) // 128) * 128
 
     fixed, pair_fixed = beside(max(k.lut_bytes, v.lut_bytes)), beside(max(k.pair_bytes, v.pair_bytes))
     tile, warps = cut(fixed)
@@ -299,7 +319,7 @@ def _plan(problem: Problem, shared_memory: int) -> Plan:
     fixed = pair_fixed if pairs else fixed
     per_stage = tile * (k_pitch + v_pitch)
     stages = 2 if warps * per_stage < _IN_FLIGHT and fixed + 2 * warps * per_stage <= room and not tables else 1
-    shared = max(fixed + warps * stages * per_stage, warps * per_warp)
+    shared = max(fixed + warps * (stages * per_stage + sums(tile)), warps * per_warp)
     defines = {
         "K_KIND": k.kind, "K_BITS": k.bits, "K_SPAN": k.span, "K_SCALE32": int(k.wide_scale),
         "K_INT": k_int, "DK": k.dim,
@@ -308,26 +328,27 @@ def _plan(problem: Problem, shared_memory: int) -> Plan:
         "ROWS": rows, "TERMS": terms, "Q_TYPE": problem.q_type, "SOFTCAP": int(problem.softcap), "MASK": problem.mask,
         "ALIBI": int(problem.alibi), "PAGED": int(problem.page_slots > 0), "SAME_TABLE": int(problem.same_table),
         "LUT_PAIRS": int(pairs), "K_TURN": problem.k_turn, "V_TURN": problem.v_turn, "OUT_TYPE": problem.out_type,
-        "TILE": tile, "STAGES": stages, "WARPS": warps,
+        "TILE": tile, "STAGES": stages, "WARPS": warps, "TEAM": team,
         "K_PITCH": k_pitch, "V_PITCH": v_pitch,
         "K_COPY": problem.k_copy, "V_COPY": problem.v_copy, "K_STRIDE": problem.k_stride, "V_STRIDE": problem.v_stride,
         "K_SCALE_STRIDE": problem.k_scale_stride, "V_SCALE_STRIDE": problem.v_scale_stride,
         "SHARED": shared,
     }  # fmt: skip
-    return Plan(tuple(defines.items()), rows, tile, warps, stages, shared)
+    return Plan(tuple(defines.items()), rows, tile, warps, stages, shared, team)
 
 
-def _query_bytes(k: Row, k_columns: int, integers: int) -> int:
+def _query_bytes(k: Row, k_columns: int, integers: int, team: int = 1) -> int:
     """Shared memory that q takes as operands: ``Q_BYTES`` in csrc/score.cuh. ``integers``: ``K_INT``."""
     if integers == 2:
         return k.scales * 7 * 256 + 4 * k.dim * 4
     fold = 1 if integers else k.fold
-    vector = _vector(k.words // 2, 4 // fold)
+    mine = k.words // team
+    vector = _vector(mine // 2, 4 // fold)
     size, words, span = 8 // fold * vector, k.words, k.span or k.dim
-    chunks, planes = -(-words // size), k.planes // fold
+    chunks, planes = -(-mine // size), k.planes // fold
 
     def scale(chunk: int, plane: int, last: bool) -> int:
-        word = min((chunk + 1) * size, words) - 1 if last else chunk * size
+        word = min((chunk + 1) * size, mine) - 1 if last else chunk * size
         folded = plane + (fold - 1) * planes if last else plane
         return (word if k.kind == F32 else word + folded * words) // span
 
@@ -341,7 +362,7 @@ def _query_bytes(k: Row, k_columns: int, integers: int) -> int:
         pairs = [(p, p + 1) for p in even] if by_plane else [(p, p) for p in range(planes)]
         count = chunks * (vector if by_plane or vector == 1 else vector // 2) * len(pairs)
     most = max(scale(c, b, True) - scale(c, a, False) + 1 for c in range(chunks) for a, b in pairs)
-    return count * most * k_columns * 256
+    return team * count * most * k_columns * 256
 
 
 # -- splits

@@ -9,13 +9,15 @@
 //
 // The host defines K_KIND, K_BITS, K_SPAN, K_SCALE32, K_INT (and V_; 2: bits.cuh), DK, DV, ROWS, TERMS, Q_TYPE, SOFTCAP, MASK, ALIBI, TILE, STAGES,
 // WARPS, K_TURN and V_TURN (the blocks of rotations that q and the output go through, or 0), OUT_TYPE (finish.cuh), K_PITCH, K_COPY, K_STRIDE, K_SCALE_STRIDE (and V_),
-// SAME_TABLE, LUT_PAIRS, PAGED, SHARED (bytes).
+// SAME_TABLE, LUT_PAIRS, PAGED, TEAM (warps that share the words of each row), SHARED (bytes).
 #include "finish.cuh"
 #include "values.cuh"
 
+constexpr int TEAMS = WARPS / TEAM;  // each takes tiles of its own; its warps share the words of rows
 constexpr int STAGE_BYTES = TILE * (K_PITCH + V_PITCH);
 constexpr float SLACK = 3.0f;  // log2 by which scores may pass the reference before everything is rescaled
-static_assert(RING_AT + WARPS * STAGES * STAGE_BYTES <= SHARED && WARPS * ALL_ROWS * DV * 4 <= SHARED, "shared memory");
+constexpr int SUMS = TILES * COLUMNS * 2 * PER_LANE, SUMS_AT = RING_AT + WARPS * STAGES * STAGE_BYTES;  // of a team, by lane
+static_assert(WARPS % TEAM == 0 && TEAM <= 2 && SUMS_AT + (TEAM > 1 ? 2 * WARPS * SUMS * 128 : 0) <= SHARED && TEAMS * ALL_ROWS * DV * 4 <= SHARED, "shared memory");
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_constant__ Attend p) {
   extern __shared__ __align__(128) char memory[];
@@ -23,9 +25,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
 #if K_INT == 2
   __shared__ float centres[K::GROUPS][ALL_ROWS];
 #endif
-  __shared__ float2 tops[WARPS][ALL_ROWS], joined[ALL_ROWS];
+  __shared__ float2 tops[TEAMS][ALL_ROWS], joined[ALL_ROWS];
   touch(p, shared_address(norms));
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  int team = warp / TEAM, rank = warp % TEAM;
   Unit unit;
   unit.batch = quotient(blockIdx.z, p.splits, p.over_splits), unit.head = blockIdx.y;
   int split = blockIdx.z - unit.batch * p.splits, base = blockIdx.x * ROWS;  // base: first row of the block
@@ -75,12 +78,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
   // each ring takes its next tile as soon as one has been used: groups of copies alternate between K and V
   auto copy_k = [&](auto whole, int tile, int stage) {
     if (decltype(whole)::value || tile < end)
-      copy_rows<K, TILE, K_PITCH, K_COPY, K_STRIDE, decltype(whole)::value>(k_ring + stage * TILE * K_PITCH, k_rows, tile * TILE, slots, lane);
+      copy_rows<K, TILE, K_PITCH, K_COPY, K_STRIDE, decltype(whole)::value>(k_ring + stage * TILE * K_PITCH, k_rows, tile * TILE, slots, rank, lane);
     commit_copies();
   };
   auto copy_v = [&](auto whole, int tile, int stage) {
     if (decltype(whole)::value || tile < end)
-      copy_rows<V, TILE, V_PITCH, V_COPY, V_STRIDE, decltype(whole)::value>(v_ring + stage * TILE * V_PITCH, v_rows, tile * TILE, slots, lane);
+      copy_rows<V, TILE, V_PITCH, V_COPY, V_STRIDE, decltype(whole)::value>(v_ring + stage * TILE * V_PITCH, v_rows, tile * TILE, slots, rank, lane);
     commit_copies();
   };
   KScales k_next[TILES][2];
@@ -107,11 +110,11 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
   early.load();
 #pragma unroll
   for (int i = 0; i < STAGES; ++i) {
-    int tile = begin + warp + i * WARPS;
+    int tile = begin + team + i * TEAMS;
     if (tile < end && slots.whole(tile * TILE, TILE)) copy_k(Bool<true>(), tile, i), copy_v(Bool<true>(), tile, i);
     else copy_k(Bool<false>(), tile, i), copy_v(Bool<false>(), tile, i);
   }
-  fetch_scales(Bool<false>(), begin + warp);
+  fetch_scales(Bool<false>(), begin + team);
 #if K_INT == 2
   fill_bits(memory, p, early, norms, centres);
 #else
@@ -153,10 +156,11 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
       for (float& x : run.out[i][j]) x = 0.0f;
   }
 
+  int turn = 0;  // half of the sums' place: a warp may be a step ahead of the other
   // free: this tile and those that are fetched meanwhile are whole, and all rows see all of this one
   auto step = [&](auto free, int tile, int stage) {
     constexpr bool SEEN = decltype(free)::value;
-    int slot = tile * TILE, later = tile + STAGES * WARPS;
+    int slot = tile * TILE, later = tile + STAGES * TEAMS;
     wait_copies<2 * STAGES - 1>();
     __syncwarp();
     KScales k_scales[TILES][2];
@@ -165,16 +169,25 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
     for (int i = 0; i < TILES; ++i)
 #pragma unroll
       for (int half = 0; half < 2; ++half) k_scales[i][half] = k_next[i][half], v_scales[i][half] = v_next[i][half];
-    fetch_scales(free, tile + WARPS);
+    fetch_scales(free, tile + TEAMS);
 
     float s[TILES][COLUMNS][4];
 #if K_INT == 2
     score_bits(s, k_ring + stage * TILE * K_PITCH, memory, k_scales, centre, lane);
 #else
-    score<K_INT>(s, k_ring + stage * TILE * K_PITCH, memory, k_scales, k_table, lane);
+    score<K_INT>(s, k_ring + stage * TILE * K_PITCH, memory, rank, k_scales, k_table, lane);
 #endif
     __syncwarp();
     copy_k(free, later, stage);
+    if constexpr (TEAM > 1) {
+      u32 mine = shared + SUMS_AT + ((warp + turn * WARPS) * SUMS * 32 + lane) * 4, theirs = shared + SUMS_AT + (((warp ^ 1) + turn * WARPS) * SUMS * 32 + lane) * 4;
+      turn ^= 1;
+#pragma unroll
+      for (int i = 0; i < SUMS; ++i) store_shared(mine + i * 128, s[i / (SUMS / TILES)][i / (2 * PER_LANE) % COLUMNS][i % (2 * PER_LANE) * (2 / PER_LANE)]);
+      sync_pair(team);
+#pragma unroll
+      for (int i = 0; i < SUMS; ++i) s[i / (SUMS / TILES)][i / (2 * PER_LANE) % COLUMNS][i % (2 * PER_LANE) * (2 / PER_LANE)] += load_shared_f32(theirs + i * 128);
+    }
 
 #pragma unroll
     for (int i = 0; i < TILES; ++i)
@@ -258,14 +271,14 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
     INLINE bool holds(int tile) const { return (u32)(tile - low) < count; }
   };
   auto free_tiles = [&](int shift, int low, int high) {  // of offsets low .. high - 1, in slots that are `shift` further
-    int from = (max(low, free_low) + shift + TILE - 1) / TILE, stop = min((high + shift) / TILE, end) - STAGES * WARPS;
+    int from = (max(low, free_low) + shift + TILE - 1) / TILE, stop = min((high + shift) / TILE, end) - STAGES * TEAMS;
     return Range{from, (u32)max(0, min(stop, (min(free_high, high) + shift + TILE) / TILE) - from)};
   };
   int ahead = slots.capacity - slots.first_slot;  // slots before the ring wraps
   Range free = free_tiles(slots.first_slot, 0, min(slots.count, ahead)), wrapped = free_tiles(-ahead, ahead, slots.count);
 
   int stage = 0;
-  for (int tile = begin + warp; tile < end; tile += WARPS) {
+  for (int tile = begin + team; tile < end; tile += TEAMS) {
     if (MASK == 0 && (free.holds(tile) || wrapped.holds(tile))) step(Bool<true>(), tile, stage);
     else step(Bool<false>(), tile, stage);
     stage = stage + 1 == STAGES ? 0 : stage + 1;
@@ -279,7 +292,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
 #pragma unroll
     for (int e = 0; e < PER_LANE; ++e) {
       float total = sum_over_tokens(run.total[j][e]);
-      if (g == 0) tops[warp][row_of(j, e, t)] = make_float2(run.top[j][e], total);
+      if (g == 0 && rank == 0) tops[team][row_of(j, e, t)] = make_float2(run.top[j][e], total);
     }
   auto place = [&](int row) {  // of a row in the results
     if (row >= unit.rows) return (i64)-1;
@@ -287,23 +300,23 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
     return (((i64)unit.batch * p.q_heads + at.head) * p.q_len + at.token) * p.splits_total + p.split_base + split;
   };
   __syncthreads();
-  float* parts = (float*)memory;  // [WARPS][DV][ALL_ROWS]
+  float* parts = (float*)memory;  // [TEAMS][DV][ALL_ROWS]
 #pragma unroll
   for (int j = 0; j < COLUMNS; ++j)
 #pragma unroll
     for (int e = 0; e < PER_LANE; ++e) {
       int row = row_of(j, e, t);
-      float2 all[(WARPS + 7) / 8];  // of warps g, g + 8
+      float2 all[(TEAMS + 7) / 8];  // of teams g, g + 8
       float most = -INFINITY, total = 0.0f;
 #pragma unroll
-      for (int i = 0; i < (WARPS + 7) / 8; ++i) {
-        all[i] = WARPS % 8 == 0 || g + 8 * i < WARPS ? tops[g + 8 * i][row] : make_float2(-INFINITY, 0.0f);
+      for (int i = 0; i < (TEAMS + 7) / 8; ++i) {
+        all[i] = TEAMS % 8 == 0 || g + 8 * i < TEAMS ? tops[g + 8 * i][row] : make_float2(-INFINITY, 0.0f);
         most = fmaxf(most, all[i].x);
       }
       most = over_tokens(most);
       if (warp == 0) {
 #pragma unroll
-        for (int i = 0; i < (WARPS + 7) / 8; ++i) total += all[i].y > 0.0f ? all[i].y * exp2_fast(all[i].x - most) : 0.0f;
+        for (int i = 0; i < (TEAMS + 7) / 8; ++i) total += all[i].y > 0.0f ? all[i].y * exp2_fast(all[i].x - most) : 0.0f;
         total = sum_over_tokens(total);
         i64 at = place(row);
         if (g == 0 && at >= 0) (p.finish.out ? &joined[row] : &p.top[at])[0] = make_float2(most, total);
@@ -324,7 +337,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
 #pragma unroll
               for (int group = 0; group < V::GROUPS; ++group)
                 if (of_group(tile, half, group, g)) x = x * V_TINY - offset[group];
-            parts[(warp * DV + dim_of(tile, half, g)) * ALL_ROWS + row] = x * factor;
+            parts[(team * DV + rank * V::MINE + dim_of(tile, half, g)) * ALL_ROWS + row] = x * factor;
           }
     }
   i64 at = place(threadIdx.x % ALL_ROWS);  // a thread's values are of one row
@@ -333,7 +346,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
 #pragma unroll 1
   for (int e = threadIdx.x; at >= 0 && e < DV * ALL_ROWS; e += WARPS * 32) {
     float sum = 0.0f;
-    for (int w = 0; w < WARPS; ++w) sum += parts[w * DV * ALL_ROWS + e];
+    for (int w = 0; w < TEAMS; ++w) sum += parts[w * DV * ALL_ROWS + e];
     (p.finish.out ? &parts[e] : &p.out[at * DV + e / ALL_ROWS])[0] = sum;
   }
   if (!p.finish.out) return;

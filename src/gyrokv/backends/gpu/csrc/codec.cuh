@@ -14,6 +14,10 @@ enum Kind { F16 = 0, BF16 = 1, F32 = 2, FP8 = 3, LINEAR = 4, BYTES = 5, TABLE = 
 #define LUT_PAIRS 0
 #endif
 
+#ifndef TEAM  // warps that share the words of each row
+#define TEAM 1
+#endif
+
 constexpr int lowest_bit(int x) { return x & -x; }
 constexpr int up(int x, int to) { return (x + to - 1) / to * to; }
 
@@ -30,6 +34,7 @@ struct Row {
   static constexpr int WORDS = KIND <= F32 ? DIM : DIM * FIELD / 16;
   static constexpr int PLANES = 16 / FIELD, NREG = KIND <= BF16 ? 1 : KIND == F32 ? 2 : BITS / FIELD;
   static constexpr int BYTES_ROW = KIND <= F32 ? DIM * WORD : DIM * BITS / 8;
+  static constexpr int MINE = WORDS / TEAM, MINE_BYTES = BYTES_ROW / TEAM;  // words of a block, and bytes of a row, that a warp has
   static constexpr int NIBBLES = KIND == BYTES ? PLANES / 4 : 1;     // registers of nibbles per pair of units
   static constexpr int PASSES = BITS == 4 ? 2 : 1;                   // lookups of bytes per nibble: both signs
   static constexpr bool SIGNED = KIND == TABLE && BITS == 6 && LUT_PAIRS;  // the table holds magnitudes
@@ -55,16 +60,16 @@ constexpr int fold_of() {
 template <class R, int FOLD>
 struct Share {
   static constexpr int LANES = 4 / FOLD, WIDTH = 2, PLANES = R::PLANES / FOLD;  // planes: of a lane
-  static constexpr int UNITS = R::WORDS / WIDTH;
+  static constexpr int UNITS = R::MINE / WIDTH;
   static constexpr int VEC = vector_of(UNITS, LANES);
   static constexpr int SIZE = LANES * VEC * WIDTH;  // words
-  static constexpr int CHUNKS = (R::WORDS + SIZE - 1) / SIZE;
-  static constexpr bool WHOLE = R::WORDS % SIZE == 0;
+  static constexpr int CHUNKS = (R::MINE + SIZE - 1) / SIZE;
+  static constexpr bool WHOLE = R::MINE % SIZE == 0;
   // are planes k and k + 1 of every chunk of one scale?
   static constexpr bool planes_agree() {
     for (int i = 0; i < (R::PLANES == 1 || R::SPLIT ? 0 : CHUNKS); ++i)
       for (int k = 0; k < R::PLANES; k += 2) {
-        int last = (i + 1) * SIZE < R::WORDS ? (i + 1) * SIZE - 1 : R::WORDS - 1;
+        int last = (i + 1) * SIZE < R::MINE ? (i + 1) * SIZE - 1 : R::MINE - 1;
         if (R::dim(i * SIZE, k) / R::SPAN != R::dim(last, k + 1) / R::SPAN) return false;
       }
     return R::PLANES > 1 && (!R::SPLIT || VEC == 1);
@@ -83,7 +88,7 @@ struct Share {
   // scales that the operands of a pair meet: first and last
   static constexpr INLINE int low(int chunk, int p) { return R::dim(chunk * SIZE, plane(p, 0)) / R::SPAN; }
   static constexpr INLINE int high(int chunk, int p) {
-    int last = (chunk + 1) * SIZE < R::WORDS ? (chunk + 1) * SIZE - 1 : R::WORDS - 1;
+    int last = (chunk + 1) * SIZE < R::MINE ? (chunk + 1) * SIZE - 1 : R::MINE - 1;
     return R::dim(last, plane(p, BY_PLANE ? 1 : 0) + (FOLD - 1) * PLANES) / R::SPAN;
   }
   static constexpr int most_scales() {
@@ -283,6 +288,6 @@ INLINE void load_pairs(u32 row, int j, u32 (&z)[R::NREG][VEC]) {
     for (int i = 0; i < VEC; ++i) split_bf16(__uint_as_float(x[2 * i]), __uint_as_float(x[2 * i + 1]), z[0][i], z[1][i]);
   } else {
 #pragma unroll
-    for (int r = 0; r < R::NREG; ++r) load_shared<VEC>(row + (r * R::WORDS + j) * 2, z[r]);
+    for (int r = 0; r < R::NREG; ++r) load_shared<VEC>(row + (r * R::MINE + j) * 2, z[r]);
   }
 }
