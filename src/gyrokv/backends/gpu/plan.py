@@ -11,7 +11,6 @@ from ...quant import code_values, scale_divisor
 F16, BF16, F32, FP8, LINEAR, BYTES, TABLE = range(7)  # csrc/codec.cuh
 _DENSE = {"float16": F16, "bfloat16": BF16, "float32": F32, "float8_e4m3fn": FP8}
 SHARED_MEMORY = 227 * 1024  # bytes of a block on compute capability 9.0
-_IN_FLIGHT = 32 * 1024  # bytes on their way to a processor that hide the memory's latency
 _STATIC = 4096  # bytes that kernels declare themselves, at most
 
 
@@ -166,7 +165,6 @@ class Plan:
     rows: int
     tile: int
     warps: int
-    stages: int
     shared: int
     team: int = 1
 
@@ -284,8 +282,8 @@ def _plan(problem: Problem, shared_memory: int) -> Plan:
     per_warp = 4 * per_lane * columns * v.dim * 4 // team
     tables = TABLE in (k.kind, v.kind)
     whole = problem.page_slots % 32 == 0  # a page holds whole tiles
-    # lookups of short rows gain more from registers than from warps, and pairs of six bits from their table, by measurement
-    fewer = tables and (v.dim <= 64 or (_pairs(problem) and any(row.kind == TABLE and row.bits == 6 for row in (k, v))))
+    # lookups of short rows, and pairs of five bits and six, gain more from registers than from warps, by measurement
+    fewer = tables and (v.dim <= 64 or (_pairs(problem) and any(row.kind == TABLE and row.bits >= 5 for row in (k, v))))
 
     def sums(tile: int) -> int:
         """Bytes of a warp for the scores of its share of rows, twice"""
@@ -317,9 +315,7 @@ def _plan(problem: Problem, shared_memory: int) -> Plan:
     tile, warps = cut(fixed)
     pairs = _pairs(problem) and cut(pair_fixed) == (tile, warps)
     fixed = pair_fixed if pairs else fixed
-    per_stage = tile * (k_pitch + v_pitch)
-    stages = 2 if warps * per_stage < _IN_FLIGHT and fixed + 2 * warps * per_stage <= room and not tables else 1
-    shared = max(fixed + warps * (stages * per_stage + sums(tile)), warps * per_warp)
+    shared = max(fixed + warps * (tile * (k_pitch + v_pitch) + sums(tile)), warps * per_warp)
     defines = {
         "K_KIND": k.kind, "K_BITS": k.bits, "K_SPAN": k.span, "K_SCALE32": int(k.wide_scale),
         "K_INT": k_int, "DK": k.dim,
@@ -328,13 +324,13 @@ def _plan(problem: Problem, shared_memory: int) -> Plan:
         "ROWS": rows, "TERMS": terms, "Q_TYPE": problem.q_type, "SOFTCAP": int(problem.softcap), "MASK": problem.mask,
         "ALIBI": int(problem.alibi), "PAGED": int(problem.page_slots > 0), "SAME_TABLE": int(problem.same_table),
         "LUT_PAIRS": int(pairs), "K_TURN": problem.k_turn, "V_TURN": problem.v_turn, "OUT_TYPE": problem.out_type,
-        "TILE": tile, "STAGES": stages, "WARPS": warps, "TEAM": team,
+        "TILE": tile, "WARPS": warps, "TEAM": team,
         "K_PITCH": k_pitch, "V_PITCH": v_pitch,
         "K_COPY": problem.k_copy, "V_COPY": problem.v_copy, "K_STRIDE": problem.k_stride, "V_STRIDE": problem.v_stride,
         "K_SCALE_STRIDE": problem.k_scale_stride, "V_SCALE_STRIDE": problem.v_scale_stride,
         "SHARED": shared,
     }  # fmt: skip
-    return Plan(tuple(defines.items()), rows, tile, warps, stages, shared, team)
+    return Plan(tuple(defines.items()), rows, tile, warps, shared, team)
 
 
 def _query_bytes(k: Row, k_columns: int, integers: int, team: int = 1) -> int:

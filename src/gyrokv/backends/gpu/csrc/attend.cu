@@ -1,22 +1,22 @@
 // Flash decoding over packed rows (Dao et al. 2022 and 2023: running softmax, keys split over blocks).
 //
 // A block serves up to ROWS query rows of one KV head over one range of slots; its warps take tiles of TILE slots in
-// turn, each with its own ring of STAGES tiles in shared memory, and never wait for each other until the end.
+// turn, each with its own place for a tile in shared memory, and never wait for each other until the end.
 // Scores are computed transposed, k [16 tokens x 16 dims] times q [16 dims x 8 rows], so that 8 rows fill the tensor
 // cores, and so is the output, v^T [16 dims x 16 tokens] times weights [16 tokens x 8 rows]. Rows expand from shared
 // memory straight into operands (codec.cuh): the order of dims in a product is free, so no value moves between lanes.
 // Scales never touch elements: K's multiplies scores, V's the weights.
 //
-// The host defines K_KIND, K_BITS, K_SPAN, K_SCALE32, K_INT (and V_; 2: bits.cuh), DK, DV, ROWS, TERMS, Q_TYPE, SOFTCAP, MASK, ALIBI, TILE, STAGES,
+// The host defines K_KIND, K_BITS, K_SPAN, K_SCALE32, K_INT (and V_; 2: bits.cuh), DK, DV, ROWS, TERMS, Q_TYPE, SOFTCAP, MASK, ALIBI, TILE,
 // WARPS, K_TURN and V_TURN (the blocks of rotations that q and the output go through, or 0), OUT_TYPE (finish.cuh), K_PITCH, K_COPY, K_STRIDE, K_SCALE_STRIDE (and V_),
 // SAME_TABLE, LUT_PAIRS, PAGED, TEAM (warps that share the words of each row), SHARED (bytes).
 #include "finish.cuh"
 #include "values.cuh"
 
 constexpr int TEAMS = WARPS / TEAM;  // each takes tiles of its own; its warps share the words of rows
-constexpr int STAGE_BYTES = TILE * (K_PITCH + V_PITCH);
+constexpr int TILE_BYTES = TILE * (K_PITCH + V_PITCH);
 constexpr float SLACK = 3.0f;  // log2 by which scores may pass the reference before everything is rescaled
-constexpr int SUMS = TILES * COLUMNS * 2 * PER_LANE, SUMS_AT = RING_AT + WARPS * STAGES * STAGE_BYTES;  // of a team, by lane
+constexpr int SUMS = TILES * COLUMNS * 2 * PER_LANE, SUMS_AT = RING_AT + WARPS * TILE_BYTES;  // of a team, by lane
 static_assert(WARPS % TEAM == 0 && TEAM <= 2 && SUMS_AT + (TEAM > 1 ? 2 * WARPS * SUMS * 128 : 0) <= SHARED && TEAMS * ALL_ROWS * DV * 4 <= SHARED, "shared memory");
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_constant__ Attend p) {
@@ -73,17 +73,17 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
   Rows v_rows = rows_at(p.v.words, p.v.words_batch, p.v.words_head, p.v.words_slot);
   Rows k_scale_rows = rows_at(p.k.scale, p.k.scale_batch, p.k.scale_head, p.k.scale_slot);
   Rows v_scale_rows = rows_at(p.v.scale, p.v.scale_batch, p.v.scale_head, p.v.scale_slot);
-  u32 k_ring = shared + RING_AT + warp * STAGES * STAGE_BYTES, v_ring = k_ring + STAGES * TILE * K_PITCH;
+  u32 k_at = shared + RING_AT + warp * TILE_BYTES, v_at = k_at + TILE * K_PITCH;
 
-  // each ring takes its next tile as soon as one has been used: groups of copies alternate between K and V
-  auto copy_k = [&](auto whole, int tile, int stage) {
+  // a warp takes its next tile as soon as one has been used: groups of copies alternate between K and V
+  auto copy_k = [&](auto whole, int tile) {
     if (decltype(whole)::value || tile < end)
-      copy_rows<K, TILE, K_PITCH, K_COPY, K_STRIDE, decltype(whole)::value>(k_ring + stage * TILE * K_PITCH, k_rows, tile * TILE, slots, rank, lane);
+      copy_rows<K, TILE, K_PITCH, K_COPY, K_STRIDE, decltype(whole)::value>(k_at, k_rows, tile * TILE, slots, rank, lane);
     commit_copies();
   };
-  auto copy_v = [&](auto whole, int tile, int stage) {
+  auto copy_v = [&](auto whole, int tile) {
     if (decltype(whole)::value || tile < end)
-      copy_rows<V, TILE, V_PITCH, V_COPY, V_STRIDE, decltype(whole)::value>(v_ring + stage * TILE * V_PITCH, v_rows, tile * TILE, slots, rank, lane);
+      copy_rows<V, TILE, V_PITCH, V_COPY, V_STRIDE, decltype(whole)::value>(v_at, v_rows, tile * TILE, slots, rank, lane);
     commit_copies();
   };
   KScales k_next[TILES][2];
@@ -108,13 +108,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
   k_levels.store(shared), v_levels.store(shared + V_LUT);
   wait_for_earlier_kernels();
   early.load();
-#pragma unroll
-  for (int i = 0; i < STAGES; ++i) {
-    int tile = begin + team + i * TEAMS;
-    if (tile < end && slots.whole(tile * TILE, TILE)) copy_k(Bool<true>(), tile, i), copy_v(Bool<true>(), tile, i);
-    else copy_k(Bool<false>(), tile, i), copy_v(Bool<false>(), tile, i);
-  }
-  fetch_scales(Bool<false>(), begin + team);
+  int tile = begin + team;
+  if (tile < end && slots.whole(tile * TILE, TILE)) copy_k(Bool<true>(), tile), copy_v(Bool<true>(), tile);
+  else copy_k(Bool<false>(), tile), copy_v(Bool<false>(), tile);
+  fetch_scales(Bool<false>(), tile);
 #if K_INT == 2
   fill_bits(memory, p, early, norms, centres);
 #else
@@ -157,11 +154,11 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
   }
 
   int turn = 0;  // half of the sums' place: a warp may be a step ahead of the other
-  // free: this tile and those that are fetched meanwhile are whole, and all rows see all of this one
-  auto step = [&](auto free, int tile, int stage) {
+  // free: this tile and the one that is fetched meanwhile are whole, and all rows see all of this one
+  auto step = [&](auto free, int tile) {
     constexpr bool SEEN = decltype(free)::value;
-    int slot = tile * TILE, later = tile + STAGES * TEAMS;
-    wait_copies<2 * STAGES - 1>();
+    int slot = tile * TILE, later = tile + TEAMS;
+    wait_copies<1>();
     __syncwarp();
     KScales k_scales[TILES][2];
     VScales v_scales[TILES][2];
@@ -169,16 +166,16 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
     for (int i = 0; i < TILES; ++i)
 #pragma unroll
       for (int half = 0; half < 2; ++half) k_scales[i][half] = k_next[i][half], v_scales[i][half] = v_next[i][half];
-    fetch_scales(free, tile + TEAMS);
+    fetch_scales(free, later);
 
     float s[TILES][COLUMNS][4];
 #if K_INT == 2
-    score_bits(s, k_ring + stage * TILE * K_PITCH, memory, k_scales, centre, lane);
+    score_bits(s, k_at, memory, k_scales, centre, lane);
 #else
-    score<K_INT>(s, k_ring + stage * TILE * K_PITCH, memory, rank, k_scales, k_table, lane);
+    score<K_INT>(s, k_at, memory, rank, k_scales, k_table, lane);
 #endif
     __syncwarp();
-    copy_k(free, later, stage);
+    copy_k(free, later);
     if constexpr (TEAM > 1) {
       u32 mine = shared + SUMS_AT + ((warp + turn * WARPS) * SUMS * 32 + lane) * 4, theirs = shared + SUMS_AT + (((warp ^ 1) + turn * WARPS) * SUMS * 32 + lane) * 4;
       turn ^= 1;
@@ -256,32 +253,30 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
             run.total[j][e] += x;
           }
       }
-    wait_copies<2 * STAGES - 1>();
+    wait_copies<1>();
     __syncwarp();
-    if constexpr (V_INT) add_values_bytes(run, s, v_ring + stage * TILE * V_PITCH, v_scales, v_table, lane);
-    else add_values_floats(run, s, v_ring + stage * TILE * V_PITCH, memory, v_scales, v_table, lane);
+    if constexpr (V_INT) add_values_bytes(run, s, v_at, v_scales, v_table, lane);
+    else add_values_floats(run, s, v_at, memory, v_scales, v_table, lane);
     __syncwarp();
-    copy_v(free, later, stage);
+    copy_v(free, later);
   };
 
-  // Tiles that all rows see whole, and whose successor in the ring is whole: of slots from the first one on, of those before it
+  // Tiles that all rows see whole, and whose successor in the warp is whole: of slots from the first one on, of those before it
   struct Range {
     int low;
     u32 count;
     INLINE bool holds(int tile) const { return (u32)(tile - low) < count; }
   };
   auto free_tiles = [&](int shift, int low, int high) {  // of offsets low .. high - 1, in slots that are `shift` further
-    int from = (max(low, free_low) + shift + TILE - 1) / TILE, stop = min((high + shift) / TILE, end) - STAGES * TEAMS;
+    int from = (max(low, free_low) + shift + TILE - 1) / TILE, stop = min((high + shift) / TILE, end) - TEAMS;
     return Range{from, (u32)max(0, min(stop, (min(free_high, high) + shift + TILE) / TILE) - from)};
   };
   int ahead = slots.capacity - slots.first_slot;  // slots before the ring wraps
   Range free = free_tiles(slots.first_slot, 0, min(slots.count, ahead)), wrapped = free_tiles(-ahead, ahead, slots.count);
 
-  int stage = 0;
-  for (int tile = begin + team; tile < end; tile += TEAMS) {
-    if (MASK == 0 && (free.holds(tile) || wrapped.holds(tile))) step(Bool<true>(), tile, stage);
-    else step(Bool<false>(), tile, stage);
-    stage = stage + 1 == STAGES ? 0 : stage + 1;
+  for (; tile < end; tile += TEAMS) {
+    if (MASK == 0 && (free.holds(tile) || wrapped.holds(tile))) step(Bool<true>(), tile);
+    else step(Bool<false>(), tile);
   }
 
   let_later_kernels_start();
@@ -343,13 +338,19 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
   i64 at = place(threadIdx.x % ALL_ROWS);  // a thread's values are of one row
   static_assert(WARPS * 32 % ALL_ROWS == 0, "rows of threads");
   __syncthreads();
-#pragma unroll 1
-  for (int e = threadIdx.x; at >= 0 && e < DV * ALL_ROWS; e += WARPS * 32) {
+  auto sum_of = [&](int e) {
     float sum = 0.0f;
     for (int w = 0; w < TEAMS; ++w) sum += parts[w * DV * ALL_ROWS + e];
-    (p.finish.out ? &parts[e] : &p.out[at * DV + e / ALL_ROWS])[0] = sum;
+    return sum;
+  };
+  if (!p.finish.out) {
+    if (at < 0) return;
+#pragma unroll 1
+    for (int e = threadIdx.x; e < DV * ALL_ROWS; e += WARPS * 32) p.out[at * DV + e / ALL_ROWS] = sum_of(e);
+    return;
   }
-  if (!p.finish.out) return;
+#pragma unroll 1
+  for (int e = threadIdx.x; e < DV * ALL_ROWS; e += WARPS * 32) parts[e] = sum_of(e);
   __syncthreads();
 #pragma unroll 1
   for (int row = warp; row < unit.rows; row += WARPS) {  // the block has all keys of its rows

@@ -116,7 +116,7 @@ INLINE i64 q_offset(const Attend& p, const Unit& unit, int row) {
 
 // what a row of q is multiplied by, from its largest magnitude
 INLINE float norm_of(float most) {
-  if (K_INT) return most > 0.0f ? Q_LARGEST / fmaxf(most, 1e-30f) : 1.0f;
+  if (K_INT) return most > 0.0f ? __fdividef(Q_LARGEST, fmaxf(most, 1e-30f)) : 1.0f;
   // largest value to 2**13 .. 2**14: half precision overflows at 2**16; bfloat16 needs none of it
   int exponent = (int)((__float_as_uint(most) >> 23) & 255) - 127;
   int up_by = K::IS_BF16 || most == 0.0f ? 0 : max(-120, min(120, 13 - exponent));
@@ -258,7 +258,7 @@ INLINE void add_scores(float (&s)[COLUMNS][4], const C (&c)[4], const KScales (&
 
 // s[tile][product][2 * (token / 8) + i] of a tile of slots. rank: of the warp in its team
 template <bool INTEGERS>
-INLINE void score(float (&s)[TILES][COLUMNS][4], u32 ring, const char* memory, int rank, const KScales (&scales)[TILES][2], Table table, int lane) {
+INLINE void score(float (&s)[TILES][COLUMNS][4], u32 tile_at, const char* memory, int rank, const KScales (&scales)[TILES][2], Table table, int lane) {
   using Sum = typename Choose<INTEGERS, int, float>::type;
   int g = lane / 4, t = lane % 4;
   u32 q_at = shared_address(memory + Q_AT) + rank * Q_SHARE + lane * 8;
@@ -281,7 +281,7 @@ INLINE void score(float (&s)[TILES][COLUMNS][4], u32 ring, const char* memory, i
 #pragma unroll
     for (int tile = 0; tile < TILES; ++tile)
 #pragma unroll
-      for (int i = 0; i < 2; ++i) load_pairs<K, KShare::VEC>(ring + (tile * 16 + i * 8 + g) * K_PITCH, j, z[tile][i]);
+      for (int i = 0; i < 2; ++i) load_pairs<K, KShare::VEC>(tile_at + (tile * 16 + i * 8 + g) * K_PITCH, j, z[tile][i]);
     if constexpr (INTEGERS) {
 #pragma unroll
       for (int vec = 0; vec < KShare::VEC; ++vec) {
