@@ -57,6 +57,7 @@ SOME = (
     dict(k="turbo2", v="q4_0", q_len=2, kv_len=900, unquantised=True, first=5, recent=60, ring=True, causal=True),
     dict(k="turbo2", v="turbo3", dims=(256, 256), kv_len=4200),
     dict(k="tq5", v="tq5", dims=(128, 128), kv_len=4200, dtype=torch.bfloat16),
+    dict(k="tq8", v="tq6", dims=(512, 512), kv_len=4200, dtype=torch.bfloat16),
 )
 
 

@@ -75,6 +75,10 @@ def merge(old: str, new: str) -> tuple[tuple[str, str, str], ...]:
     return (("merge.cu", old, new),)
 
 
+def finish(old: str, new: str) -> tuple[tuple[str, str, str], ...]:
+    return (("finish.cuh", old, new),)
+
+
 def row(fmt: KVFormat, dim: int) -> plan.Row:
     return plan.row_of(fmt, dim, fmt.layout(dim)[0])
 
@@ -110,6 +114,13 @@ def k_bits(case: Case) -> bool:
     return plain(s) and s.groups * s.q_len <= 4 and plan._bitwise(row(s.k_format, s.head_dim), 4)
 
 
+def teams(case: Case) -> bool:
+    """Two warps share the words of each row."""
+    s = case.spec
+    halves = plan.halves(row(s.k_format, s.head_dim)) and plan.halves(row(s.v_format, s.head_dim_v))
+    return plain(s) and s.groups * s.q_len <= 8 and halves
+
+
 def masked_rows(case: Case) -> bool:
     """Some row sees no key: the mask has an empty row, as those of the cases do without a block map."""
     s = case.spec
@@ -118,21 +129,19 @@ def masked_rows(case: Case) -> bool:
 
 FAULTS = (
     Fault("the_last_tile_is_dropped", spec(long),
-          attend("tile < end; tile += WARPS", "tile < end - 1; tile += WARPS"), splits=1),
+          attend("for (; tile < end; tile += TEAMS)", "for (; tile < end - 1; tile += TEAMS)"), splits=1),
     Fault("the_output_is_not_rescaled", spec(long),
           values("r.top[j][i] = most;\n    }\n    scale_out(r, j, factor);", "r.top[j][i] = most;\n    }"), splits=1),
     Fault("the_denominator_is_not_rescaled", spec(long), values("r.total[j][i] *= factor[i];", ""), splits=1),
     Fault("the_output_keeps_the_old_unit_of_scales",
           lambda c: long(c.spec) and row(c.spec.v_format, c.spec.head_dim_v).kind in (plan.LINEAR, plan.TABLE),
           values("{r.unit / unit, r.unit / unit}", "{1.0f, 1.0f}"), splits=1),
-    Fault("a_tile_is_read_from_the_other_stage", spec(long),
-          attend("stage = stage + 1 == STAGES ? 0 : stage + 1;", "stage = 0;"), splits=1),
-    Fault("a_ring_takes_the_next_tile_too_early", spec(long),
-          attend("later = tile + STAGES * WARPS;", "later = tile + WARPS;"), splits=1),
+    Fault("a_warp_fetches_the_tile_after_the_next", spec(long),
+          attend("later = tile + TEAMS;", "later = tile + 2 * TEAMS;"), splits=1),
     Fault("scales_are_one_tile_late", spec(long),
-          attend("fetch_scales(free, tile + WARPS);", "fetch_scales(free, tile);"), splits=1),
+          attend("fetch_scales(free, later);", "fetch_scales(free, tile);"), splits=1),
     Fault("the_first_warp_is_left_out", spec(plain),
-          attend("for (int w = 0; w < WARPS; ++w) sum += parts", "for (int w = 1; w < WARPS; ++w) sum += parts")),
+          attend("for (int w = 0; w < TEAMS; ++w) sum += parts", "for (int w = 1; w < TEAMS; ++w) sum += parts")),
     Fault("warps_are_added_without_factors", spec(long),
           attend("? 0.0f : exp2_fast(run.top[j][e] - most);", "? 0.0f : 1.0f;"), splits=1),
     Fault("splits_overlap", lambda c: long(c.spec),
@@ -141,6 +150,10 @@ FAULTS = (
           splits=7),
     Fault("splits_are_added_without_factors", spec(long),
           merge("exp2f(top[i].x - reference);", "top[i].x == -INFINITY ? 0.0f : 1.0f;"), splits=7),
+    Fault("rows_of_one_block_take_the_sum_of_the_first", spec(lambda s: plain(s) and s.groups * s.q_len > 1),
+          attend("joined[row].x, joined[row].y", "joined[0].x, joined[0].y"), splits=1),
+    Fault("rows_of_one_block_take_the_sink_of_one_head", spec(lambda s: s.sinks and s.kv_len > 7 and s.groups > 1),
+          attend("row_at(p, unit, row).head, x", "unit.head, x"), splits=1),
     Fault("a_segment_overwrites_the_one_before", lambda c: c.spec.unquantised and c.spec.kv_len > 30,
           attend("* p.splits_total + p.split_base + split;", "* p.splits_total + split;")),
     Fault("query_rows_are_ordered_by_head", spec(lambda s: plain(s) and s.groups > 1 and 1 < s.q_len != s.groups),
@@ -159,7 +172,7 @@ FAULTS = (
     Fault("a_table_is_one_entry_late", k_rows(lambda r: r.kind == plan.TABLE),
           score("(const char*)table, at)", "(const char*)table, max(0, at - 1))")),
     Fault("two_values_of_a_lookup_change_places", k_rows(lambda r: r.kind == plan.TABLE and r.bits <= 5),
-          codec("constexpr u32 WORTH = 1 | R::LEVELS << 16;", "constexpr u32 WORTH = R::LEVELS | 1 << 16;")),
+          codec("WORTH = 128 | 128 * R::LEVELS << 16;", "WORTH = 128 * R::LEVELS | 128 << 16;")),
     Fault("one_byte_of_a_table_is_off", k_rows(lambda r: r.kind == plan.BYTES and r.bits < 4),
           codec("return prmt(table.low, table.high, nibbles);", "return prmt(table.low ^ 0x0800, table.high, nibbles);")),
     Fault("codes_of_one_sign_are_not_looked_up", k_rows(lambda r: r.kind == plan.BYTES and r.bits == 4 and r.scales <= 2),
@@ -179,6 +192,10 @@ FAULTS = (
           codec("u32 top = z[4] >> m;", "u32 top = z[4];")),
     Fault("high_bits_of_6_bit_codes_are_of_another_plane", k_rows(lambda r: r.bits == 6),
           codec("u32 top = z[2] >> (2 * m);", "u32 top = z[2] >> m;")),
+    Fault("signs_of_6_bit_codes_are_lost", k_rows(lambda r: r.bits == 6),
+          codec("return pair ^ (x << up & 0x80008000);", "return pair;")),
+    Fault("signs_of_6_bit_codes_are_of_another_plane", v_rows(lambda r: r.bits == 6),
+          codec("last, 14 - 4 * p - 2 * m)", "last, 14 - 4 * p)")),
     Fault("a_half_of_fp8_is_read_twice", k_rows(lambda r: r.kind == plan.FP8),
           codec("h[1] = f16x2_of_e4m3(x >> 16);", "h[1] = f16x2_of_e4m3(x);")),
     Fault("q_turns_without_its_first_signs", lambda c: plain(c.spec) and c.spec.k_format.rotation in ("turbo", "mlx"),
@@ -223,6 +240,15 @@ FAULTS = (
           attend("  if (p.starts) first =", "  if (false) first =")),
     Fault("a_ring_is_read_in_the_order_of_its_slots", lambda c: c.sliding > 0 and c.spec.ring,
           rows("return slot - first_slot + (slot < first_slot ? capacity : 0);", "return slot - first_slot;")),
+    Fault("a_warp_takes_only_its_own_scores", teams, attend("] += load_shared_f32(theirs + i * 128);", "] *= 2.0f;")),
+    Fault("scores_of_a_team_are_those_of_the_step_before", teams,
+          attend("^ 1) + turn * WARPS)", "^ 1) + (turn ^ 1) * WARPS)")),
+    Fault("both_warps_take_the_same_share_of_q", teams,
+          score("+ rank * Q_SHARE + lane * 8;\n  Sum", "+ lane * 8;\n  Sum")),
+    Fault("both_warps_copy_the_same_words", teams, rows("from += rank * BYTES + part * COPY;", "from += part * COPY;")),
+    Fault("blocks_of_words_are_those_of_whole_rows", teams,
+          codec("(r * R::MINE + j) * 2, z[r]", "(r * R::WORDS + j) * 2 % K_PITCH, z[r]")),
+    Fault("values_of_both_warps_are_the_same_dims", teams, attend("rank * V::MINE + dim_of", "dim_of")),
     Fault("the_sign_of_q_counts_as_a_bit", k_bits, bits("? -1.0f : 1.0f", "? 1.0f : 1.0f")),
     Fault("signs_do_not_flip_magnitudes", k_bits, bits("z[0][i] ^ (z[0][i] >> 1 & 0x55555555)", "z[0][i]")),
     Fault("sums_of_bits_are_not_centred", k_bits, bits("(-0.5f / 68719476736.0f)", "0.0f")),
@@ -242,8 +268,8 @@ FAULTS = (
     Fault("the_lowest_half_is_a_number", lambda c: masked_rows(c) and c.masked == -65504.0,
           score("return x <= -65504.0f ? -INFINITY : x;", "return x;")),
     Fault("sinks_are_not_in_the_denominator", spec(lambda s: s.sinks and s.kv_len > 7),
-          merge("over_warp(total, false) + exp2f(sink - reference);", "over_warp(total, false);")),
-    Fault("the_log_sum_exp_is_binary", spec(plain), merge("log2f(total)) * 0.6931471805599453f", "log2f(total))")),
+          finish("total * factor + exp2f(sink - reference);", "total * factor;")),
+    Fault("the_log_sum_exp_is_binary", spec(plain), finish("log2f(total)) * 0.6931471805599453f", "log2f(total))")),
 )  # fmt: skip
 
 
@@ -312,16 +338,26 @@ def test_every_fault_is_one_of_the_sources(fault):
 def test_faults_are_many_and_in_every_source():
     assert len({f.name for f in FAULTS}) == len(FAULTS) >= 24
     files = {name for fault in FAULTS for name, _, _ in fault.edits}
-    assert files == {"attend.cu", "score.cuh", "values.cuh", "codec.cuh", "rows.cuh", "merge.cu", "turn.cuh", "bits.cuh"}
+    assert files == {
+        "attend.cu",
+        "score.cuh",
+        "values.cuh",
+        "codec.cuh",
+        "rows.cuh",
+        "merge.cu",
+        "turn.cuh",
+        "bits.cuh",
+        "finish.cuh",
+    }
 
 
 def test_edited_sources_are_forgotten():
     """An edit that outlives its block, or that is made nowhere, would change other tests or none."""
     before = nvrtc._sources()
-    with nvrtc.sources([("merge.cu", "log2f(total)", "log2f(total + 1.0f)")]):
-        assert nvrtc._sources()["merge.cu"] != before["merge.cu"]
-        with nvrtc.sources([("merge.cu", "log2f(total + 1.0f)", "0.0f")]):
-            assert b"log2f" not in nvrtc._sources()["merge.cu"]
+    with nvrtc.sources([("finish.cuh", "log2f(total)", "log2f(total + 1.0f)")]):
+        assert nvrtc._sources()["finish.cuh"] != before["finish.cuh"]
+        with nvrtc.sources([("finish.cuh", "log2f(total + 1.0f)", "0.0f")]):
+            assert b"log2f" not in nvrtc._sources()["finish.cuh"]
     assert nvrtc._sources() == before
     for old in ("no such piece", "float"):
         with pytest.raises(ValueError, match=f"merge.cu holds '{old}' [0-9]+ times, not once"):

@@ -25,6 +25,12 @@ class Side(ctypes.Structure):
     _fields_ = [("words", c_void_p), ("scale", c_void_p), ("word_strides", c_int64 * 3), ("scale_strides", c_int64 * 3)]
 
 
+class Finish(ctypes.Structure):
+    _fields_ = [
+        ("sinks", c_void_p), ("out", c_void_p), ("lse", c_void_p), ("out_dim", c_int), ("signs", turn.SignBits),
+    ]  # fmt: skip
+
+
 class Attend(ctypes.Structure):
     _fields_ = [
         ("q", c_void_p), ("q_strides", c_int64 * 3), ("k", Side), ("v", Side), ("out", c_void_p), ("top", c_void_p),
@@ -38,15 +44,14 @@ class Attend(ctypes.Structure):
         ("over_groups", c_uint32), ("over_splits", c_uint32),
         ("scale", c_float), ("softcap", c_float), ("k_factor", c_float), ("v_factor", c_float),
         ("k_low", c_uint32), ("k_high", c_uint32), ("v_low", c_uint32), ("v_high", c_uint32),
-        ("q_dim", c_int), ("k_signs", turn.SignBits),
+        ("q_dim", c_int), ("k_signs", turn.SignBits), ("finish", Finish),
     ]  # fmt: skip
 
 
 class Merge(ctypes.Structure):
     _fields_ = [
-        ("part", c_void_p), ("top", c_void_p), ("sinks", c_void_p), ("out", c_void_p), ("lse", c_void_p),
-        ("q_heads", c_int), ("q_len", c_int), ("splits", c_int), ("dim", c_int), ("out_dim", c_int),
-        ("signs", turn.SignBits),
+        ("part", c_void_p), ("top", c_void_p), ("q_heads", c_int), ("q_len", c_int), ("splits", c_int), ("dim", c_int),
+        ("finish", Finish),
     ]  # fmt: skip
 
 
@@ -153,7 +158,8 @@ class _Part:
     """A segment's launch: its kernel, how many splits, the structure."""
 
     def __init__(
-        self, segment: Segment, view: KVView, q: Tensor, spec: AttentionSpec, mask: Tensor | None, turns: bool
+        self, segment: Segment, view: KVView, q: Tensor, spec: AttentionSpec, mask: Tensor | None, turns: bool,
+        v_turn: int, out_type: int,
     ) -> None:  # fmt: skip
         k_codec, v_codec, device = view.k_codec, view.v_codec, q.device
         k = Rows(segment.k, plan.row_of(segment.k_format, k_codec.head_dim, k_codec.padded))
@@ -163,7 +169,7 @@ class _Part:
             k.row, v.row, columns, Q_TYPES[q.dtype], spec.dtype == torch.float32, spec.softcap > 0,
             MASKS[mask.dtype] if mask is not None else 0, spec.alibi > 0, segment.page_slots,
             k.row.kind == plan.TABLE and segment.k_format is segment.v_format, k.copy, v.copy, k.stride, v.stride,
-            k.scale_stride, v.scale_stride, turn.block(k_codec) if turns else 0,
+            k.scale_stride, v.scale_stride, turn.block(k_codec) if turns else 0, v_turn, out_type,
         )  # fmt: skip
         self.plan = plan.plan(problem, _shared_memory(device.index))
         self.kernel = kernel("attend", self.plan.defines, device.index, self.plan.shared)
@@ -178,7 +184,7 @@ class _Part:
 
         tiles = -(-seen // self.plan.tile) + 1
         units = spec.batch * spec.kv_heads * self.row_tiles
-        self.splits = plan.splits(units, tiles, self.plan.warps, _processors(device.index))
+        self.splits = plan.splits(units, tiles, self.plan.warps // self.plan.team, _processors(device.index))
         self.held = k, v, _table(segment.k_format, k.row, device), _table(segment.v_format, v.row, device)
         self.call = Attend(
             q=q.data_ptr(), q_strides=strides(q)[:3], k=k.side, v=v.side,
@@ -225,25 +231,28 @@ def attend(
     slopes = head_slopes(q_heads, spec.alibi, device) if spec.alibi else None
     stream = torch.cuda.current_stream(device).cuda_stream
     with torch.cuda.device(device):
-        parts = [_Part(segment, view, q, spec, mask, first) for segment in view.segments]
+        v_turn, out_type = turn.block(view.v_codec) if last else 0, Q_TYPES[out.dtype]
+        finish = Finish(_pointer(sinks), out.data_ptr(), lse.data_ptr(), out_dim, turn.signs(view.v_codec, back=True))
+        parts = [_Part(segment, view, q, spec, mask, first, v_turn, out_type) for segment in view.segments]
         total = sum(part.splits for part in parts)
-        partial = torch.empty((batch, q_heads, q_len, total, v_dim), dtype=torch.float32, device=device)
-        top = torch.empty((batch, q_heads, q_len, total, 2), dtype=torch.float32, device=device)
+        whole = total == 1  # one block has all keys of a row
+        results = batch, q_heads, q_len, 0 if whole else total
+        partial = torch.empty((*results, v_dim), dtype=torch.float32, device=device)
+        top = torch.empty((*results, 2), dtype=torch.float32, device=device)
         base = 0
         for part in parts:
             call = part.call
             call.out, call.top, call.split_base, call.splits_total = partial.data_ptr(), top.data_ptr(), base, total
             call.slopes, call.starts = _pointer(slopes), _pointer(starts)
+            if whole:
+                call.finish = finish
             grid = (part.row_tiles, spec.kv_heads, batch * part.splits)
             part.kernel.launch(grid, part.plan.warps * 32, stream, call)
             base += part.splits
-        merge = Merge(
-            partial.data_ptr(), top.data_ptr(), _pointer(sinks), out.data_ptr(), lse.data_ptr(), q_heads, q_len, total,
-            v_dim, out_dim, turn.signs(view.v_codec, back=True),
-        )  # fmt: skip
-        rows = batch * q_heads * q_len
-        most = next(n for n in (32, 256, 1024, 8192) if n >= total)
-        block = turn.block(view.v_codec) if last else 0
-        defines = ("SPLITS", most), ("OUT_TYPE", Q_TYPES[out.dtype]), ("DIM", v_dim), ("TURN", block)
-        kernel("merge", defines, device.index).launch((rows, 1, 1), -(-v_dim // 32) * 32, stream, merge)
+        if not whole:
+            merge = Merge(partial.data_ptr(), top.data_ptr(), q_heads, q_len, total, v_dim, finish)
+            rows = batch * q_heads * q_len
+            most = next(n for n in (32, 256, 1024, 8192) if n >= total)
+            defines = ("SPLITS", most), ("OUT_TYPE", out_type), ("DIM", v_dim), ("V_TURN", v_turn)
+            kernel("merge", defines, device.index).launch((rows, 1, 1), -(-v_dim // 32) * 32, stream, merge)
     return (out, lse) if last or not heads else (view.v_codec.output(out).to(spec.dtype), lse)

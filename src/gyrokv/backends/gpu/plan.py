@@ -11,13 +11,13 @@ from ...quant import code_values, scale_divisor
 F16, BF16, F32, FP8, LINEAR, BYTES, TABLE = range(7)  # csrc/codec.cuh
 _DENSE = {"float16": F16, "bfloat16": BF16, "float32": F32, "float8_e4m3fn": FP8}
 SHARED_MEMORY = 227 * 1024  # bytes of a block on compute capability 9.0
-_IN_FLIGHT = 32 * 1024  # bytes on their way to a processor that hide the memory's latency
 _STATIC = 4096  # bytes that kernels declare themselves, at most
 
 
 @dataclass(frozen=True)
 class Row:
-    """Rows of one side as kernels read them. ``span``: values per scale, 0 without scales. ``factor``: on values."""
+    """Rows of one side as kernels read them. ``span``: values per scale, 0 without scales. ``factor``: on values.
+    ``mirrored``: a table whose codes have a sign as their top bit."""
 
     kind: int
     bits: int
@@ -27,6 +27,7 @@ class Row:
     factor: float = 1.0
     low: int = 0
     high: int = 0
+    mirrored: bool = False
 
     @property
     def bytes(self) -> int:
@@ -66,23 +67,23 @@ class Row:
 
     @property
     def pair_bytes(self) -> int:
-        """Bytes of a table of pairs."""
-        return 128 << 2 * self.bits if self.kind == TABLE else 0
+        """Bytes of a table of pairs: of 6 bits, of magnitudes."""
+        return 128 << 2 * (5 if self.bits == 6 else self.bits) if self.kind == TABLE else 0
 
 
 @cache
-def _table(fmt: KVFormat) -> tuple[int, float, int, int]:
-    """(kind, factor, low, high) of rows with levels."""
+def _table(fmt: KVFormat) -> tuple[int, float, int, int, bool]:
+    """(kind, factor, low, high, mirrored) of rows with levels."""
     step, levels = float(fmt.step), fmt.levels
     half = 2 ** (fmt.bits - 1)
     if fmt.coding == "index" and fmt.bits in (4, 8) and list(levels) == list(range(-half, half)):
-        return LINEAR, step, 0, 0
+        return LINEAR, step, 0, 0, False
     whole = all(float(level).is_integer() and abs(level) <= (126 if fmt.bits == 4 else 127) for level in levels)
     by_code = (code_values(fmt).double() / step).round().int().tolist()
     if whole and (fmt.bits in (2, 3) or (fmt.bits == 4 and fmt.coding == "sign_magnitude")):
         text = bytes(level & 255 for level in by_code[:8]).ljust(8, b"\0")
-        return BYTES, step, int.from_bytes(text[:4], "little"), int.from_bytes(text[4:], "little")
-    return TABLE, float(code_values(fmt).abs().max()), 0, 0
+        return BYTES, step, int.from_bytes(text[:4], "little"), int.from_bytes(text[4:], "little"), False
+    return TABLE, float(code_values(fmt).abs().max()), 0, 0, fmt.coding == "sign_magnitude"
 
 
 @cache
@@ -90,9 +91,10 @@ def _row(fmt: KVFormat, head_dim: int) -> Row:
     padded, group = fmt.layout(head_dim)
     if not fmt.has_levels:
         return Row(_DENSE[fmt.element], fmt.bits, padded, 0)
-    kind, factor, low, high = _table(fmt)
+    kind, factor, low, high, mirrored = _table(fmt)
     span = min(group, fmt.scale_span or group)
-    return Row(kind, fmt.bits, padded, span, fmt.scale_dtype == "float32", factor / scale_divisor(fmt, head_dim), low, high)
+    factor /= scale_divisor(fmt, head_dim)
+    return Row(kind, fmt.bits, padded, span, fmt.scale_dtype == "float32", factor, low, high, mirrored)
 
 
 _rows: dict[tuple[int, int, int], tuple[KVFormat, Row]] = {}  # by identity: hashing a row hashes all of its levels
@@ -130,7 +132,8 @@ class Problem:
     """Everything that changes the code. ``stride``s: bytes from slot to slot where rows lie side by side, else 0.
 
     ``columns``: query rows per KV head. ``copy``: alignment of rows in bytes (16, 8 or 4). ``page_slots``: slots of a
-    page, a multiple of 16, or 0 without pages. ``k_turn``: the block of a rotation that the kernel applies to q, or 0.
+    page, a multiple of 16, or 0 without pages. ``k_turn``, ``v_turn``: the blocks of rotations that the kernel applies to q
+    and to the output, or 0.
     """
 
     k: Row
@@ -150,18 +153,20 @@ class Problem:
     k_scale_stride: int = 0
     v_scale_stride: int = 0
     k_turn: int = 0
+    v_turn: int = 0
+    out_type: int = F32
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A kernel's constants and its launch. ``rows``: query rows per block."""
+    """A kernel's constants and its launch. ``rows``: query rows per block. ``team``: warps that share a tile."""
 
     defines: tuple[tuple[str, int], ...]
     rows: int
     tile: int
     warps: int
-    stages: int
     shared: int
+    team: int = 1
 
 
 def _vector(units: int, lanes: int) -> int:
@@ -181,20 +186,20 @@ def _conflicts(addresses: list[int], size: int) -> int:
     return passes - 32 // lanes
 
 
-def _pitch(row: Row, copy: int, side: str) -> int:
-    """Bytes from row to row in shared memory: the fewest without bank conflicts."""
-    word = 4 if row.kind == F32 else 2
+def _pitch(row: Row, copy: int, side: str, team: int = 1) -> int:
+    """Bytes from row to row in shared memory, of what a warp of a team has: the fewest without bank conflicts."""
+    word, words = 4 if row.kind == F32 else 2, row.words // team
     if side == "k":
         sharing = 4 // row.fold
-        vector = _vector(row.words // 2, sharing)
+        vector = _vector(words // 2, sharing)
         size, lanes = (8, 2 * vector) if row.kind == F32 else (4 * vector, 2 * vector)
-        at = [(lane // 4, min(lane % sharing * lanes, row.words - 2) * word) for lane in range(32)]
-    elif row.words % 8 == 0 and row.kind != F32:  # eight words of a token at once
+        at = [(lane // 4, min(lane % sharing * lanes, words - 2) * word) for lane in range(32)]
+    elif words % 8 == 0 and row.kind != F32:  # eight words of a token at once
         size, at = 16, [(lane, 0) for lane in range(32)]
     else:
-        size, at = 4, [(2 * (lane % 4), min(lane // 4 % (8 // row.fold), row.words - 1) * word) for lane in range(32)]
+        size, at = 4, [(2 * (lane % 4), min(lane // 4 % (8 // row.fold), words - 1) * word) for lane in range(32)]
     unit = max(copy, size, 4)
-    first = -(-row.bytes // unit) * unit
+    first = -(-row.bytes // team // unit) * unit
     pitches = range(first, first + 144, unit)
     return min(pitches, key=lambda pitch: (_conflicts([r * pitch + b for r, b in at], size), pitch))
 
@@ -202,12 +207,13 @@ def _pitch(row: Row, copy: int, side: str) -> int:
 def _integers(row: Row, side: str, rows: int) -> bool:
     """True when a side is multiplied as bytes, which takes two terms of q and of the weights: free on K, and on V while
     four query rows fill half of a product. Two lookups per code, for either sign, pay for themselves on K alone, and
-    while a product meets few scales; not for long rows of 2 bits and many query rows, by measurement."""
+    while a product meets few scales; not for long rows of 2 bits and many query rows, by measurement. Eight query rows take
+    two products on V, which pays for itself in rows of 128 values."""
     if row.kind != BYTES:
         return False
     if side == "k":
         return (row.bits < 4 or row.scales <= 2) and not (row.bits == 2 and rows > 4 and row.dim > 256)
-    return row.bits < 4 and rows == 4
+    return row.bits < 4 and (rows == 4 or (rows == 8 and row.dim == row.span == 128))
 
 
 def _bitwise(row: Row, rows: int) -> bool:
@@ -219,14 +225,27 @@ def _bitwise(row: Row, rows: int) -> bool:
 
 
 def _pairs(problem: Problem) -> bool:
-    """True where one lookup may yield two values: tables of at most 5 bits, and not two different ones."""
-    bits = [row.bits for row in (problem.k, problem.v) if row.kind == TABLE]
-    return bool(bits) and max(bits) <= 5 and (len(bits) == 1 or problem.same_table)
+    """True where one lookup may yield two values: tables of 5 bits, or of 6 with a sign, and not two different ones."""
+    tables = [row for row in (problem.k, problem.v) if row.kind == TABLE]
+    short = all(row.bits <= 5 or (row.bits == 6 and row.mirrored) for row in tables)
+    return bool(tables) and short and (len(tables) == 1 or problem.same_table)
 
 
-def _registers(problem: Problem, rows: int, terms: int, tile: int) -> int:
+def halves(row: Row) -> bool:
+    """True for rows whose words two warps may share: of 512 values, whose sums fill the registers of one, that are looked
+    up. Halves of a block are 64 bytes and more there, by 32 from memory it is slower. Both halves meet the same scales."""
+    return row.kind == TABLE and row.bits >= 6 and row.dim == 512 and row.span % row.words == 0
+
+
+def _team(problem: Problem, rows: int) -> int:
+    """Warps that share the words of each row."""
+    shared = halves(problem.k) and halves(problem.v) and problem.k_copy == problem.v_copy == 16
+    return 2 if shared and rows <= 8 else 1
+
+
+def _registers(problem: Problem, rows: int, terms: int, tile: int, team: int) -> int:
     """About how many registers a lane needs: sums, weights, and what every kernel has."""
-    v, k, tiles = problem.v, problem.k, tile // 16
+    v, k, tiles, dims = problem.v, problem.k, tile // 16, problem.v.dim // team
     columns = -(-rows // 8)
     per_lane = 1 if terms == 2 and rows <= 4 else 2
     k_columns = columns if terms == 1 else 1 if rows <= 4 else 2 * columns
@@ -234,8 +253,8 @@ def _registers(problem: Problem, rows: int, terms: int, tile: int) -> int:
     scores = tiles * 4 * (sums * k_columns + columns)
     if _integers(v, "v", rows):
         products = max(v.scales, 1) * columns * per_lane
-        return 70 + 5 * -(-v.dim // 16) * columns * per_lane // 4 + 32 * products * (7 if tile == 32 else 5) // 5
-    out = -(-v.dim // 16) * 4 * columns
+        return 70 + 5 * -(-dims // 16) * columns * per_lane // 4 + 32 * products * (7 if tile == 32 else 5) // 5
+    out = -(-dims // 16) * 4 * columns
     work = 2 * tiles * max(v.scales, 1) * columns * (2 if v.kind in (BF16, F32) else 1) + 16
     return out + max(scores, work) + 72
 
@@ -249,46 +268,54 @@ def plan(problem: Problem, shared_memory: int = SHARED_MEMORY) -> Plan:
 def _plan(problem: Problem, shared_memory: int) -> Plan:
     k, v = problem.k, problem.v
     rows = 4 if problem.columns <= 4 else 8 if problem.columns <= 8 or v.dim > 256 else 16
-    k_int, v_int = 2 if _bitwise(k, rows) else int(_integers(k, "k", rows)), _integers(v, "v", rows)
+    team = _team(problem, rows)
+    k_int = 2 if _bitwise(k, rows) and team == 1 else int(_integers(k, "k", rows))
+    v_int = _integers(v, "v", rows)
     # one bfloat16 holds a q of that dtype only; where four rows fill half a product, two terms are free
     rounded = k.kind in (BF16, F32) and (problem.q_type != BF16 or problem.k_turn > 0)
     terms = 2 if problem.two_terms or rounded or k_int or rows == 4 else 1
     columns = -(-rows // 8)
     k_columns = columns if terms == 1 else 1 if rows == 4 else 2 * columns
-    k_pitch, v_pitch = _pitch(k, problem.k_copy, "k"), _pitch(v, problem.v_copy, "v")
+    k_pitch, v_pitch = _pitch(k, problem.k_copy, "k", team), _pitch(v, problem.v_copy, "v", team)
     room = shared_memory - _STATIC
-    per_warp = (4 if rows == 4 and terms == 2 else 8 * columns) * v.dim * 4
+    per_lane = 1 if rows == 4 and terms == 2 else 2
+    per_warp = 4 * per_lane * columns * v.dim * 4 // team
     tables = TABLE in (k.kind, v.kind)
     whole = problem.page_slots % 32 == 0  # a page holds whole tiles
-    # lookups of short rows, and pairs of five bits, gain more from registers than from warps, by measurement
-    fewer = tables and (v.dim <= 64 or (_pairs(problem) and 5 in (k.bits, v.bits)))
+    # lookups of short rows, and pairs of five bits and six, gain more from registers than from warps, by measurement
+    fewer = tables and (v.dim <= 64 or (_pairs(problem) and any(row.kind == TABLE and row.bits >= 5 for row in (k, v))))
+
+    def sums(tile: int) -> int:
+        """Bytes of a warp for the scores of its share of rows, twice"""
+        return tile // 16 * columns * per_lane * 512 if team > 1 else 0
 
     def cut(fixed: int) -> tuple[int, int]:
         """(tile, warps) beside ``fixed`` bytes"""
 
         def warps_of(tile: int) -> tuple[int, int]:
             """(as many as registers allow, as many as there are)"""
-            registers = _registers(problem, rows, terms, tile)
-            most = 16 if registers <= (150 if v_int else 136) and not fewer else 12 if registers <= 184 else 8
-            warps = max(1, min(most, (room - fixed) // (tile * (k_pitch + v_pitch)), room // per_warp))
-            return most, warps - (warps % 4 if warps >= 8 else 0)  # alike on the four schedulers
+            registers = _registers(problem, rows, terms, tile, team)
+            if k_int and v_int and registers <= 124:
+                most = 20
+            else:
+                most = 16 if registers <= (150 if v_int else 136) and not fewer else 12 if registers <= 184 else 8
+            warps = max(1, min(most, (room - fixed) // (tile * (k_pitch + v_pitch) + sums(tile)), room // per_warp))
+            return most, warps - (warps % 4 if warps >= 8 else warps % team)  # alike on the four schedulers
 
         # long tiles cost less per token, unless they leave too few warps; bytes gain more than spilled registers cost
         most, warps = warps_of(32)
-        if whole and warps == most and (v_int or _registers(problem, rows, terms, 32) + 24 * tables <= 176):
+        if whole and warps == most and (v_int or _registers(problem, rows, terms, 32, team) + 24 * tables <= 176):
             return 32, warps
         return 16, warps_of(16)[1]
 
     def beside(lut: int) -> int:
-        return -(-(lut + _query_bytes(k, k_columns, k_int)) // 128) * 128
+        return -(-(lut + _query_bytes(k, k_columns, k_int, team)) // 128) * 128
 
     fixed, pair_fixed = beside(max(k.lut_bytes, v.lut_bytes)), beside(max(k.pair_bytes, v.pair_bytes))
     tile, warps = cut(fixed)
     pairs = _pairs(problem) and cut(pair_fixed) == (tile, warps)
     fixed = pair_fixed if pairs else fixed
-    per_stage = tile * (k_pitch + v_pitch)
-    stages = 2 if warps * per_stage < _IN_FLIGHT and fixed + 2 * warps * per_stage <= room and not tables else 1
-    shared = max(fixed + warps * stages * per_stage, warps * per_warp)
+    shared = max(fixed + warps * (tile * (k_pitch + v_pitch) + sums(tile)), warps * per_warp)
     defines = {
         "K_KIND": k.kind, "K_BITS": k.bits, "K_SPAN": k.span, "K_SCALE32": int(k.wide_scale),
         "K_INT": k_int, "DK": k.dim,
@@ -296,27 +323,28 @@ def _plan(problem: Problem, shared_memory: int) -> Plan:
         "V_INT": int(v_int), "DV": v.dim,
         "ROWS": rows, "TERMS": terms, "Q_TYPE": problem.q_type, "SOFTCAP": int(problem.softcap), "MASK": problem.mask,
         "ALIBI": int(problem.alibi), "PAGED": int(problem.page_slots > 0), "SAME_TABLE": int(problem.same_table),
-        "LUT_PAIRS": int(pairs), "K_TURN": problem.k_turn,
-        "TILE": tile, "STAGES": stages, "WARPS": warps,
+        "LUT_PAIRS": int(pairs), "K_TURN": problem.k_turn, "V_TURN": problem.v_turn, "OUT_TYPE": problem.out_type,
+        "TILE": tile, "WARPS": warps, "TEAM": team,
         "K_PITCH": k_pitch, "V_PITCH": v_pitch,
         "K_COPY": problem.k_copy, "V_COPY": problem.v_copy, "K_STRIDE": problem.k_stride, "V_STRIDE": problem.v_stride,
         "K_SCALE_STRIDE": problem.k_scale_stride, "V_SCALE_STRIDE": problem.v_scale_stride,
         "SHARED": shared,
     }  # fmt: skip
-    return Plan(tuple(defines.items()), rows, tile, warps, stages, shared)
+    return Plan(tuple(defines.items()), rows, tile, warps, shared, team)
 
 
-def _query_bytes(k: Row, k_columns: int, integers: int) -> int:
+def _query_bytes(k: Row, k_columns: int, integers: int, team: int = 1) -> int:
     """Shared memory that q takes as operands: ``Q_BYTES`` in csrc/score.cuh. ``integers``: ``K_INT``."""
     if integers == 2:
         return k.scales * 7 * 256 + 4 * k.dim * 4
     fold = 1 if integers else k.fold
-    vector = _vector(k.words // 2, 4 // fold)
+    mine = k.words // team
+    vector = _vector(mine // 2, 4 // fold)
     size, words, span = 8 // fold * vector, k.words, k.span or k.dim
-    chunks, planes = -(-words // size), k.planes // fold
+    chunks, planes = -(-mine // size), k.planes // fold
 
     def scale(chunk: int, plane: int, last: bool) -> int:
-        word = min((chunk + 1) * size, words) - 1 if last else chunk * size
+        word = min((chunk + 1) * size, mine) - 1 if last else chunk * size
         folded = plane + (fold - 1) * planes if last else plane
         return (word if k.kind == F32 else word + folded * words) // span
 
@@ -330,7 +358,7 @@ def _query_bytes(k: Row, k_columns: int, integers: int) -> int:
         pairs = [(p, p + 1) for p in even] if by_plane else [(p, p) for p in range(planes)]
         count = chunks * (vector if by_plane or vector == 1 else vector // 2) * len(pairs)
     most = max(scale(c, b, True) - scale(c, a, False) + 1 for c in range(chunks) for a, b in pairs)
-    return count * most * k_columns * 256
+    return team * count * most * k_columns * 256
 
 
 # -- splits

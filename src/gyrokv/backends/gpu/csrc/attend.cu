@@ -1,20 +1,23 @@
 // Flash decoding over packed rows (Dao et al. 2022 and 2023: running softmax, keys split over blocks).
 //
 // A block serves up to ROWS query rows of one KV head over one range of slots; its warps take tiles of TILE slots in
-// turn, each with its own ring of STAGES tiles in shared memory, and never wait for each other until the end.
+// turn, each with its own place for a tile in shared memory, and never wait for each other until the end.
 // Scores are computed transposed, k [16 tokens x 16 dims] times q [16 dims x 8 rows], so that 8 rows fill the tensor
 // cores, and so is the output, v^T [16 dims x 16 tokens] times weights [16 tokens x 8 rows]. Rows expand from shared
 // memory straight into operands (codec.cuh): the order of dims in a product is free, so no value moves between lanes.
 // Scales never touch elements: K's multiplies scores, V's the weights.
 //
-// The host defines K_KIND, K_BITS, K_SPAN, K_SCALE32, K_INT (and V_; 2: bits.cuh), DK, DV, ROWS, TERMS, Q_TYPE, SOFTCAP, MASK, ALIBI, TILE, STAGES,
-// WARPS, K_TURN (the block of a rotation that q goes through, or 0), K_PITCH, K_COPY, K_STRIDE, K_SCALE_STRIDE (and V_),
-// SAME_TABLE, LUT_PAIRS, PAGED, SHARED (bytes).
+// The host defines K_KIND, K_BITS, K_SPAN, K_SCALE32, K_INT (and V_; 2: bits.cuh), DK, DV, ROWS, TERMS, Q_TYPE, SOFTCAP, MASK, ALIBI, TILE,
+// WARPS, K_TURN and V_TURN (the blocks of rotations that q and the output go through, or 0), OUT_TYPE (finish.cuh), K_PITCH, K_COPY, K_STRIDE, K_SCALE_STRIDE (and V_),
+// SAME_TABLE, LUT_PAIRS, PAGED, TEAM (warps that share the words of each row), SHARED (bytes).
+#include "finish.cuh"
 #include "values.cuh"
 
-constexpr int STAGE_BYTES = TILE * (K_PITCH + V_PITCH);
+constexpr int TEAMS = WARPS / TEAM;  // each takes tiles of its own; its warps share the words of rows
+constexpr int TILE_BYTES = TILE * (K_PITCH + V_PITCH);
 constexpr float SLACK = 3.0f;  // log2 by which scores may pass the reference before everything is rescaled
-static_assert(RING_AT + WARPS * STAGES * STAGE_BYTES <= SHARED && WARPS * ALL_ROWS * DV * 4 <= SHARED, "shared memory");
+constexpr int SUMS = TILES * COLUMNS * 2 * PER_LANE, SUMS_AT = RING_AT + WARPS * TILE_BYTES;  // of a team, by lane
+static_assert(WARPS % TEAM == 0 && TEAM <= 2 && SUMS_AT + (TEAM > 1 ? 2 * WARPS * SUMS * 128 : 0) <= SHARED && TEAMS * ALL_ROWS * DV * 4 <= SHARED, "shared memory");
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_constant__ Attend p) {
   extern __shared__ __align__(128) char memory[];
@@ -22,9 +25,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
 #if K_INT == 2
   __shared__ float centres[K::GROUPS][ALL_ROWS];
 #endif
-  __shared__ float2 tops[WARPS][ALL_ROWS];
+  __shared__ float2 tops[TEAMS][ALL_ROWS], joined[ALL_ROWS];
   touch(p, shared_address(norms));
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  int team = warp / TEAM, rank = warp % TEAM;
   Unit unit;
   unit.batch = quotient(blockIdx.z, p.splits, p.over_splits), unit.head = blockIdx.y;
   int split = blockIdx.z - unit.batch * p.splits, base = blockIdx.x * ROWS;  // base: first row of the block
@@ -69,17 +73,17 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
   Rows v_rows = rows_at(p.v.words, p.v.words_batch, p.v.words_head, p.v.words_slot);
   Rows k_scale_rows = rows_at(p.k.scale, p.k.scale_batch, p.k.scale_head, p.k.scale_slot);
   Rows v_scale_rows = rows_at(p.v.scale, p.v.scale_batch, p.v.scale_head, p.v.scale_slot);
-  u32 k_ring = shared + RING_AT + warp * STAGES * STAGE_BYTES, v_ring = k_ring + STAGES * TILE * K_PITCH;
+  u32 k_at = shared + RING_AT + warp * TILE_BYTES, v_at = k_at + TILE * K_PITCH;
 
-  // each ring takes its next tile as soon as one has been used: groups of copies alternate between K and V
-  auto copy_k = [&](auto whole, int tile, int stage) {
+  // a warp takes its next tile as soon as one has been used: groups of copies alternate between K and V
+  auto copy_k = [&](auto whole, int tile) {
     if (decltype(whole)::value || tile < end)
-      copy_rows<K, TILE, K_PITCH, K_COPY, K_STRIDE, decltype(whole)::value>(k_ring + stage * TILE * K_PITCH, k_rows, tile * TILE, slots, lane);
+      copy_rows<K, TILE, K_PITCH, K_COPY, K_STRIDE, decltype(whole)::value>(k_at, k_rows, tile * TILE, slots, rank, lane);
     commit_copies();
   };
-  auto copy_v = [&](auto whole, int tile, int stage) {
+  auto copy_v = [&](auto whole, int tile) {
     if (decltype(whole)::value || tile < end)
-      copy_rows<V, TILE, V_PITCH, V_COPY, V_STRIDE, decltype(whole)::value>(v_ring + stage * TILE * V_PITCH, v_rows, tile * TILE, slots, lane);
+      copy_rows<V, TILE, V_PITCH, V_COPY, V_STRIDE, decltype(whole)::value>(v_at, v_rows, tile * TILE, slots, rank, lane);
     commit_copies();
   };
   KScales k_next[TILES][2];
@@ -104,13 +108,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
   k_levels.store(shared), v_levels.store(shared + V_LUT);
   wait_for_earlier_kernels();
   early.load();
-#pragma unroll
-  for (int i = 0; i < STAGES; ++i) {
-    int tile = begin + warp + i * WARPS;
-    if (tile < end && slots.whole(tile * TILE, TILE)) copy_k(Bool<true>(), tile, i), copy_v(Bool<true>(), tile, i);
-    else copy_k(Bool<false>(), tile, i), copy_v(Bool<false>(), tile, i);
-  }
-  fetch_scales(Bool<false>(), begin + warp);
+  int tile = begin + team;
+  if (tile < end && slots.whole(tile * TILE, TILE)) copy_k(Bool<true>(), tile), copy_v(Bool<true>(), tile);
+  else copy_k(Bool<false>(), tile), copy_v(Bool<false>(), tile);
+  fetch_scales(Bool<false>(), tile);
 #if K_INT == 2
   fill_bits(memory, p, early, norms, centres);
 #else
@@ -152,11 +153,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
       for (float& x : run.out[i][j]) x = 0.0f;
   }
 
-  // free: this tile and those that are fetched meanwhile are whole, and all rows see all of this one
-  auto step = [&](auto free, int tile, int stage) {
+  int turn = 0;  // half of the sums' place: a warp may be a step ahead of the other
+  // free: this tile and the one that is fetched meanwhile are whole, and all rows see all of this one
+  auto step = [&](auto free, int tile) {
     constexpr bool SEEN = decltype(free)::value;
-    int slot = tile * TILE, later = tile + STAGES * WARPS;
-    wait_copies<2 * STAGES - 1>();
+    int slot = tile * TILE, later = tile + TEAMS;
+    wait_copies<1>();
     __syncwarp();
     KScales k_scales[TILES][2];
     VScales v_scales[TILES][2];
@@ -164,16 +166,25 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
     for (int i = 0; i < TILES; ++i)
 #pragma unroll
       for (int half = 0; half < 2; ++half) k_scales[i][half] = k_next[i][half], v_scales[i][half] = v_next[i][half];
-    fetch_scales(free, tile + WARPS);
+    fetch_scales(free, later);
 
     float s[TILES][COLUMNS][4];
 #if K_INT == 2
-    score_bits(s, k_ring + stage * TILE * K_PITCH, memory, k_scales, centre, lane);
+    score_bits(s, k_at, memory, k_scales, centre, lane);
 #else
-    score<K_INT>(s, k_ring + stage * TILE * K_PITCH, memory, k_scales, k_table, lane);
+    score<K_INT>(s, k_at, memory, rank, k_scales, k_table, lane);
 #endif
     __syncwarp();
-    copy_k(free, later, stage);
+    copy_k(free, later);
+    if constexpr (TEAM > 1) {
+      u32 mine = shared + SUMS_AT + ((warp + turn * WARPS) * SUMS * 32 + lane) * 4, theirs = shared + SUMS_AT + (((warp ^ 1) + turn * WARPS) * SUMS * 32 + lane) * 4;
+      turn ^= 1;
+#pragma unroll
+      for (int i = 0; i < SUMS; ++i) store_shared(mine + i * 128, s[i / (SUMS / TILES)][i / (2 * PER_LANE) % COLUMNS][i % (2 * PER_LANE) * (2 / PER_LANE)]);
+      sync_pair(team);
+#pragma unroll
+      for (int i = 0; i < SUMS; ++i) s[i / (SUMS / TILES)][i / (2 * PER_LANE) % COLUMNS][i % (2 * PER_LANE) * (2 / PER_LANE)] += load_shared_f32(theirs + i * 128);
+    }
 
 #pragma unroll
     for (int i = 0; i < TILES; ++i)
@@ -242,32 +253,30 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
             run.total[j][e] += x;
           }
       }
-    wait_copies<2 * STAGES - 1>();
+    wait_copies<1>();
     __syncwarp();
-    if constexpr (V_INT) add_values_bytes(run, s, v_ring + stage * TILE * V_PITCH, v_scales, v_table, lane);
-    else add_values_floats(run, s, v_ring + stage * TILE * V_PITCH, memory, v_scales, v_table, lane);
+    if constexpr (V_INT) add_values_bytes(run, s, v_at, v_scales, v_table, lane);
+    else add_values_floats(run, s, v_at, memory, v_scales, v_table, lane);
     __syncwarp();
-    copy_v(free, later, stage);
+    copy_v(free, later);
   };
 
-  // Tiles that all rows see whole, and whose successor in the ring is whole: of slots from the first one on, of those before it
+  // Tiles that all rows see whole, and whose successor in the warp is whole: of slots from the first one on, of those before it
   struct Range {
     int low;
     u32 count;
     INLINE bool holds(int tile) const { return (u32)(tile - low) < count; }
   };
   auto free_tiles = [&](int shift, int low, int high) {  // of offsets low .. high - 1, in slots that are `shift` further
-    int from = (max(low, free_low) + shift + TILE - 1) / TILE, stop = min((high + shift) / TILE, end) - STAGES * WARPS;
+    int from = (max(low, free_low) + shift + TILE - 1) / TILE, stop = min((high + shift) / TILE, end) - TEAMS;
     return Range{from, (u32)max(0, min(stop, (min(free_high, high) + shift + TILE) / TILE) - from)};
   };
   int ahead = slots.capacity - slots.first_slot;  // slots before the ring wraps
   Range free = free_tiles(slots.first_slot, 0, min(slots.count, ahead)), wrapped = free_tiles(-ahead, ahead, slots.count);
 
-  int stage = 0;
-  for (int tile = begin + warp; tile < end; tile += WARPS) {
-    if (MASK == 0 && (free.holds(tile) || wrapped.holds(tile))) step(Bool<true>(), tile, stage);
-    else step(Bool<false>(), tile, stage);
-    stage = stage + 1 == STAGES ? 0 : stage + 1;
+  for (; tile < end; tile += TEAMS) {
+    if (MASK == 0 && (free.holds(tile) || wrapped.holds(tile))) step(Bool<true>(), tile);
+    else step(Bool<false>(), tile);
   }
 
   let_later_kernels_start();
@@ -278,7 +287,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
 #pragma unroll
     for (int e = 0; e < PER_LANE; ++e) {
       float total = sum_over_tokens(run.total[j][e]);
-      if (g == 0) tops[warp][row_of(j, e, t)] = make_float2(run.top[j][e], total);
+      if (g == 0 && rank == 0) tops[team][row_of(j, e, t)] = make_float2(run.top[j][e], total);
     }
   auto place = [&](int row) {  // of a row in the results
     if (row >= unit.rows) return (i64)-1;
@@ -286,26 +295,26 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
     return (((i64)unit.batch * p.q_heads + at.head) * p.q_len + at.token) * p.splits_total + p.split_base + split;
   };
   __syncthreads();
-  float* parts = (float*)memory;  // [WARPS][DV][ALL_ROWS]
+  float* parts = (float*)memory;  // [TEAMS][DV][ALL_ROWS]
 #pragma unroll
   for (int j = 0; j < COLUMNS; ++j)
 #pragma unroll
     for (int e = 0; e < PER_LANE; ++e) {
       int row = row_of(j, e, t);
-      float2 all[(WARPS + 7) / 8];  // of warps g, g + 8
+      float2 all[(TEAMS + 7) / 8];  // of teams g, g + 8
       float most = -INFINITY, total = 0.0f;
 #pragma unroll
-      for (int i = 0; i < (WARPS + 7) / 8; ++i) {
-        all[i] = WARPS % 8 == 0 || g + 8 * i < WARPS ? tops[g + 8 * i][row] : make_float2(-INFINITY, 0.0f);
+      for (int i = 0; i < (TEAMS + 7) / 8; ++i) {
+        all[i] = TEAMS % 8 == 0 || g + 8 * i < TEAMS ? tops[g + 8 * i][row] : make_float2(-INFINITY, 0.0f);
         most = fmaxf(most, all[i].x);
       }
       most = over_tokens(most);
       if (warp == 0) {
 #pragma unroll
-        for (int i = 0; i < (WARPS + 7) / 8; ++i) total += all[i].y > 0.0f ? all[i].y * exp2_fast(all[i].x - most) : 0.0f;
+        for (int i = 0; i < (TEAMS + 7) / 8; ++i) total += all[i].y > 0.0f ? all[i].y * exp2_fast(all[i].x - most) : 0.0f;
         total = sum_over_tokens(total);
         i64 at = place(row);
-        if (g == 0 && at >= 0) p.top[at] = make_float2(most, total);
+        if (g == 0 && at >= 0) (p.finish.out ? &joined[row] : &p.top[at])[0] = make_float2(most, total);
       }
       float factor = run.top[j][e] == -INFINITY ? 0.0f : exp2_fast(run.top[j][e] - most);
       factor *= p.v_factor;
@@ -323,17 +332,31 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
 #pragma unroll
               for (int group = 0; group < V::GROUPS; ++group)
                 if (of_group(tile, half, group, g)) x = x * V_TINY - offset[group];
-            parts[(warp * DV + dim_of(tile, half, g)) * ALL_ROWS + row] = x * factor;
+            parts[(team * DV + rank * V::MINE + dim_of(tile, half, g)) * ALL_ROWS + row] = x * factor;
           }
     }
   i64 at = place(threadIdx.x % ALL_ROWS);  // a thread's values are of one row
   static_assert(WARPS * 32 % ALL_ROWS == 0, "rows of threads");
   __syncthreads();
-  if (at < 0) return;
-#pragma unroll 1
-  for (int e = threadIdx.x; e < DV * ALL_ROWS; e += WARPS * 32) {
+  auto sum_of = [&](int e) {
     float sum = 0.0f;
-    for (int w = 0; w < WARPS; ++w) sum += parts[w * DV * ALL_ROWS + e];
-    p.out[at * DV + e / ALL_ROWS] = sum;
+    for (int w = 0; w < TEAMS; ++w) sum += parts[w * DV * ALL_ROWS + e];
+    return sum;
+  };
+  if (!p.finish.out) {
+    if (at < 0) return;
+#pragma unroll 1
+    for (int e = threadIdx.x; e < DV * ALL_ROWS; e += WARPS * 32) p.out[at * DV + e / ALL_ROWS] = sum_of(e);
+    return;
+  }
+#pragma unroll 1
+  for (int e = threadIdx.x; e < DV * ALL_ROWS; e += WARPS * 32) parts[e] = sum_of(e);
+  __syncthreads();
+#pragma unroll 1
+  for (int row = warp; row < unit.rows; row += WARPS) {  // the block has all keys of its rows
+    float x[(DV + 31) / 32];
+#pragma unroll
+    for (int j = 0; j < (DV + 31) / 32; ++j) x[j] = lane + 32 * j < DV ? parts[(lane + 32 * j) * ALL_ROWS + row] : 0.0f;
+    finish_row<OUT_TYPE, V_TURN>(p.finish, place(row), row_at(p, unit, row).head, x, joined[row].x, joined[row].y, lane);
   }
 }

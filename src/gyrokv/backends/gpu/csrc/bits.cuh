@@ -83,7 +83,7 @@ INLINE void fill_bits(char* shared, const Attend& p, const Early& early, float* 
 INLINE float worth(int plane) { return __int_as_float((plane + 113 + 127) << 23) * (plane + 1 == PLANES_Q ? -1.0f : 1.0f); }
 
 // s[tile][0][2 * (token / 8)] of a tile of slots, times 2**-36
-INLINE void score_bits(float (&s)[TILES][COLUMNS][4], u32 ring, const char* memory, const KScales (&scales)[TILES][2],
+INLINE void score_bits(float (&s)[TILES][COLUMNS][4], u32 tile_at, const char* memory, const KScales (&scales)[TILES][2],
                        const float (&centres)[4], int lane) {
   int g = lane / 4, t = lane % 4;
   u32 q_at = shared_address(memory + Q_AT) + lane * 8, a[TILES][2][4][2];
@@ -95,7 +95,7 @@ INLINE void score_bits(float (&s)[TILES][COLUMNS][4], u32 ring, const char* memo
 #pragma unroll
       for (int chunk = 0; chunk < 2; ++chunk) {
         u32 z[1][4];
-        load_pairs<K, 4>(ring + (tile * 16 + half * 8 + g) * K_PITCH, 32 * chunk + 8 * t, z);
+        load_pairs<K, 4>(tile_at + (tile * 16 + half * 8 + g) * K_PITCH, 32 * chunk + 8 * t, z);
 #pragma unroll
         for (int i = 0; i < 4; ++i) x[chunk][i] = z[0][i] ^ (z[0][i] >> 1 & 0x55555555);
       }

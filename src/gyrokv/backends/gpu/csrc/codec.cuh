@@ -10,8 +10,12 @@
 
 enum Kind { F16 = 0, BF16 = 1, F32 = 2, FP8 = 3, LINEAR = 4, BYTES = 5, TABLE = 6 };
 
-#ifndef LUT_PAIRS  // does a lookup yield two values? Tables of at most 5 bits, and not two different ones
+#ifndef LUT_PAIRS  // does a lookup yield two values? Tables of 5 bits, or of 6 with a sign, and not two different ones
 #define LUT_PAIRS 0
+#endif
+
+#ifndef TEAM  // warps that share the words of each row
+#define TEAM 1
 #endif
 
 constexpr int lowest_bit(int x) { return x & -x; }
@@ -30,9 +34,11 @@ struct Row {
   static constexpr int WORDS = KIND <= F32 ? DIM : DIM * FIELD / 16;
   static constexpr int PLANES = 16 / FIELD, NREG = KIND <= BF16 ? 1 : KIND == F32 ? 2 : BITS / FIELD;
   static constexpr int BYTES_ROW = KIND <= F32 ? DIM * WORD : DIM * BITS / 8;
+  static constexpr int MINE = WORDS / TEAM, MINE_BYTES = BYTES_ROW / TEAM;  // words of a block, and bytes of a row, that a warp has
   static constexpr int NIBBLES = KIND == BYTES ? PLANES / 4 : 1;     // registers of nibbles per pair of units
   static constexpr int PASSES = BITS == 4 ? 2 : 1;                   // lookups of bytes per nibble: both signs
-  static constexpr int LEVELS = KIND == TABLE ? 1 << BITS : 1;
+  static constexpr bool SIGNED = KIND == TABLE && BITS == 6 && LUT_PAIRS;  // the table holds magnitudes
+  static constexpr int LEVELS = KIND == TABLE ? 1 << (BITS - SIGNED) : 1;   // of the table
   static constexpr int LUT_BYTES = KIND != TABLE ? 0 : LUT_PAIRS ? 128 * LEVELS * LEVELS : 256 * LEVELS;  // one copy of the table per bank
   static constexpr float FACTOR = KIND == BYTES && BITS == 4 ? 16777216.0f : 1.0f;  // values over what `expand` makes: denormals
 
@@ -54,16 +60,16 @@ constexpr int fold_of() {
 template <class R, int FOLD>
 struct Share {
   static constexpr int LANES = 4 / FOLD, WIDTH = 2, PLANES = R::PLANES / FOLD;  // planes: of a lane
-  static constexpr int UNITS = R::WORDS / WIDTH;
+  static constexpr int UNITS = R::MINE / WIDTH;
   static constexpr int VEC = vector_of(UNITS, LANES);
   static constexpr int SIZE = LANES * VEC * WIDTH;  // words
-  static constexpr int CHUNKS = (R::WORDS + SIZE - 1) / SIZE;
-  static constexpr bool WHOLE = R::WORDS % SIZE == 0;
+  static constexpr int CHUNKS = (R::MINE + SIZE - 1) / SIZE;
+  static constexpr bool WHOLE = R::MINE % SIZE == 0;
   // are planes k and k + 1 of every chunk of one scale?
   static constexpr bool planes_agree() {
     for (int i = 0; i < (R::PLANES == 1 || R::SPLIT ? 0 : CHUNKS); ++i)
       for (int k = 0; k < R::PLANES; k += 2) {
-        int last = (i + 1) * SIZE < R::WORDS ? (i + 1) * SIZE - 1 : R::WORDS - 1;
+        int last = (i + 1) * SIZE < R::MINE ? (i + 1) * SIZE - 1 : R::MINE - 1;
         if (R::dim(i * SIZE, k) / R::SPAN != R::dim(last, k + 1) / R::SPAN) return false;
       }
     return R::PLANES > 1 && (!R::SPLIT || VEC == 1);
@@ -82,7 +88,7 @@ struct Share {
   // scales that the operands of a pair meet: first and last
   static constexpr INLINE int low(int chunk, int p) { return R::dim(chunk * SIZE, plane(p, 0)) / R::SPAN; }
   static constexpr INLINE int high(int chunk, int p) {
-    int last = (chunk + 1) * SIZE < R::WORDS ? (chunk + 1) * SIZE - 1 : R::WORDS - 1;
+    int last = (chunk + 1) * SIZE < R::MINE ? (chunk + 1) * SIZE - 1 : R::MINE - 1;
     return R::dim(last, plane(p, BY_PLANE ? 1 : 0) + (FOLD - 1) * PLANES) / R::SPAN;
   }
   static constexpr int most_scales() {
@@ -163,13 +169,13 @@ INLINE u32 upper(u32 nibbles) {
 // entry of a lookup table in shared memory: entries are 256 bytes apart, or 128 where they are pairs; one copy per lane
 INLINE u32 look_up(const char* lut, u32 place) { return *(const u32*)(lut + place); }
 
-// four codes, one per byte: planes a (bytes 0, 2) and b (bytes 1, 3). lane4: 4 * lane
+// four codes, one per byte: planes a (bytes 0, 2) and b (bytes 1, 3), of pairs bytes 0, 1 and 2, 3. lane4: 4 * lane
 template <class R>
 INLINE void from_table(u32 codes, const char* lut, u32 lane4, u32& a, u32& b) {
   if constexpr (LUT_PAIRS) {
-    constexpr u32 WORTH = 1 | R::LEVELS << 16;
-    a = look_up(lut, dot_bytes(codes, WORTH) * 128 + lane4);
-    b = look_up(lut, dot_bytes(codes, WORTH << 8) * 128 + lane4);
+    constexpr u32 WORTH = 128 | 128 * R::LEVELS << 16;
+    a = look_up(lut, dot_low(WORTH, codes, lane4));
+    b = look_up(lut, dot_high(WORTH, codes, lane4));
   } else {
     u32 a0 = look_up(lut, prmt(codes, lane4, 0x7604)), b0 = look_up(lut, prmt(codes, lane4, 0x7614));
     u32 a1 = look_up(lut, prmt(codes, lane4, 0x7624)), b1 = look_up(lut, prmt(codes, lane4, 0x7634));
@@ -182,6 +188,46 @@ template <class R>
 INLINE void from_nibbles(u32 nibbles, const char* lut, u32 lane4, u32& a, u32& b, u32& c, u32& d) {
   from_table<R>(nibbles & 0x0F0F0F0F, lut, lane4, a, c);
   from_table<R>((nibbles >> 4) & 0x0F0F0F0F, lut, lane4, b, d);
+}
+
+// a pair with the signs that stand `up` bits below the tops of the halves of x
+INLINE u32 signed_pair(u32 pair, u32 x, int up) { return pair ^ (x << up & 0x80008000); }
+
+// z[NREG]: two units side by side, or with pairs bytes 0, 2, 1, 3 of them; h[PLANES]: their values. last: the last block's
+// unit, as it is
+template <class R>
+INLINE void from_tables(const u32* z, u32 last, u32* h, const char* lut, u32 lane4) {
+  if constexpr (R::BITS == 2) {
+    from_nibbles<R>(z[0] & 0x33333333, lut, lane4, h[0], h[2], h[4], h[6]);
+    from_nibbles<R>((z[0] >> 2) & 0x33333333, lut, lane4, h[1], h[3], h[5], h[7]);
+  } else if constexpr (R::BITS == 3) {
+    u32 nibbles[4];
+    nibbles_of<R>(z, nibbles);
+#pragma unroll
+    for (int n = 0; n < 4; ++n) from_nibbles<R>(nibbles[n], lut, lane4, h[n], h[4 + n], h[8 + n], h[12 + n]);
+  } else if constexpr (R::BITS == 4) {
+    from_nibbles<R>(z[0], lut, lane4, h[0], h[1], h[2], h[3]);
+  } else if constexpr (R::BITS == 5) {  // plane m + 4 p: nibble p of block m, bit m + 4 p of the last block
+#pragma unroll
+    for (int m = 0; m < 4; ++m) {
+      u32 top = z[4] >> m;
+      from_table<R>((z[m] & 0x0F0F0F0F) | ((top << 4) & 0x10101010), lut, lane4, h[m], h[8 + m]);
+      from_table<R>(((z[m] >> 4) & 0x0F0F0F0F) | (top & 0x10101010), lut, lane4, h[4 + m], h[12 + m]);
+    }
+  } else if constexpr (R::BITS == 6) {  // plane m + 2 p: nibble p of block m, bits 2 m + 4 p of the last block
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+      constexpr u32 TOP = R::SIGNED ? 0x10101010 : 0x30303030;
+      u32 top = z[2] >> (2 * m);
+      from_table<R>((z[m] & 0x0F0F0F0F) | ((top << 4) & TOP), lut, lane4, h[m], h[4 + m]);
+      from_table<R>(((z[m] >> 4) & 0x0F0F0F0F) | (top & TOP), lut, lane4, h[2 + m], h[6 + m]);
+      if (R::SIGNED)
+#pragma unroll
+        for (int p = 0; p < 4; ++p) h[m + 2 * p] = signed_pair(h[m + 2 * p], last, 14 - 4 * p - 2 * m);
+    }
+  } else {
+    from_table<R>(z[0], lut, lane4, h[0], h[1]);
+  }
 }
 
 // z[NREG]: two units side by side; h[PLANES]: their values, first unit in the low halves
@@ -223,32 +269,11 @@ INLINE void expand(const u32* z, u32* h, Table table, const char* lut, u32 lane4
       h[n + 2 * R::NIBBLES] = add_f16x2(prmt(y, 0x64646464, 0x4240), 0xE480E480);
       h[n + 3 * R::NIBBLES] = add_f16x2(prmt(y, 0x64646464, 0x4341), 0xE480E480);
     }
-  } else if constexpr (R::BITS == 2) {
-    from_nibbles<R>(z[0] & 0x33333333, lut, lane4, h[0], h[2], h[4], h[6]);
-    from_nibbles<R>((z[0] >> 2) & 0x33333333, lut, lane4, h[1], h[3], h[5], h[7]);
-  } else if constexpr (R::BITS == 3) {
-    u32 nibbles[4];
-    nibbles_of<R>(z, nibbles);
-#pragma unroll
-    for (int n = 0; n < 4; ++n) from_nibbles<R>(nibbles[n], lut, lane4, h[n], h[4 + n], h[8 + n], h[12 + n]);
-  } else if constexpr (R::BITS == 4) {
-    from_nibbles<R>(z[0], lut, lane4, h[0], h[1], h[2], h[3]);
-  } else if constexpr (R::BITS == 5) {  // plane m + 4 p: nibble p of block m, bit m + 4 p of the last block
-#pragma unroll
-    for (int m = 0; m < 4; ++m) {
-      u32 top = z[4] >> m;
-      from_table<R>((z[m] & 0x0F0F0F0F) | ((top << 4) & 0x10101010), lut, lane4, h[m], h[8 + m]);
-      from_table<R>(((z[m] >> 4) & 0x0F0F0F0F) | (top & 0x10101010), lut, lane4, h[4 + m], h[12 + m]);
-    }
-  } else if constexpr (R::BITS == 6) {  // plane m + 2 p: nibble p of block m, bits 2 m + 4 p of the last block
-#pragma unroll
-    for (int m = 0; m < 2; ++m) {
-      u32 top = z[2] >> (2 * m);
-      from_table<R>((z[m] & 0x0F0F0F0F) | ((top << 4) & 0x30303030), lut, lane4, h[m], h[4 + m]);
-      from_table<R>(((z[m] >> 4) & 0x0F0F0F0F) | (top & 0x30303030), lut, lane4, h[2 + m], h[6 + m]);
-    }
   } else {
-    from_table<R>(z[0], lut, lane4, h[0], h[1]);
+    u32 x[R::NREG];
+#pragma unroll
+    for (int r = 0; r < R::NREG; ++r) x[r] = LUT_PAIRS ? prmt(z[r], 0, 0x3120) : z[r];
+    from_tables<R>(x, z[R::NREG - 1], h, lut, lane4);
   }
 }
 
@@ -263,6 +288,6 @@ INLINE void load_pairs(u32 row, int j, u32 (&z)[R::NREG][VEC]) {
     for (int i = 0; i < VEC; ++i) split_bf16(__uint_as_float(x[2 * i]), __uint_as_float(x[2 * i + 1]), z[0][i], z[1][i]);
   } else {
 #pragma unroll
-    for (int r = 0; r < R::NREG; ++r) load_shared<VEC>(row + (r * R::WORDS + j) * 2, z[r]);
+    for (int r = 0; r < R::NREG; ++r) load_shared<VEC>(row + (r * R::MINE + j) * 2, z[r]);
   }
 }

@@ -1,7 +1,7 @@
 // The results of splits, and learned sinks, as one softmax; the output's rotation back.
 // A block of a thread per dim for each row. The host defines SPLITS (the most there are), OUT_TYPE (0 f16, 1 bf16, 2 f32),
-// DIM (of a row), TURN (the block of the rotation, or 0).
-#include "params.cuh"
+// DIM (of a row), V_TURN (the block of the rotation, or 0).
+#include "finish.cuh"
 
 constexpr int EARLY = 16;
 
@@ -14,14 +14,8 @@ INLINE float over_warp(float x, bool most) {
   return x;
 }
 
-INLINE void store(const Merge& p, i64 row, int d, float x) {
-  i64 at = row * p.out_dim + d;
-  if (OUT_TYPE == 2) ((float*)p.out)[at] = x;
-  else ((u16*)p.out)[at] = OUT_TYPE == 1 ? bf16x2(x, 0.0f) : f16x2(x, 0.0f);
-}
-
 extern "C" __global__ void merge(const __grid_constant__ Merge p) {
-  __shared__ float factors[SPLITS];
+  __shared__ float factors[SPLITS], sums[DIM];
   let_later_kernels_start();  // they wait, in turn, for this one's end
   touch(p, shared_address(factors));
   wait_for_earlier_kernels();
@@ -32,8 +26,8 @@ extern "C" __global__ void merge(const __grid_constant__ Merge p) {
   float early[EARLY];  // parts on their way while the factors are made
 #pragma unroll
   for (int i = 0; i < EARLY; ++i) early[i] = i < p.splits && d < DIM ? parts[(i64)i * DIM] : 0.0f;
-  int head = (int)(row / p.q_len % p.q_heads), lane = threadIdx.x % 32;
-  float sink = p.sinks ? p.sinks[head] * 1.4426950408889634f : -INFINITY, most = sink, total = 0.0f;
+  int lane = threadIdx.x % 32;
+  float most = -INFINITY, total = 0.0f;
   float2 top[SPLITS / 32];
 #pragma unroll
   for (int i = 0; i < SPLITS / 32; ++i) {  // in every warp alike
@@ -48,29 +42,20 @@ extern "C" __global__ void merge(const __grid_constant__ Merge p) {
     total += top[i].y * factor;
     if (threadIdx.x < 32) factors[i * 32 + lane] = factor;
   }
-  total = over_warp(total, false) + exp2f(sink - reference);
+  total = over_warp(total, false);
   __syncthreads();
   float sum = 0.0f;
 #pragma unroll
   for (int i = 0; i < EARLY; ++i) sum += early[i] * factors[i];
-  if (d < DIM)
+  if (d < DIM) {
 #pragma unroll 16
     for (int i = EARLY; i < p.splits; ++i) sum += parts[(i64)i * DIM] * factors[i];
-  sum = total > 0.0f ? sum / total : 0.0f;
-  if (d == 0) p.lse[row] = most == -INFINITY ? -INFINITY : (most + log2f(total)) * 0.6931471805599453f;
-  if constexpr (TURN > 0) {
-    __shared__ float sums[DIM];
-    if (d < DIM) sums[d] = sum;
-    __syncthreads();
-    if (d >= 32) return;
-    float x[DIM / 32];
-#pragma unroll
-    for (int j = 0; j < DIM / 32; ++j) x[j] = sums[lane + 32 * j];
-    turn_row<TURN>(x, p.signs, lane);
-#pragma unroll
-    for (int j = 0; j < DIM / 32; ++j)
-      if (lane + 32 * j < p.out_dim) store(p, row, lane + 32 * j, x[j]);
-  } else {
-    if (d < p.out_dim) store(p, row, d, sum);
+    sums[d] = sum;
   }
+  __syncthreads();
+  if (d >= 32) return;
+  float x[(DIM + 31) / 32];
+#pragma unroll
+  for (int j = 0; j < (DIM + 31) / 32; ++j) x[j] = lane + 32 * j < DIM ? sums[lane + 32 * j] : 0.0f;
+  finish_row<OUT_TYPE, V_TURN>(p.finish, row, (int)(row / p.q_len % p.q_heads), x, most, total, lane);
 }

@@ -19,6 +19,14 @@ struct Side {
   i64 scale_batch, scale_head, scale_slot;
 };
 
+struct Finish {
+  const float* sinks;  // [Hq] or null
+  char* out;           // [B, Hq, Tq, out_dim]
+  float* lse;          // [B, Hq, Tq]
+  int out_dim;
+  SignBits signs;  // of the output, where it is rotated
+};
+
 struct Attend {
   const char* q;
   i64 q_batch, q_head, q_token;  // elements
@@ -43,17 +51,15 @@ struct Attend {
   float scale, softcap, k_factor, v_factor;
   u32 k_low, k_high, v_low, v_high;  // tables of bytes
   int q_dim;                         // values of q in memory: DK or fewer
-  SignBits k_signs;                     // of q, with K_TURN
+  SignBits k_signs;                  // of q, with K_TURN
+  Finish finish;                     // where a block has all keys of its rows; else without an output
 };
 
 struct Merge {
   const float* part;
   const float2* top;
-  const float* sinks;  // [Hq] or null
-  char* out;           // [B, Hq, Tq, out_dim]
-  float* lse;          // [B, Hq, Tq]
-  int q_heads, q_len, splits, dim, out_dim;
-  SignBits signs;  // of the output, with TURN
+  int q_heads, q_len, splits, dim;
+  Finish finish;
 };
 
 struct Source {

@@ -41,10 +41,15 @@ INLINE u32 select(u32 mask, u32 a, u32 b) {
   return d;
 }
 
-// sum of products of four unsigned bytes
-INLINE u32 dot_bytes(u32 a, u32 b) {
+// c + a0 b0 + a1 b1 of the halves of a and the lower two, or the upper two, bytes of b
+INLINE u32 dot_low(u32 a, u32 b, u32 c) {
   u32 d;
-  asm("dp4a.u32.u32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(0));
+  asm("dp2a.lo.u32.u32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+INLINE u32 dot_high(u32 a, u32 b, u32 c) {
+  u32 d;
+  asm("dp2a.hi.u32.u32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
   return d;
 }
 

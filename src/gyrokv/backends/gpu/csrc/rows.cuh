@@ -35,14 +35,33 @@ struct Rows {
   }
 };
 
-// COUNT rows from slot on to shared memory; zeros where no live row is, unless all are (WHOLE). A page holds whole tiles.
+// COUNT rows from slot on to shared memory, or what a warp of a team has of them; zeros where no live row is, unless all
+// are (WHOLE). A page holds whole tiles.
 template <class R, int COUNT, int PITCH, int COPY, int STRIDE, bool WHOLE>
-INLINE void copy_rows(u32 to, const Rows& rows, int slot, const Slots& slots, int lane) {
+INLINE void copy_rows(u32 to, const Rows& rows, int slot, const Slots& slots, int rank, int lane) {
   constexpr int PER_ROW = R::BYTES_ROW / COPY, ALL = COUNT * PER_ROW;
   static_assert(R::BYTES_ROW % COPY == 0, "copies of whole rows");
   const char* from = rows.at<STRIDE>(slot);
   i64 stride = STRIDE ? STRIDE : rows.slot_stride;
-  if (WHOLE) {
+  if constexpr (TEAM > 1) {  // of each block of words
+    constexpr int BYTES = R::MINE * R::WORD, PARTS = BYTES / COPY;
+    static_assert(BYTES % COPY == 0 && (PARTS <= 32 ? COUNT * PARTS % 32 == 0 && 32 % PARTS == 0 : PARTS % 32 == 0), "parts of lanes");
+    int row = PARTS <= 32 ? lane / PARTS : 0, part = PARTS <= 32 ? lane % PARTS : lane;
+    to += row * PITCH + part * COPY, from += rank * BYTES + part * COPY;
+#pragma unroll
+    for (int block = 0; block < R::NREG; ++block)
+#pragma unroll
+      for (int i = 0; i < COUNT * PARTS / 32; ++i) {
+        int down = PARTS <= 32 ? i * (32 / PARTS) : i / (PARTS / 32), across = PARTS <= 32 ? 0 : i % (PARTS / 32) * 32 * COPY;
+        u32 place = to + down * PITCH + block * BYTES + across;
+        int offset = block * TEAM * BYTES + across;
+        if (WHOLE) copy_async<COPY>(place, from + (row + down) * stride + offset);
+        else {
+          bool live = slots.live(slot + row + down);
+          copy_async<COPY>(place, from + (live ? (row + down) * stride : 0) + offset, live);
+        }
+      }
+  } else if (WHOLE) {
 #pragma unroll
     for (int i = 0; i < (ALL + 31) / 32; ++i) {
       int e = i * 32 + lane, row = e / PER_ROW, part = e % PER_ROW;

@@ -22,7 +22,7 @@ struct KBytes {
   static constexpr int PAIRS = KShare::CHUNKS * KShare::VEC * K::NIBBLES;
   static constexpr INLINE int low(int chunk, int n) { return K::dim(chunk * KShare::SIZE, n) / K::SPAN; }
   static constexpr INLINE int high(int chunk, int n) {
-    int last = (chunk + 1) * KShare::SIZE < K::WORDS ? (chunk + 1) * KShare::SIZE - 1 : K::WORDS - 1;
+    int last = (chunk + 1) * KShare::SIZE < K::MINE ? (chunk + 1) * KShare::SIZE - 1 : K::MINE - 1;
     return K::dim(last, n + 3 * K::NIBBLES) / K::SPAN;
   }
   static constexpr int most_scales() {
@@ -38,7 +38,9 @@ constexpr int K_MOST = K_INT ? KBytes::most_scales() : KShare::MOST;
 constexpr bool K_KEPT = K::GROUPS <= 9;  // one accumulator per scale; else each product is scaled at once
 constexpr int K_SUMS = K::GROUPS == 1 ? (TILES == 1 && !K_INT ? 2 : 1) : K_KEPT ? K::GROUPS : 1;
 constexpr bool K_BITWISE = K_INT == 2;  // bits.cuh
-constexpr int Q_BYTES = K_BITWISE ? 4 * 7 * 256 + 4 * DK * 4 : K_PAIRS * K_MOST * K_COLUMNS * 32 * 8;
+constexpr int Q_SHARE = K_PAIRS * K_MOST * K_COLUMNS * 256;  // bytes of q that a warp of a team has
+constexpr int Q_BYTES = K_BITWISE ? 4 * 7 * 256 + 4 * DK * 4 : TEAM * Q_SHARE;
+static_assert(TEAM == 1 || (!K_BITWISE && !K::SPLIT && !V::SPLIT && K::SPAN % K::WORDS == 0 && V::SPAN % V::WORDS == 0), "shares have the same scales");
 constexpr bool TWO_TABLES = K_KIND == TABLE && V_KIND == TABLE && !SAME_TABLE;
 static_assert(!TWO_TABLES || !LUT_PAIRS, "pairs are of one table");
 constexpr int V_LUT = TWO_TABLES ? 128 : 0;  // entries of two tables alternate
@@ -114,7 +116,7 @@ INLINE i64 q_offset(const Attend& p, const Unit& unit, int row) {
 
 // what a row of q is multiplied by, from its largest magnitude
 INLINE float norm_of(float most) {
-  if (K_INT) return most > 0.0f ? Q_LARGEST / fmaxf(most, 1e-30f) : 1.0f;
+  if (K_INT) return most > 0.0f ? __fdividef(Q_LARGEST, fmaxf(most, 1e-30f)) : 1.0f;
   // largest value to 2**13 .. 2**14: half precision overflows at 2**16; bfloat16 needs none of it
   int exponent = (int)((__float_as_uint(most) >> 23) & 255) - 127;
   int up_by = K::IS_BF16 || most == 0.0f ? 0 : max(-120, min(120, 13 - exponent));
@@ -165,7 +167,7 @@ struct Place {
   int at, low;
 
   INLINE Place(int d, int copy) {
-    int word = d % K::WORDS, plane = K::SPLIT ? copy : d / K::WORDS;
+    int word = d % K::WORDS % K::MINE, plane = K::SPLIT ? copy : d / K::WORDS;
     int chunk = word / KShare::SIZE, unit = word % KShare::SIZE / 2, t = unit / KShare::VEC, vec = unit % KShare::VEC, pair;
     if constexpr (K_INT) {
       int n = plane % K::NIBBLES;
@@ -178,7 +180,7 @@ struct Place {
       pair = KShare::pair(chunk, step, which), low = KShare::low(chunk, which);
       at = half * 4 + word % 2 * 2;
     }
-    at += pair * (K_MOST * K_COLUMNS * 256) + t * 8;
+    at += pair * (K_MOST * K_COLUMNS * 256) + t * 8 + (TEAM > 1 ? d % K::WORDS / K::MINE * Q_SHARE : 0);
   }
 };
 
@@ -254,12 +256,12 @@ INLINE void add_scores(float (&s)[COLUMNS][4], const C (&c)[4], const KScales (&
   }
 }
 
-// s[tile][product][2 * (token / 8) + i] of a tile of slots
+// s[tile][product][2 * (token / 8) + i] of a tile of slots. rank: of the warp in its team
 template <bool INTEGERS>
-INLINE void score(float (&s)[TILES][COLUMNS][4], u32 ring, const char* memory, const KScales (&scales)[TILES][2], Table table, int lane) {
+INLINE void score(float (&s)[TILES][COLUMNS][4], u32 tile_at, const char* memory, int rank, const KScales (&scales)[TILES][2], Table table, int lane) {
   using Sum = typename Choose<INTEGERS, int, float>::type;
   int g = lane / 4, t = lane % 4;
-  u32 q_at = shared_address(memory + Q_AT) + lane * 8;
+  u32 q_at = shared_address(memory + Q_AT) + rank * Q_SHARE + lane * 8;
   Sum sums[TILES][K_SUMS][K_COLUMNS][4];
 #pragma unroll
   for (int tile = 0; tile < TILES; ++tile) {
@@ -274,12 +276,12 @@ INLINE void score(float (&s)[TILES][COLUMNS][4], u32 ring, const char* memory, c
 #pragma unroll
   for (int chunk = 0; chunk < KShare::CHUNKS; ++chunk) {
     int j = chunk * KShare::SIZE + t % KShare::LANES * 2 * KShare::VEC;
-    if (!KShare::WHOLE) j = min(j, K::WORDS - 2 * KShare::VEC);
+    if (!KShare::WHOLE) j = min(j, K::MINE - 2 * KShare::VEC);
     u32 z[TILES][2][K::NREG][KShare::VEC];
 #pragma unroll
     for (int tile = 0; tile < TILES; ++tile)
 #pragma unroll
-      for (int i = 0; i < 2; ++i) load_pairs<K, KShare::VEC>(ring + (tile * 16 + i * 8 + g) * K_PITCH, j, z[tile][i]);
+      for (int i = 0; i < 2; ++i) load_pairs<K, KShare::VEC>(tile_at + (tile * 16 + i * 8 + g) * K_PITCH, j, z[tile][i]);
     if constexpr (INTEGERS) {
 #pragma unroll
       for (int vec = 0; vec < KShare::VEC; ++vec) {

@@ -15,7 +15,7 @@ constexpr int V_TERMS = V::IS_BF16 ? 2 : 1;
 constexpr float WEIGHT = 256.0f;       // weights are kept away from the denormals of half precision
 constexpr float V_LARGEST = 65280.0f;  // of weights as integers: 255 * 256
 constexpr float V_TINY = 562949953421312.0f;  // 2**49: outputs that are summed up from integers are smaller by this
-constexpr int EIGHTS = (V::WORDS + 7) / 8;
+constexpr int EIGHTS = (V::MINE + 7) / 8;
 // do planes k and k + 1 of every eight have the same scales?
 constexpr bool planes_agree() {
   for (int u = 0; u < EIGHTS; ++u)
@@ -40,10 +40,10 @@ INLINE constexpr int word_of(int tile, int half, int g) { return 8 * eight_of(ti
 INLINE constexpr int dim_of(int tile, int half, int g) {
   return V::dim(word_of(tile, half, g), kind_of(tile, half) + (V_FOLD > 1 ? g / 4 * KINDS : 0));
 }
-INLINE constexpr bool exists(int tile, int half, int g) { return kind_of(tile, half) < KINDS && word_of(tile, half, g) < V::WORDS; }
+INLINE constexpr bool exists(int tile, int half, int g) { return kind_of(tile, half) < KINDS && word_of(tile, half, g) < V::MINE; }
 // does one of a part's dims, those of lanes from `from` on, belong to this group? Plain arithmetic: a loop would not fold
 INLINE constexpr int last_of(int tile, int half) {
-  int rest = V::WORDS - 8 * eight_of(tile, half), most = 8 / V_FOLD;
+  int rest = V::MINE - 8 * eight_of(tile, half), most = 8 / V_FOLD;
   return (rest < most ? rest : most) - 1;
 }
 INLINE constexpr bool within(int tile, int half, int group, int from) {
@@ -121,15 +121,15 @@ INLINE void rescale(Running& r, const float (&s)[TILES][COLUMNS][4], float wides
 }
 
 // z[i]: word 8 u + g of tokens 2 t, 2 t + 1 of the i-th eight of TILE tokens, side by side
-INLINE void load_words(u32 ring, int block, int u, int lane, u32 (&z)[TILES * 2]) {
-  u32 at = ring + (block * V::WORDS + 8 * u) * 2;
-  if constexpr (V::WORDS % 8 == 0) {
+INLINE void load_words(u32 tile_at, int block, int u, int lane, u32 (&z)[TILES * 2]) {
+  u32 at = tile_at + (block * V::MINE + 8 * u) * 2;
+  if constexpr (V::MINE % 8 == 0) {
     if constexpr (TILES == 1) load_transposed(at + lane % 16 * V_PITCH, *(u32(*)[2])z);
     else
 #pragma unroll
       for (int i = 0; i < TILES * 2; i += 4) load_transposed(at + (8 * i + lane) * V_PITCH, *(u32(*)[4])(z + i));
   } else {
-    int word = min(V_FOLD > 1 ? lane / 4 % 4 : lane / 4, V::WORDS - 1 - 8 * u);
+    int word = min(V_FOLD > 1 ? lane / 4 % 4 : lane / 4, V::MINE - 1 - 8 * u);
 #pragma unroll
     for (int i = 0; i < TILES * 2; ++i) {
       u32 from = at + (8 * i + 2 * (lane % 4)) * V_PITCH + word * 2;
@@ -139,12 +139,12 @@ INLINE void load_words(u32 ring, int block, int u, int lane, u32 (&z)[TILES * 2]
 }
 
 // units u of a tile's tokens, as NREG registers for each eight of tokens
-INLINE void load_units(u32 ring, int u, int lane, u32 (&z)[TILES * 2][V::NREG]) {
+INLINE void load_units(u32 tile_at, int u, int lane, u32 (&z)[TILES * 2][V::NREG]) {
   if constexpr (V::SPLIT) {
-    int word = min(8 * u + lane / 4, V::WORDS - 1);
+    int word = min(8 * u + lane / 4, V::MINE - 1);
 #pragma unroll
     for (int i = 0; i < TILES * 2; ++i) {
-      u32 from = ring + (8 * i + 2 * (lane % 4)) * V_PITCH + word * 4, x, y;
+      u32 from = tile_at + (8 * i + 2 * (lane % 4)) * V_PITCH + word * 4, x, y;
       load_shared<1>(from, &x);
       load_shared<1>(from + V_PITCH, &y);
       split_bf16(__uint_as_float(x), __uint_as_float(y), z[i][0], z[i][1]);
@@ -153,7 +153,7 @@ INLINE void load_units(u32 ring, int u, int lane, u32 (&z)[TILES * 2][V::NREG]) 
 #pragma unroll
     for (int r = 0; r < V::NREG; ++r) {
       u32 x[TILES * 2];
-      load_words(ring, r, u, lane, x);
+      load_words(tile_at, r, u, lane, x);
 #pragma unroll
       for (int i = 0; i < TILES * 2; ++i) z[i][r] = x[i];
     }
@@ -162,7 +162,7 @@ INLINE void load_units(u32 ring, int u, int lane, u32 (&z)[TILES * 2][V::NREG]) 
 
 // out += v^T times weights, in floats
 template <class R>
-INLINE void add_values_floats(R& r, const float (&s)[TILES][COLUMNS][4], u32 ring, const char* memory,
+INLINE void add_values_floats(R& r, const float (&s)[TILES][COLUMNS][4], u32 tile_at, const char* memory,
                               const VScales (&scales)[TILES][2], Table table, int lane) {
   u32 b[TILES][V::GROUPS][V_TERMS][COLUMNS][2];
 #pragma unroll
@@ -190,7 +190,7 @@ INLINE void add_values_floats(R& r, const float (&s)[TILES][COLUMNS][4], u32 rin
     u32 z[STEP][TILES * 2][V::NREG];
 #pragma unroll
     for (int i = 0; i < STEP; ++i)
-      if (u + i < EIGHTS) load_units(ring, u + i, lane, z[i]);
+      if (u + i < EIGHTS) load_units(tile_at, u + i, lane, z[i]);
 #pragma unroll
     for (int tile = 0; tile < TILES; ++tile) {
       u32 h[STEP][2][V::PLANES];
@@ -229,7 +229,7 @@ INLINE void add_values_floats(R& r, const float (&s)[TILES][COLUMNS][4], u32 rin
 
 // out += v^T times weights, in integers. Weights are relative to the largest of the row in this tile, in two terms. Levels
 // are 128 larger, so that sums are positive: their bits are those of tiny floats, which need no conversion
-INLINE void add_values_bytes(Running& r, const float (&s)[TILES][COLUMNS][4], u32 ring, const VScales (&scales)[TILES][2],
+INLINE void add_values_bytes(Running& r, const float (&s)[TILES][COLUMNS][4], u32 tile_at, const VScales (&scales)[TILES][2],
                              Table table, int lane) {
   ByteTables<V> tables(Table{table.low ^ 0x80808080, table.high ^ 0x80808080});
   float unit[COLUMNS][PER_LANE];           // of a weight
@@ -266,7 +266,7 @@ INLINE void add_values_bytes(Running& r, const float (&s)[TILES][COLUMNS][4], u3
 #pragma unroll
   for (int u = 0; u < EIGHTS; ++u) {
     u32 z[TILES * 2][V::NREG], codes[2][2][V::NIBBLES];  // [plane 0 or 1 of four][tile]
-    load_units(ring, u, lane, z);
+    load_units(tile_at, u, lane, z);
 #pragma unroll
     for (int tile = 0; tile < TILES; ++tile) {
       u32 four[2][V::NREG];
