@@ -13,7 +13,7 @@ import torch
 
 from gyrokv import Codec, LayerCache, attend, explain
 from gyrokv.backends import gpu
-from gyrokv.backends.gpu import shapes, staging
+from gyrokv.backends.gpu import prefill, shapes, staging
 from gyrokv.cases import FEATURES, HEADS, Case, case, fits
 from gyrokv.formats import FORMATS
 from gyrokv.testing import Problem, assert_matches, inputs
@@ -174,6 +174,29 @@ def test_two_runs_are_bitwise_equal(dims, features, kernels, backend_here):
     first = data.run("gpu")
     for _ in range(3):
         assert all(torch.equal(a, b) for a, b in zip(first, data.run("gpu")))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dims", [(64, 64), (128, 128), (256, 256), (512, 512), (576, 512)], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(causal=True), dict(causal=True, window=100), dict(causal=True, window=1), dict(softcap=50.0),
+        dict(causal=True, sinks=True, q_len=300, kv_len=100), dict(mask="bool", window=150),
+        dict(mask="additive", mask_dtype=BF16, mask_axes="bhqk"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_blocks_of_many_tiles_change_no_bit(dims, settings, backend_here, monkeypatch):
+    """A tile is loaded while a block attends to the one before; here as often as there are tiles, or never."""
+    backend_here("gpu")
+    data = inputs(case("bf16", "bf16", dims, **(SIZES | dict(q_heads=8, dtype=BF16) | settings)).on("cuda"))
+    results = []
+    for blocks in (10**6, 3, 1):
+        monkeypatch.setattr(prefill, "_processors", lambda device, blocks=blocks: blocks)
+        results.append(data.run("gpu"))
+    assert_right(data, results[0])
+    assert all(torch.equal(a, b) for found in results[1:] for a, b in zip(results[0], found))
 
 
 @pytest.mark.gpu
