@@ -86,6 +86,8 @@ FAULTS = (
     Fault("a_head_takes_another_slope", hopper("p.slopes[rows.head[r]]", "p.slopes[0]"), ADDITIVE | dict(alibi=8.0)),
     Fault("a_tile_to_look_at_counts_as_visible", shared("state(at) == 1); }", "state(at) == 2); }"),
           ADDITIVE | dict(block_map=True)),
+    Fault("threads_of_a_quad_do_not_trade_columns", hopper("      turn_quad(x, t);\n", ""), {}),
+    Fault("a_row_ends_with_the_columns_of_its_begin", hopper("int column = 8 * (j + t);", "int column = 8 * t;"), {}, 512),
     Fault("a_tile_that_some_see_is_skipped", shared("state(at) == 0) --at;", "state(at) != 1) --at;"),
           ADDITIVE | dict(block_map=True)),
 )  # fmt: skip

@@ -21,6 +21,22 @@ INLINE void each_tile(const Prefill& p, F f) {
     }
 }
 
+// x[i] of thread t of a quad becomes x[t] of its thread i
+INLINE void turn_quad(u32 (&x)[4], int t) {
+#pragma unroll
+  for (int step = 1; step < 4; step *= 2) {
+    bool upper = t & step;
+    const int other = 3 - step;  // pairs (i, i + step) trade places
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      int i = n * other;
+      u32 sent = __shfl_xor_sync(~0u, upper ? x[i] : x[i + step], step);
+      if (upper) x[i] = sent;
+      else x[i + step] = sent;
+    }
+  }
+}
+
 // Among 64 rows: the head and the position of row 8 * eight.
 INLINE int head_of(int eight) { return eight % PACK; }
 INLINE int position_of(int eight) { return eight / PACK * 8; }
@@ -40,6 +56,34 @@ INLINE void load_queries(u32 to, const TensorMap* map, const Tile& tile, int six
   for (int i = 0; i < DK / 64; ++i)
     for (int first = 0; first < TURN; first += RUN)
       load_box(to + i * 8192 + first * PACK * 128, map, i * 64, tile.row + sixtyfour * TURN + first, tile.head, tile.batch, full);
+}
+
+// A row of the output from column `first` on, by a quad of threads: value(4 j + 2 r + i) is column 8 j + 2 t + i of thread t's.
+// Of 16 bits, four threads trade columns, so that each writes 16 bytes: a store costs as much as the rows that it touches.
+template <int COLUMNS, class F>
+INLINE void write_row(const Prefill& p, const Tile& tile, const Rows& rows, int r, int first, int t, float before, F value) {
+  bool here = rows.row[r] < p.q_len;
+  i64 at = tile.batch * p.out_batch + rows.head[r] * p.out_head + rows.row[r] * p.out_token + first;
+  if constexpr (OUT_TYPE == 2) {
+#pragma unroll
+    for (int j = 0; j < COLUMNS / 8; ++j) {
+      int column = 8 * j + 2 * t;
+      if (here && first + column < p.dv) store(p, at + column, value(4 * j + 2 * r), value(4 * j + 2 * r + 1), before);
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < COLUMNS / 8; j += 4) {
+      u32 x[4];
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        float a = value(4 * (j + e) + 2 * r), b = value(4 * (j + e) + 2 * r + 1);
+        x[e] = OUT_TYPE == 1 ? bf16x2(a, b) : f16x2(a, b);
+      }
+      turn_quad(x, t);
+      int column = 8 * (j + t);
+      if (here && first + column < p.dv) *(uint4*)((u16*)p.out + at + column) = make_uint4(x[0], x[1], x[2], x[3]);
+    }
+  }
 }
 
 // A mask's tile in shared memory, as stored: rows of PITCH bytes, part c (16 bytes; 32 of floats, of which a quad of threads reads

@@ -310,15 +310,9 @@ INLINE void value_role(const Prefill& p, u32 shared, u32 rank, int which) {
     }
     release_slot();
     const Rows rows = rows_of(tile, rank, warp, lane);
-    int column = which * COLUMNS_A + 2 * (lane % 4);
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      if (rows.row[r] >= p.q_len) continue;
-      i64 at = tile.batch * p.out_batch + rows.head[r] * p.out_head + rows.row[r] * p.out_token + column;
-#pragma unroll
-      for (int j = 0; j < COLUMNS / 8; ++j)  // (with a break, registers are spilled)
-        if (column + 8 * j < p.dv) store(p, at + 8 * j, o.at(4 * j + 2 * r), o.at(4 * j + 2 * r + 1), share[r]);
-    }
+    for (int r = 0; r < 2; ++r)
+      write_row<COLUMNS>(p, tile, rows, r, which * COLUMNS_A, lane % 4, share[r], [&](int i) { return o.at(i); });
   });
 }
 

@@ -162,15 +162,8 @@ INLINE void attend_role(const Prefill& p, u32 shared, int group) {
     float last[2], share[2];  // share: of the result before
     softmax.finish(last, share, p, tile.batch, rows, lane % 4);
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      if (rows.row[r] >= p.q_len) continue;
-      i64 at = tile.batch * p.out_batch + rows.head[r] * p.out_head + rows.row[r] * p.out_token + 2 * (lane % 4);
-#pragma unroll
-      for (int j = 0; j < DV / 8; ++j) {
-        if (8 * j + 2 * (lane % 4) >= p.dv) break;
-        store(p, at + 8 * j, o[4 * j + 2 * r] * last[r], o[4 * j + 2 * r + 1] * last[r], share[r]);
-      }
-    }
+    for (int r = 0; r < 2; ++r)
+      write_row<DV>(p, tile, rows, r, 0, lane % 4, share[r], [&](int i) { return o[i] * last[r]; });
   });
 }
 
