@@ -87,10 +87,12 @@ INLINE void write_row(const Prefill& p, const Tile& tile, const Rows& rows, int 
 }
 
 // A mask's tile in shared memory, as stored: rows of PITCH bytes, part c (16 bytes; 32 of floats, of which a quad of threads reads
-// 32) of row r at c ^ r, within 128 bytes. Heads that share a mask share its rows.
+// 32) of row r at c ^ r, within 128 bytes; of boxes, 128 bytes of all rows come before the next 128 (NEXT bytes apart). Heads that
+// share a mask share its rows.
 struct MaskTile {
-  static constexpr int SIZE = MASK == 1 ? 1 : MASK == 2 ? 4 : 2, PITCH = KEYS * SIZE > 128 ? KEYS * SIZE : 128;
-  static constexpr int COUNT = HEAD_MASK ? ROWS : POSITIONS, BYTES = COUNT * PITCH;
+  static constexpr int SIZE = MASK == 1 ? 1 : MASK == 2 ? 4 : 2, WIDTH = KEYS * SIZE > 128 ? KEYS * SIZE : 128;
+  static constexpr int COUNT = HEAD_MASK ? ROWS : POSITIONS, BYTES = COUNT * WIDTH;
+  static constexpr int PITCH = MASK_BOXES ? 128 : WIDTH, NEXT = MASK_BOXES ? COUNT * 128 : 128;
 
   static constexpr int PART = SIZE == 4 ? 32 : 16;
 
@@ -178,15 +180,32 @@ struct MaskLoader {
   }
 };
 
-// All that are looked at. to: the first stage; full, empty: its barriers.
-INLINE void load_mask(const Prefill& p, u32 to, u32 full, u32 empty) {
+// f(byte in the tile, key, row) of its boxes: of 128 bytes and either all rows or, where heads have masks of their own, 64
+template <class F>
+INLINE void each_mask_box(const Tile& tile, int block, F f) {
+  for (int part = 0; part < MaskTile::WIDTH / 128; ++part)
+    for (int i = 0; i < (HEAD_MASK ? ROWS / 64 : 1); ++i)
+      f(part * MaskTile::NEXT + i * 8192, block * KEYS + part * (128 / MaskTile::SIZE), tile.row + i * TURN);
+}
+
+// All that are looked at. to: the first stage; full, empty: its barriers. Boxes are asked for by one thread.
+INLINE void load_mask(const Prefill& p, const TensorMap* map, u32 to, u32 full, u32 empty) {
   MaskRing ring;
   each_tile(p, [&](const Tile& tile) {
     const MaskLoader loader(p, tile, threadIdx.x % 64);
+    int head = p.mask_head ? tile.head : 0, batch = p.mask_batch ? tile.batch : 0;
     for (int block = tile.block; block >= 0; block = tile.seen(block - 1)) {
       if (!tile.masked(block)) continue;
+      u32 at = to + ring.stage * MaskTile::BYTES, here = full + 8 * ring.stage;
       wait(empty + 8 * ring.stage, ring.parity ^ 1);
-      loader.load(to + ring.stage * MaskTile::BYTES, block, full + 8 * ring.stage);
+      if constexpr (MASK_BOXES) {
+        if (threadIdx.x == 64) {
+          arrive_expect(here, MaskTile::BYTES);
+          each_mask_box(tile, block, [&](int byte, int key, int row) { load_box(at + byte, map, key, row, head, batch, here); });
+        }
+      } else {
+        loader.load(at, block, here);
+      }
       ring.advance();
     }
   });
@@ -259,7 +278,7 @@ struct Mask {
   INLINE void read(u32 stage, int unit, u32 (&x)[2 * STEP][OWN][WORDS]) const {
     if constexpr (SIZE == 2) {
       u32 y[4];
-      load_matrices((at ^ unit << 5) + stage, y);
+      load_matrices((at ^ unit % 4 << 5) + unit / 4 * MaskTile::NEXT + stage, y);
 #pragma unroll
       for (int i = 0; i < 4; ++i) x[i / OWN][i % OWN][0] = y[i];
     } else {

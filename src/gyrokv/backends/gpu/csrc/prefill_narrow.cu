@@ -169,7 +169,7 @@ INLINE void attend_role(const Prefill& p, u32 shared, int group) {
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     prefill_narrow(const __grid_constant__ Prefill p, const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
-            const __grid_constant__ TensorMap v_map) {
+            const __grid_constant__ TensorMap v_map, const __grid_constant__ TensorMap mask_map) {
   wait_for_earlier_kernels();
   let_later_kernels_start();
   u32 shared = shared_address(memory);
@@ -186,7 +186,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
       barrier_init(barrier(shared, V_EMPTY + i), 4 * GROUPS);
     }
     for (int i = 0; i < MASK_STAGES; ++i) {
-      barrier_init(barrier(shared, MASK_FULL + i), 64);
+      barrier_init(barrier(shared, MASK_FULL + i), MASK_BOXES ? 1 : 64);
       barrier_init(barrier(shared, MASK_EMPTY + i), 4 * GROUPS);
     }
     fence_barrier_init();
@@ -196,7 +196,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     registers<LOAD_REGISTERS, ENTRY>();
     if (warp == 0) load_keys(p, &q_map, &k_map, shared);
     if (warp == 1) load_values(p, &v_map, shared);
-    if (MASK && warp >= 2) load_mask(p, shared + MASK_AT, barrier(shared, MASK_FULL), barrier(shared, MASK_EMPTY));
+    if (MASK && warp >= 2) load_mask(p, &mask_map, shared + MASK_AT, barrier(shared, MASK_FULL), barrier(shared, MASK_EMPTY));
   } else {
     registers<REGISTERS, ENTRY>();
     attend_role(p, shared, warp / 4 - 1);
