@@ -3,8 +3,10 @@ measured in one run.
 
 ``python benchmarks/gpu_prefill.py`` writes ``results/gpu_prefill.json``. Four parts: ``attention`` (plain tensors, causal
 and full), ``feature`` (each optional part of a problem, as a share of the plain speed), ``window`` (what the visible tiles
-cost, beside those of the causal run), ``onto`` (a long packed cache). Times are medians of replayed CUDA graphs. FLOP are
-those of the visible keys. The workspace is what a call allocates beyond its output.
+cost, beside those of the causal run), ``onto`` (a long packed cache). Times are medians of replayed CUDA graphs; what is
+compared with plain attention takes turns with it. FLOP are those of the visible keys. The workspace is what a call
+allocates beyond its output. A mask of each head's own is as large as the scores: beside it stands how long reading it
+takes at the speed at which the GPU copies memory.
 
 Before anything is timed, every kernel is compared with float64 on a small problem (the gate), in several processes, which
 also compile them; one that is wrong ends the run without a number.
@@ -30,7 +32,7 @@ from unittest import mock
 import gpu_stock
 import torch
 from gpu import codecs, rows
-from gpu_stock import KERNELS, timed
+from gpu_stock import KERNELS, in_turn, timed
 from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -50,6 +52,7 @@ BF16 = torch.bfloat16
 HEADS, KV_HEADS = 16, 4  # of all parts but the last
 DIMS = ((64, 64), (128, 128), (256, 256), (512, 512), (576, 512))
 TOKENS, MIDDLE = (2048, 8192, 32768), 8192  # middle: of features and of kernels that are slow
+MORE = {(512, 512): (16384,)}  # tokens, beside those
 WINDOW = 1024
 LONG, QUERIES, LONG_HEADS, LONG_KV_HEADS = 65536, 4096, 32, 8  # the last queries of a long cache
 FORMATS = ("bf16", "q8_0", "turbo4", "turbo4/turbo2", "tq6", "tq8")
@@ -206,23 +209,31 @@ def additions(features: dict, tokens: int) -> dict:
     return features
 
 
-def featured(dims: tuple[int, int]) -> list[dict]:
-    """Each feature: its time, and the time of plain attention of the same keys relative to it."""
+def featured(dims: tuple[int, int], memory: float) -> list[dict]:
+    """Each feature: its time, and the time of plain attention of the same keys relative to it. ``memory``: bytes per
+    microsecond, for masks that are as large as the scores."""
     q, k, v = plain(dims, MIDDLE)
     view, found = KVView.of(k, v), []
-    base = {causal: timed(lambda _, c=causal: attend(q, view, causal=c, backend="gpu"), 1)["us"] for causal in (True, False)}
+
+    def compared(name: str, causal: bool, **options) -> dict:
+        of_causal = causal or name.startswith("causal")
+        base, us = in_turn(
+            lambda: attend(q, view, causal=of_causal, backend="gpu"),
+            lambda: attend(q, view, causal=causal, **options, backend="gpu"),
+        )
+        row = {"part": "feature", "dims": dims, "feature": name, "us": us, "share_of_plain": base / us}
+        mask = options.get("mask")
+        if mask is not None and mask.ndim == 4 and mask.shape[1] > 1:
+            row["us_to_read_the_mask"] = mask.nbytes / memory
+        return row
+
     for name, (causal, features) in FEATURES.items():
-        if name == "window":
-            continue
-        options = additions(features, MIDDLE)
-        us = timed(lambda _, c=causal, o=options: attend(q, view, causal=c, **o, backend="gpu"), 1)["us"]
-        found.append({"part": "feature", "dims": dims, "feature": name, "us": us, "share_of_plain": base[causal] / us})
+        if name != "window":
+            found.append(compared(name, causal, **additions(features, MIDDLE)))
     future = torch.ones(MIDDLE, MIDDLE, dtype=torch.bool, device="cuda").triu_(1)
     mask = torch.zeros(MIDDLE, MIDDLE, dtype=BF16, device="cuda").masked_fill_(future, -torch.inf)
     block_map = BlockMap.build(mask, gpu.tile(describe(q, view, mask=mask)))
-    us = timed(lambda _: attend(q, view, mask=mask, block_map=block_map, backend="gpu"), 1)["us"]
-    row = {"part": "feature", "dims": dims, "feature": "causal as a bf16 mask with a block map", "us": us}
-    return [*found, row | {"share_of_plain": base[True] / us}]
+    return [*found, compared("causal as a bf16 mask with a block map", False, mask=mask, block_map=block_map)]
 
 
 def windowed(dims: tuple[int, int], tokens: int) -> dict:
@@ -234,9 +245,9 @@ def windowed(dims: tuple[int, int], tokens: int) -> dict:
     def tiles(window: int) -> int:
         return sum((min(r + size, tokens) - 1) // keys - max(0, r - window + 1) // keys + 1 for r in range(0, tokens, size))
 
-    whole = timed(lambda _: attend(q, view, causal=True, backend="gpu"), 1)["us"] / tiles(tokens)
-    us = timed(lambda _: attend(q, view, causal=True, window=WINDOW, backend="gpu"), 1)["us"]
-    return {"part": "window", "dims": dims, "tokens": tokens, "window": WINDOW, "us": us, "cost": us / tiles(WINDOW) / whole}
+    whole, us = in_turn(*(lambda w=w: attend(q, view, causal=True, window=w, backend="gpu") for w in (None, WINDOW)))
+    cost = us / tiles(WINDOW) / (whole / tiles(tokens))
+    return {"part": "window", "dims": dims, "tokens": tokens, "window": WINDOW, "us": us, "cost": cost}
 
 
 # -- onto a long cache
@@ -268,10 +279,12 @@ def measured() -> list[dict]:
             print(row, flush=True)
         found.extend(some)
 
-    for dims, tokens, is_causal in product(DIMS, TOKENS, (True, False)):
-        add(attention(dims, tokens, is_causal))
+    for dims in DIMS:
+        for tokens, is_causal in product(sorted({*TOKENS, *MORE.get(dims, ())}), (True, False)):
+            add(attention(dims, tokens, is_causal))
+    memory = gpu_stock.copy_ceiling(quick=True)["gb_s"] * 1e3
     for dims in DIMS[:4]:
-        add(*featured(dims))
+        add(*featured(dims, memory))
         torch.cuda.empty_cache()
     for dims, tokens in product(DIMS[:4], TOKENS[1:]):
         add(windowed(dims, tokens))

@@ -50,25 +50,39 @@ def _seconds(call: Callable[[], object]) -> float:
     return start.elapsed_time(stop) * 1e-3
 
 
+def _captured(call: Callable[[int], object], copies: int) -> tuple[torch.cuda.CUDAGraph, int, int]:
+    """A graph of calls, how many, and how many replays are enough."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for i in range(2):
+            call(i % copies)
+    torch.cuda.current_stream().wait_stream(side)
+    once = _seconds(lambda: call(0))
+    count, replays = (1, 3) if once > SLOW else (-(-CALLS // copies) * copies, REPLAYS)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(count):
+            call(i % copies)
+    graph.replay()
+    return graph, count, replays
+
+
 def timed(call: Callable[[int], object], copies: int) -> dict:
     """Microseconds per ``call(i)``, ``i`` going round ``copies`` of the data: median, least and most of the replays."""
     with torch.no_grad():
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for i in range(2):
-                call(i % copies)
-        torch.cuda.current_stream().wait_stream(side)
-        once = _seconds(lambda: call(0))
-        count, replays = (1, 3) if once > SLOW else (-(-CALLS // copies) * copies, REPLAYS)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for i in range(count):
-                call(i % copies)
-        graph.replay()
+        graph, count, replays = _captured(call, copies)
         times = sorted(_seconds(graph.replay) / count * 1e6 for _ in range(replays))
     del graph
     return {"us": times[len(times) // 2], "us_least": times[0], "us_most": times[-1]}
+
+
+def in_turn(*calls: Callable[[], object]) -> list[float]:
+    """Median microseconds of each of ``calls``, which are replayed one after the other, so that all see the same clocks."""
+    with torch.no_grad():
+        made = [_captured(lambda _, c=call: c(), 1) for call in calls]
+        times = [[_seconds(graph.replay) / count * 1e6 for graph, count, _ in made] for _ in range(REPLAYS)]
+    return [sorted(of_one)[REPLAYS // 2] for of_one in zip(*times)]
 
 
 def copy_ceiling(quick: bool) -> dict:

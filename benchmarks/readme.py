@@ -234,12 +234,10 @@ def _prefill() -> list[str]:
         "| tokens | kernel | " + " | ".join(every) + " |",
         "|---|---|" + "---|" * len(every),
     ]
-    for tokens in dict.fromkeys(r["tokens"] for r in causal):
-        here = [r for r in causal if r["tokens"] == tokens]
-        ours = [f"{r['tflops']:.0f}" for r in here]
-        lines.append(f"| {tokens:,} | gyrokv | {' | '.join(ours)} |")
-        for name in dict.fromkeys(n for r in here for n in r["others"]):
-            found = [r["others"].get(name) for r in here]
+    for tokens in sorted({r["tokens"] for r in causal}):
+        here = {_dims(r): {"gyrokv": r["tflops"]} | r["others"] for r in causal if r["tokens"] == tokens}
+        for name in dict.fromkeys(n for r in here.values() for n in r):
+            found = [here.get(dims, {}).get(name) for dims in every]
             if any(isinstance(x, float) for x in found):
                 cells = [f"{x:.0f}" if isinstance(x, float) else "–" for x in found]
                 lines.append(f"| {tokens:,} | {name} | {' | '.join(cells)} |")

@@ -129,7 +129,9 @@ def _from_pages(call: prefill.Prefill, pool: Tensor, page: int, batch: int) -> T
     return pool[table, :, slots % page].transpose(1, 2)
 
 
-def _prefill(call: prefill.Prefill, d: dict, grid: tuple[int, int, int], q: Tensor, k: Tensor, v: Tensor) -> None:
+def _prefill(
+    call: prefill.Prefill, d: dict, grid: tuple[int, int, int], q: Tensor, k: Tensor, v: Tensor, boxes: Tensor
+) -> None:
     k, v = _from_pages(call, k, d["K_PAGED"], q.shape[0]), _from_pages(call, v, d["V_PAGED"], q.shape[0])
     assert q.shape[1:3] == (call.q_heads, call.q_len) and k.shape[2] == v.shape[2] == call.kv_len
     assert k.shape[0] * k.shape[1] == call.pairs and q.shape[1] == k.shape[1] * call.groups
@@ -156,6 +158,9 @@ def _prefill(call: prefill.Prefill, d: dict, grid: tuple[int, int, int], q: Tens
             size, strides = np.dtype(_MASKS[d["MASK"]]).itemsize, tuple(call.mask_strides)
             at = call.mask + size * (b * strides[0] + h * strides[1])
             mask = torch.from_numpy(memory(at, _MASKS[d["MASK"]], tuple(s.shape), strides[2:]).copy())
+            if d["MASK_BOXES"]:
+                boxed = boxes.expand(*q.shape[:2], *s.shape)[b, h]
+                assert torch.equal(mask, boxed.contiguous().view(mask.dtype))
             if d["MASK"] == 1:
                 seen = seen & mask
             else:

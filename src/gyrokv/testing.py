@@ -100,6 +100,13 @@ class Problem:
             out, lse = self._attention(q, k, v.repeat(count, 1, 1, 1), torch.float32)
         return tuple(x.unflatten(0, (count, -1)) for x in (self.view.v_codec.output(out), lse))
 
+    def rounded(self, dtype: torch.dtype) -> Tensor:
+        """out by plain PyTorch in float32 whose weights are rounded to ``dtype``, as PyTorch's own are where it computes in
+        ``dtype`` (which costs its scores more)."""
+        q, (k, v) = self.view.k_codec.query(self.q), self.stored
+        with _RoundedWeights(dtype):
+            return self.view.v_codec.output(self._attention(q, k, v, torch.float32)[0])
+
 
 class _OneByOne(TorchFunctionMode):
     """Matrix products add one product after the other. Libraries add in an order that depends on shape and machine,
@@ -114,6 +121,21 @@ class _OneByOne(TorchFunctionMode):
         for i in range(a.shape[-1]):
             total += a[..., i, None] * b[..., i, None, :]
         return total
+
+
+class _RoundedWeights(TorchFunctionMode):
+    """Of the products of the reference, the left side of the second one is rounded to ``dtype``."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype, self.products = dtype, 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (Tensor.__matmul__, Tensor.matmul, torch.matmul):
+            self.products += 1
+            if self.products == 2:
+                args = args[0].to(self.dtype).to(args[0].dtype), *args[1:]
+        return func(*args, **(kwargs or {}))
 
 
 def inputs(case: Case | AttentionSpec, seed: int = 0) -> Problem:
@@ -300,13 +322,19 @@ def assert_close(got: Tensor, exact: Tensor, plain: Tensor, what: str, bound: fl
     assert error <= limit, f"{what}: relative error {float(error / norm(size)):.3g}, allowed {float(limit / norm(size)):.3g}"
 
 
-def assert_matches(problem: Problem, out: Tensor, lse: Tensor, bound: float = 0.0) -> None:
-    """AssertionError unless ``(out, lse)`` is right for ``problem``, given the stored bytes."""
+def assert_matches(
+    problem: Problem, out: Tensor, lse: Tensor, bound: float = 0.0, weights: torch.dtype | None = None
+) -> None:
+    """AssertionError unless ``(out, lse)`` is right for ``problem``, given the stored bytes. ``weights``: what the backend
+    rounds weights to before they are multiplied by values, if it does."""
     spec = problem.case.spec
     assert out.dtype == spec.dtype, f"out has dtype {out.dtype}, expected {spec.dtype}"
     assert lse.dtype == torch.float32, f"lse has dtype {lse.dtype}, expected torch.float32"
+    plain = list(problem.plain)
+    if weights is not None:
+        plain[0] = torch.cat((plain[0], problem.rounded(weights)[None]))
     for i, (what, got) in enumerate((("out", out), ("lse", lse))):
-        assert_close(got, problem.exact[i], problem.plain[i], f"{what} of {problem.case}", bound)
+        assert_close(got, problem.exact[i], plain[i], f"{what} of {problem.case}", bound)
 
 
 _MAKERS = ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty"))

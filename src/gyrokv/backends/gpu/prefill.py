@@ -81,19 +81,25 @@ def _encode_map():
 
 
 def _tensor_map(x: Tensor, tokens: int, heads: int = 1) -> ctypes.Array:
-    """x ``[B, H, T, D]`` of 16 bits in boxes of 64 dims, ``tokens`` tokens, ``heads`` heads: swizzled by 128 bytes, zeros
-    around."""
+    """x ``[B, H, T, D]`` of 8 or 16 bits in boxes of 128 bytes, ``tokens`` tokens, ``heads`` heads: swizzled by 128 bytes,
+    zeros around."""
     room = (c_char * 192)()
     at = -ctypes.addressof(room) % 64
-    sizes = (c_uint64 * 4)(*reversed(x.shape))
-    strides = (c_uint64 * 3)(*(s * 2 if n > 1 else 16 for s, n in reversed(list(zip(x.stride()[:3], x.shape)))))
-    box, steps = (c_uint32 * 4)(64, tokens, heads, 1), (c_uint32 * 4)(1, 1, 1, 1)
-    element = 9 if x.dtype == torch.bfloat16 else 6  # CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, _FLOAT16
+    sizes, size = (c_uint64 * 4)(*reversed(x.shape)), x.element_size()
+    strides = (c_uint64 * 3)(*(s * size if n > 1 else 16 for s, n in reversed(list(zip(x.stride()[:3], x.shape)))))
+    box, steps = (c_uint32 * 4)(128 // size, tokens, heads, 1), (c_uint32 * 4)(1, 1, 1, 1)
+    element = {torch.bfloat16: 9, torch.float16: 6}.get(x.dtype, 0)  # CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, _FLOAT16, _UINT8
     made = (c_char * 128).from_buffer(room, at)
     about = ctypes.byref(made), element, 4, c_void_p(x.data_ptr()), sizes, strides, box, steps, 0, 3, 3, 0
     status = nvrtc.in_context(lambda: _encode_map()(*about))
     nvrtc.check_driver(status, f"tensor map of {tuple(x.shape)}, strides {x.stride()}")
     return made
+
+
+def _boxed(mask: Tensor, first: int) -> bool:
+    """Can a tensor map describe ``mask``, from key ``first`` on? Axes that broadcast may have any size but that of keys."""
+    size, (batch, head, token, key) = mask.element_size(), calls.strides(mask)
+    return key == 1 and token > 0 and not any(x * size % 16 for x in (batch, head, token, first, mask.data_ptr() // size))
 
 
 def _operands(q: Tensor, k: Tensor, v: Tensor) -> Operands:
@@ -155,9 +161,12 @@ class _Call:
         return pairs * self.spec.groups * self.dims[0] * 2
 
     def shape(self, out: torch.dtype, keys: int) -> Shape | Portable:
-        mask, own = (0, False) if self.mask is None else (calls.MASKS[self.mask.dtype], calls.strides(self.mask)[1] != 0)
+        mask, own, boxed = 0, False, False
+        if self.mask is not None:
+            mask, own = calls.MASKS[self.mask.dtype], calls.strides(self.mask)[1] != 0
+            boxed = _boxed(self.mask, self.rows.first - self.rows.view.first)
         types = *self.rows.types, out
-        return shape(self.spec, self.dims, types, mask, keys, self.room, self.rows.pages, self.rows.clears, own)
+        return shape(self.spec, self.dims, types, mask, keys, self.room, self.rows.pages, self.rows.clears, own, boxed)
 
     def results(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         sizes, device = (self.spec.batch, self.spec.q_heads, self.spec.q_len), self.q.device
@@ -227,6 +236,12 @@ class _Call:
             where = [_operands(q, k, v)]
         else:
             where = [_tensor_map(x, n, m) for x, n, m in zip((q, k, v), made.boxes, (made.pack, 1, 1))]
+            where.append(where[0])  # of no mask
+            if made.boxed:
+                sizes = q.shape[0], q.shape[1], q.shape[2], keys
+                parts = (slice(i, i + n) if s else slice(1) for i, n, s in zip(at, sizes, calls.strides(self.mask)))
+                own = (64 // made.pack, made.pack) if made.head_mask else (made.rows, 1)
+                where[3] = _tensor_map(self.mask[tuple(parts)], *own)
             # tiles of one length, or all of one section: dealt out among as many blocks as run at once. Else, and where
             # that many clusters might not, the hardware deals them out.
             even = not rows.ragged and (not spec.causal or spec.window or call.section == pairs)

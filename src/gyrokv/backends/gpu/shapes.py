@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -40,6 +40,7 @@ class Shape:
     ragged: bool  # sequences have starts or lengths of their own
     pages: tuple[int, int]  # slots of a page of k and v where rows are read from pages, else 0
     clears: bool  # values that a sequence does not have are read
+    boxed: bool = False  # tiles of the mask come by a tensor map
     cluster: int = 1  # blocks that load k and v for each other; of the wide kernel
 
     @property
@@ -81,15 +82,15 @@ class Shape:
     @property
     def mask_bytes(self) -> int:
         """Of a tile of the mask in shared memory."""
-        size = (0, 1, 4, 2, 2)[self.mask]
+        size = _SIZES[self.mask]
         return self.rows * (self.pack if self.head_mask else 1) * max(128, self.keys * size) if size else 0
 
     @property
     def mask_stages(self) -> int:
-        """Two where that leaves the fewest stages of k and v that there may be."""
+        """Two where that leaves the fewest stages of k and v that there may be, in the wide kernel one more of k."""
         before, k, v, after = self._parts
-        room = _SHARED - before - after - _BARRIERS - 2 * k - (2 if self.groups else 4) * v
-        return min(2, room // self.mask_bytes) if self.mask else 0
+        room = _SHARED - before - after - _BARRIERS - (2 * k + 2 * v if self.groups else 3 * k + 4 * v)
+        return max(1, min(2, room // self.mask_bytes)) if self.mask else 0
 
     @property
     def stages(self) -> tuple[int, int]:
@@ -116,9 +117,9 @@ class Shape:
         names = {
             "DK": self.dk, "DV": self.dv, "KEYS": self.keys, "K_STAGES": k, "V_STAGES": v, "Q_TYPE": self.q_type,
             "V_TYPE": self.v_type, "OUT_TYPE": self.out_type, "PACK": self.pack, "MASK": self.mask,
-            "HEAD_MASK": int(self.head_mask), "MASK_STAGES": self.mask_stages, "SOFTCAP": self.softcap,
-            "ALIBI": int(self.alibi), "ANY_SCALE": int(self.any_scale), "RAGGED": int(self.ragged),
-            "CLEARS": int(self.clears), "K_PAGED": self.pages[0], "V_PAGED": self.pages[1],
+            "HEAD_MASK": int(self.head_mask), "MASK_STAGES": self.mask_stages, "MASK_BOXES": int(self.boxed),
+            "SOFTCAP": self.softcap, "ALIBI": int(self.alibi), "ANY_SCALE": int(self.any_scale),
+            "RAGGED": int(self.ragged), "CLEARS": int(self.clears), "K_PAGED": self.pages[0], "V_PAGED": self.pages[1],
         }  # fmt: skip
         return tuple((names | own).items())
 
@@ -128,6 +129,7 @@ class Shape:
 
 
 _SHARED, _BARRIERS = 232448, 256  # bytes of a block on compute capability 9.0; at most, of its barriers
+_SIZES = (0, 1, 4, 2, 2)  # bytes of a value of each kind of mask
 _NARROW = 256  # values of a head that the narrow kernel takes
 _SMALL_SOFTCAP = 60.0  # e^60 times the keys of a sequence is a float32, and e^-60
 _SMALL_SCALE = 2.0**-60  # below, scores are multiplied by it first: its inverse might be infinite
@@ -242,11 +244,11 @@ def _forms(dk: int, dv: int) -> list[tuple[tuple[str, int], ...]]:
 
 def shape(
     spec: AttentionSpec, dims: tuple[int, int], types: tuple[torch.dtype, ...], mask: int, keys: int = 0, room: int = 0,
-    pages: tuple[int, int] = (0, 0), clears: bool = False, head_mask: bool = False,
+    pages: tuple[int, int] = (0, 0), clears: bool = False, head_mask: bool = False, boxed: bool = False,
 ) -> Shape | Portable:  # fmt: skip
     """The kernel of a problem whose rows have ``dims`` values. ``types``: of k, v and the output; ``mask``: 0 for none;
     ``room``: 0 for Hopper's kernels, otherwise bytes of shared memory that a block of a portable one may have; ``pages``,
-    ``clears``, ``head_mask``: see :class:`Shape`.
+    ``clears``, ``head_mask``: see :class:`Shape`; ``boxed``: a tensor map can describe the mask.
 
     Hopper's blocks share what they load once ``keys`` rows of K and V no longer stay in L2; not under a mask, whose map
     has one tile shape.
@@ -261,7 +263,8 @@ def shape(
     bounded = spec.softcap <= _SMALL_SOFTCAP and types[1] == torch.bfloat16 and mask < 2
     softcap = (2 if bounded else 1) if spec.softcap > 0 else 0
     features = softcap, spec.alibi > 0, spec.scale < _SMALL_SCALE, ragged, pages, clears, cluster
-    return Shape(dk, dv, *(Q_TYPES[t] for t in types), mask, head_mask and pack > 1, pack, *features)
+    made = Shape(dk, dv, *(Q_TYPES[t] for t in types), mask, head_mask and pack > 1, pack, *features)
+    return replace(made, boxed=boxed and mask != 2 and made.keys * _SIZES[mask] >= 128)
 
 
 def tile(spec: AttentionSpec, room: int = 0) -> tuple[int, int]:

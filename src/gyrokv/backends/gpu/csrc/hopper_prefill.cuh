@@ -21,6 +21,22 @@ INLINE void each_tile(const Prefill& p, F f) {
     }
 }
 
+// x[i] of thread t of a quad becomes x[t] of its thread i
+INLINE void turn_quad(u32 (&x)[4], int t) {
+#pragma unroll
+  for (int step = 1; step < 4; step *= 2) {
+    bool upper = t & step;
+    const int other = 3 - step;  // pairs (i, i + step) trade places
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      int i = n * other;
+      u32 sent = __shfl_xor_sync(~0u, upper ? x[i] : x[i + step], step);
+      if (upper) x[i] = sent;
+      else x[i + step] = sent;
+    }
+  }
+}
+
 // Among 64 rows: the head and the position of row 8 * eight.
 INLINE int head_of(int eight) { return eight % PACK; }
 INLINE int position_of(int eight) { return eight / PACK * 8; }
@@ -42,11 +58,41 @@ INLINE void load_queries(u32 to, const TensorMap* map, const Tile& tile, int six
       load_box(to + i * 8192 + first * PACK * 128, map, i * 64, tile.row + sixtyfour * TURN + first, tile.head, tile.batch, full);
 }
 
+// A row of the output from column `first` on, by a quad of threads: value(4 j + 2 r + i) is column 8 j + 2 t + i of thread t's.
+// Of 16 bits, four threads trade columns, so that each writes 16 bytes: a store costs as much as the rows that it touches.
+template <int COLUMNS, class F>
+INLINE void write_row(const Prefill& p, const Tile& tile, const Rows& rows, int r, int first, int t, float before, F value) {
+  bool here = rows.row[r] < p.q_len;
+  i64 at = tile.batch * p.out_batch + rows.head[r] * p.out_head + rows.row[r] * p.out_token + first;
+  if constexpr (OUT_TYPE == 2) {
+#pragma unroll
+    for (int j = 0; j < COLUMNS / 8; ++j) {
+      int column = 8 * j + 2 * t;
+      if (here && first + column < p.dv) store(p, at + column, value(4 * j + 2 * r), value(4 * j + 2 * r + 1), before);
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < COLUMNS / 8; j += 4) {
+      u32 x[4];
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        float a = value(4 * (j + e) + 2 * r), b = value(4 * (j + e) + 2 * r + 1);
+        x[e] = OUT_TYPE == 1 ? bf16x2(a, b) : f16x2(a, b);
+      }
+      turn_quad(x, t);
+      int column = 8 * (j + t);
+      if (here && first + column < p.dv) *(uint4*)((u16*)p.out + at + column) = make_uint4(x[0], x[1], x[2], x[3]);
+    }
+  }
+}
+
 // A mask's tile in shared memory, as stored: rows of PITCH bytes, part c (16 bytes; 32 of floats, of which a quad of threads reads
-// 32) of row r at c ^ r, within 128 bytes. Heads that share a mask share its rows.
+// 32) of row r at c ^ r, within 128 bytes; of boxes, 128 bytes of all rows come before the next 128 (NEXT bytes apart). Heads that
+// share a mask share its rows.
 struct MaskTile {
-  static constexpr int SIZE = MASK == 1 ? 1 : MASK == 2 ? 4 : 2, PITCH = KEYS * SIZE > 128 ? KEYS * SIZE : 128;
-  static constexpr int COUNT = HEAD_MASK ? ROWS : POSITIONS, BYTES = COUNT * PITCH;
+  static constexpr int SIZE = MASK == 1 ? 1 : MASK == 2 ? 4 : 2, WIDTH = KEYS * SIZE > 128 ? KEYS * SIZE : 128;
+  static constexpr int COUNT = HEAD_MASK ? ROWS : POSITIONS, BYTES = COUNT * WIDTH;
+  static constexpr int PITCH = MASK_BOXES ? 128 : WIDTH, NEXT = MASK_BOXES ? COUNT * 128 : 128;
 
   static constexpr int PART = SIZE == 4 ? 32 : 16;
 
@@ -134,15 +180,32 @@ struct MaskLoader {
   }
 };
 
-// All that are looked at. to: the first stage; full, empty: its barriers.
-INLINE void load_mask(const Prefill& p, u32 to, u32 full, u32 empty) {
+// f(byte in the tile, key, row) of its boxes: of 128 bytes and either all rows or, where heads have masks of their own, 64
+template <class F>
+INLINE void each_mask_box(const Tile& tile, int block, F f) {
+  for (int part = 0; part < MaskTile::WIDTH / 128; ++part)
+    for (int i = 0; i < (HEAD_MASK ? ROWS / 64 : 1); ++i)
+      f(part * MaskTile::NEXT + i * 8192, block * KEYS + part * (128 / MaskTile::SIZE), tile.row + i * TURN);
+}
+
+// All that are looked at. to: the first stage; full, empty: its barriers. Boxes are asked for by one thread.
+INLINE void load_mask(const Prefill& p, const TensorMap* map, u32 to, u32 full, u32 empty) {
   MaskRing ring;
   each_tile(p, [&](const Tile& tile) {
     const MaskLoader loader(p, tile, threadIdx.x % 64);
+    int head = p.mask_head ? tile.head : 0, batch = p.mask_batch ? tile.batch : 0;
     for (int block = tile.block; block >= 0; block = tile.seen(block - 1)) {
       if (!tile.masked(block)) continue;
+      u32 at = to + ring.stage * MaskTile::BYTES, here = full + 8 * ring.stage;
       wait(empty + 8 * ring.stage, ring.parity ^ 1);
-      loader.load(to + ring.stage * MaskTile::BYTES, block, full + 8 * ring.stage);
+      if constexpr (MASK_BOXES) {
+        if (threadIdx.x == 64) {
+          arrive_expect(here, MaskTile::BYTES);
+          each_mask_box(tile, block, [&](int byte, int key, int row) { load_box(at + byte, map, key, row, head, batch, here); });
+        }
+      } else {
+        loader.load(at, block, here);
+      }
       ring.advance();
     }
   });
@@ -215,7 +278,7 @@ struct Mask {
   INLINE void read(u32 stage, int unit, u32 (&x)[2 * STEP][OWN][WORDS]) const {
     if constexpr (SIZE == 2) {
       u32 y[4];
-      load_matrices((at ^ unit << 5) + stage, y);
+      load_matrices((at ^ unit % 4 << 5) + unit / 4 * MaskTile::NEXT + stage, y);
 #pragma unroll
       for (int i = 0; i < 4; ++i) x[i / OWN][i % OWN][0] = y[i];
     } else {

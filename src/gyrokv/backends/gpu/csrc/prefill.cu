@@ -14,8 +14,9 @@
 //
 // The host defines DK, DV (multiples of 64, at most 576), KEYS (128; 64 for DV > 512), CLUSTER (1, 2), K_STAGES, V_STAGES
 // (even), PACK, Q_TYPE (0 f16, 1 bf16: of q and k), V_TYPE, OUT_TYPE (0 f16, 1 bf16, 2 f32), MASK (0 none, 1 boolean, 2 f32,
-// 3 f16, 4 bf16; not with CLUSTER 2), MASK_STAGES (1 or more with a mask), HEAD_MASK (the heads of a KV head have masks of
-// their own), SOFTCAP (2: at most 60, V of bfloat16, no additive mask), ALIBI, ANY_SCALE (0: scale > 2^-60), RAGGED (1:
+// 3 f16, 4 bf16; not with CLUSTER 2), MASK_STAGES (1 or more with a mask), MASK_BOXES (1: a tensor map describes the mask, which
+// is of 8 or 16 bits, and 128 bytes or more of it to a block of keys), HEAD_MASK (the heads of a KV head have masks of their
+// own), SOFTCAP (2: at most 60, V of bfloat16, no additive mask), ALIBI, ANY_SCALE (0: scale > 2^-60), RAGGED (1:
 // sequences have starts or lengths of their own), CLEARS (1: values that a sequence does not have are read too), K_PAGED,
 // V_PAGED (slots of a page, a multiple of 16, where the rows of tensor maps are [page, head, slot, dim]; or 0). Head sizes
 // between multiples of 64 are padded by the tensor maps.
@@ -24,8 +25,9 @@
 // block 512, shared memory BYTES:
 //   128 DK + 32768 + K_STAGES * 128 KEYS + V_STAGES * 64 up(DV / 2, 64) + those of a mask + 1280 + 8 * barriers
 // Tensor maps of q, k, v: 16 bits, dims (dim, token, head, batch), true sizes and strides, swizzle of 128 bytes, zeros out of
-// bounds, boxes q (64, 8, PACK, 1) or, with PACK 1, (64, 64, 1, 1), k (64, KEYS, 1, 1), v (64, 32, 1, 1); in pages at most as many tokens as divide
-// these and a page.
+// bounds, boxes q (64, 8, PACK, 1) or, with PACK 1, (64, 64, 1, 1), k (64, KEYS, 1, 1), v (64, 32, 1, 1); in pages at most as
+// many tokens as divide these and a page. Of a mask with MASK_BOXES: dims (key, query, head, batch), 1 where it broadcasts, boxes
+// of 128 bytes and all positions of a tile, or, with HEAD_MASK, 64 / PACK positions of PACK heads; any map without.
 constexpr int ROWS = 64 * CLUSTER, BLOCKS = CLUSTER, SPAN = KEYS;
 constexpr bool ROUNDED = true;
 #include "hopper_prefill.cuh"
@@ -310,15 +312,9 @@ INLINE void value_role(const Prefill& p, u32 shared, u32 rank, int which) {
     }
     release_slot();
     const Rows rows = rows_of(tile, rank, warp, lane);
-    int column = which * COLUMNS_A + 2 * (lane % 4);
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      if (rows.row[r] >= p.q_len) continue;
-      i64 at = tile.batch * p.out_batch + rows.head[r] * p.out_head + rows.row[r] * p.out_token + column;
-#pragma unroll
-      for (int j = 0; j < COLUMNS / 8; ++j)  // (with a break, registers are spilled)
-        if (column + 8 * j < p.dv) store(p, at + 8 * j, o.at(4 * j + 2 * r), o.at(4 * j + 2 * r + 1), share[r]);
-    }
+    for (int r = 0; r < 2; ++r)
+      write_row<COLUMNS>(p, tile, rows, r, which * COLUMNS_A, lane % 4, share[r], [&](int i) { return o.at(i); });
   });
 }
 
@@ -329,7 +325,7 @@ INLINE void value_role(const Prefill& p, u32 shared, u32 rank, int which) {
 #endif
 extern "C" __global__ void SHAPE
     prefill(const __grid_constant__ Prefill p, const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
-            const __grid_constant__ TensorMap v_map) {
+            const __grid_constant__ TensorMap v_map, const __grid_constant__ TensorMap mask_map) {
   wait_for_earlier_kernels();
   let_later_kernels_start();
   u32 shared = shared_address(memory), rank = CLUSTER == 2 ? cluster_rank() : 0;
@@ -346,7 +342,7 @@ extern "C" __global__ void SHAPE
     init(V_EMPTY, V_STAGES, 4 * CLUSTER);
     init(P_FULL, SLOTS, 4);
     init(P_EMPTY, SLOTS, 4 * VALUE_GROUPS);
-    init(MASK_FULL, MASK_STAGES, 64);
+    init(MASK_FULL, MASK_STAGES, MASK_BOXES ? 1 : 64);
     init(MASK_EMPTY, MASK_STAGES, 4);
     fence_barrier_init();
     prefetch(&q_map);
@@ -359,7 +355,7 @@ extern "C" __global__ void SHAPE
     registers<LOAD_REGISTERS, 128>();
     if (warp == 0) load_keys(p, &q_map, &k_map, shared, rank);
     if (warp == 1) load_values(p, &v_map, shared, rank);
-    if (MASK && warp >= 2) load_mask(p, shared + MASK_AT, barrier(shared, MASK_FULL), barrier(shared, MASK_EMPTY));
+    if (MASK && warp >= 2) load_mask(p, &mask_map, shared + MASK_AT, barrier(shared, MASK_FULL), barrier(shared, MASK_EMPTY));
   } else if (warp < 8) {
     registers<SCORE_REGISTERS, 128>();
     score_role(p, shared, rank);

@@ -162,21 +162,14 @@ INLINE void attend_role(const Prefill& p, u32 shared, int group) {
     float last[2], share[2];  // share: of the result before
     softmax.finish(last, share, p, tile.batch, rows, lane % 4);
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      if (rows.row[r] >= p.q_len) continue;
-      i64 at = tile.batch * p.out_batch + rows.head[r] * p.out_head + rows.row[r] * p.out_token + 2 * (lane % 4);
-#pragma unroll
-      for (int j = 0; j < DV / 8; ++j) {
-        if (8 * j + 2 * (lane % 4) >= p.dv) break;
-        store(p, at + 8 * j, o[4 * j + 2 * r] * last[r], o[4 * j + 2 * r + 1] * last[r], share[r]);
-      }
-    }
+    for (int r = 0; r < 2; ++r)
+      write_row<DV>(p, tile, rows, r, 0, lane % 4, share[r], [&](int i) { return o[i] * last[r]; });
   });
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     prefill_narrow(const __grid_constant__ Prefill p, const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
-            const __grid_constant__ TensorMap v_map) {
+            const __grid_constant__ TensorMap v_map, const __grid_constant__ TensorMap mask_map) {
   wait_for_earlier_kernels();
   let_later_kernels_start();
   u32 shared = shared_address(memory);
@@ -193,7 +186,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
       barrier_init(barrier(shared, V_EMPTY + i), 4 * GROUPS);
     }
     for (int i = 0; i < MASK_STAGES; ++i) {
-      barrier_init(barrier(shared, MASK_FULL + i), 64);
+      barrier_init(barrier(shared, MASK_FULL + i), MASK_BOXES ? 1 : 64);
       barrier_init(barrier(shared, MASK_EMPTY + i), 4 * GROUPS);
     }
     fence_barrier_init();
@@ -203,7 +196,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     registers<LOAD_REGISTERS, ENTRY>();
     if (warp == 0) load_keys(p, &q_map, &k_map, shared);
     if (warp == 1) load_values(p, &v_map, shared);
-    if (MASK && warp >= 2) load_mask(p, shared + MASK_AT, barrier(shared, MASK_FULL), barrier(shared, MASK_EMPTY));
+    if (MASK && warp >= 2) load_mask(p, &mask_map, shared + MASK_AT, barrier(shared, MASK_FULL), barrier(shared, MASK_EMPTY));
   } else {
     registers<REGISTERS, ENTRY>();
     attend_role(p, shared, warp / 4 - 1);
