@@ -36,7 +36,6 @@ _ROW_BYTES = 24  # of shared memory for a row's addresses
 _MOST_CELLS = 2047
 _TABLE_BYTES = 20 * 1024  # of shared memory for copies of a table, where many tokens come at once
 _MANY = 48  # groups of 128 values per processor and side from which on a thread takes a group of its own
-_APART = 8  # times as many from which on sides that differ have a launch each: a kernel is only as good as its worse side
 
 
 # -- what a kernel is compiled with
@@ -328,7 +327,7 @@ def append(
     if rows >= 2**31:
         raise GyroKVError(f"{batch} sequences x {heads} heads x {tokens} tokens at once; at most 2**31 - 1 rows")
     groups = rows * min(codecs[0].padded, codecs[1].padded) // 128
-    many, apart = (groups >= n * _many(device.index) for n in (1, _APART))
+    many = groups >= _many(device.index)
     held, parts, fields = [], [], []
     for x, codec, (words, scale) in zip((k, v), codecs, stores):
         x, source = _source(codec.prepare(x))
@@ -337,12 +336,13 @@ def append(
         parts.append((codec.head_dim, codec.rotation, ELEMENTS[x.dtype], align, many))
         fields.append((*source, to, scale_to, *strides, *scale_strides))
         held.append(x)
-    key = (id(codecs[0].format), id(codecs[1].format), *parts, apart, device.index)
+    key = (id(codecs[0].format), id(codecs[1].format), *parts, device.index)
     found = _launchers.get(key)
     if found is None:
         formats = tuple(codec.format for codec in codecs)
         sides = tuple(side(fmt, *part) for fmt, part in zip(formats, parts))
-        each = ((0,), (1,)) if apart and sides[0].defines != sides[1].defines else ((0, 1),)
+        # a kernel is only as good as its worse side
+        each = ((0,), (1,)) if many and sides[0].defines != sides[1].defines else ((0, 1),)
         found = _launchers.setdefault(key, (formats, [_Launcher(which, sides, device) for which in each]))
     lengths, pages = place.lengths, place.pages
     numbers = (

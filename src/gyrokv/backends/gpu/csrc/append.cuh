@@ -26,12 +26,9 @@ constexpr int size_of(int element) { return element == F32 ? 4 : 2; }
     static constexpr int CORRECTED = P##_CORRECTED, ROTATE = P##_ROTATE, WIDE_SCALE = P##_WIDE_SCALE;                  \
     static constexpr int LOW = P##_LOW, HIGH = P##_HIGH, CELLS = P##_CELLS, COPIES = P##_COPIES, ALIGN = P##_ALIGN;    \
     static constexpr int VALUES = P##_VALUES, ROWS = P##_ROWS, TURNED = P##_TURNED, NEAR = P##_NEAR;                   \
-    static constexpr int STEPS = P##_STEPS, INDEX = P##_INDEX, BYTES = P##_BYTES, PIECE = P##_PIECE; \
-    static constexpr int SHARED = P##_SHARED, CURVED = P##_CURVED;                                                     \
-    static INLINE float offset() { return __uint_as_float(P##_OFFSET); }                                               \
-    static INLINE float start() { return __uint_as_float(P##_START); }                                                 \
-    static INLINE float slope() { return __uint_as_float(P##_SLOPE); }                                                 \
-    static INLINE float square() { return __uint_as_float(P##_SQUARE); }                                               \
+    static constexpr int STEPS = P##_STEPS, INDEX = P##_INDEX, BYTES = P##_BYTES, PIECE = P##_PIECE;                   \
+    static constexpr int SHARED = P##_SHARED, CLAMPED = P##_CLAMPED;                                                   \
+    static INLINE float begin() { return __uint_as_float(P##_BEGIN); }                                                 \
     static constexpr u32 LEVELS_LOW = P##_LEVELS_LOW, LEVELS_HIGH = P##_LEVELS_HIGH;                                   \
     static INLINE float reach() { return __uint_as_float(P##_REACH); }                                                 \
     static INLINE float factor() { return __uint_as_float(P##_FACTOR); }                                               \

@@ -1,17 +1,19 @@
 // Rotated rows of 16-bit values, whose levels are symmetric: by tensor cores, 8 rows of a head per team of warps and step.
 //
 // A row is pieces of up to 128 values, one per warp of the team, and a piece chunks of 32; lane 4 g + t holds the 8 values
-// from 8 t on of row g. A product with the Hadamard matrix of 16 turns the bits 4, 3, 2 and 0 of a value's index, the sum of
-// two products bit 1, what is left of the piece is added and subtracted in registers. Of the result the lane holds the 4
-// values from 4 g on of rows 2 t and 2 t + 1. Where a group is several pieces, its warps exchange chunks: then each has some
-// chunks of all pieces, and turns what is left. With many tokens a warp has all of a row, and adds in the same order. +1 and -1 times 16 bits are exact, sums are float32. They are not in index
-// order: a code next to a boundary may differ from the definition's by one level, and a scale by one unit in its last place.
-// A row's bytes depend on nothing else.
+// 2 t, 2 t + 8, 2 t + 16, 2 t + 24 and one on of row g. A product with the Hadamard matrix of 16 turns the low four bits of a
+// value's index, sums of products bit 4 and the chunks of a pair, what is left of the piece is added and subtracted in
+// registers. Of the result the lane holds the values 2 g, 2 g + 1, 2 g + 16 and 2 g + 17 of rows 2 t and 2 t + 1. Where a group is several pieces, its warps exchange chunks:
+// then each has some chunks of all pieces, and turns what is left. With many tokens a warp has all of a row, and adds in the
+// same order. +1 and -1 times 16 bits are exact, sums are float32. They are not in index order: a code next to a boundary may
+// differ from the definition's by one level, and a scale by one unit in its last place. A row's bytes depend on nothing else.
+// Squares of norms are the diagonal of the product of a tile with itself.
 //
-// The nearest level: |z| as a fixed-point number is M = 1 + |z| * scale, a float32 whose bits are an integer. For each cell
-// of a uniform grid over |z| a table has what to add, so that byte 3 of the sum is the index of the level's magnitude. A
-// boundary alone needs no table: it lies at M = 2, where bit 6 of byte 3 changes. Nor do three: a parabola through them has
-// whole numbers there.
+// The nearest level: M = 3/4 + z * scale, kept within 1/2 and 1, is a fixed-point number, since all floats there have one
+// exponent. For each of its cells a table has what to add to its bits, so that byte 3 of the sum is the index of the level.
+// The cell is byte 2 of M where that is fine enough. Four levels lie evenly and need no table. A sign after the transform
+// makes index i of n the index n - 1 - i, by an exclusive or of four or eight of them; where it is -, M begins a unit lower,
+// so that 0 is the same.
 #pragma once
 #include "append.cuh"
 
@@ -23,22 +25,34 @@ struct Tile {
   static constexpr int GROUP_CHUNKS = CHUNKS / GROUPS;                                       // of what of a group is in it
   static constexpr int FOLDS = C::GROUP > 128 ? C::GROUP / 128 : 1;  // 128 values each: those of a warp, or all of one
   static constexpr bool AFTER = C::RULE == L2;
-  static constexpr bool BYTES = C::BYTES && GROUP_CHUNKS > 1 && FOLDS == 1;  // levels are 8-bit integers, 8 magnitudes at most
-  static constexpr bool CURVED = C::CURVED && BYTES, ALONE = C::STEPS == 0 && BYTES && !CURVED;  // bit 6 of byte 3 is the magnitude's index
-  static constexpr int MAGNITUDES = 1 << (C::BITS - 1), SQUARES_BYTES = BYTES ? 0 : MAGNITUDES * 256;
-  static constexpr int PITCH = C::PADDED + 16;
-  // Shared memory: signs before, as bits 15, and after, as float32; steps; squares of levels by magnitude, a copy per lane
-  static constexpr int AFTER_AT = C::GROUP * 2, STEPS_AT = AFTER_AT + (AFTER ? C::GROUP * 4 : 0);
-  static constexpr int SQUARES_AT = (STEPS_AT + C::STEPS * 4 + 15) / 16 * 16, TEAMS_AT = SQUARES_AT + SQUARES_BYTES;
+  static constexpr bool EVEN = C::BITS == 2;                 // levels lie so that four cells are theirs
+  static constexpr bool BYTES = C::BYTES;                    // levels are 8-bit integers, 8 magnitudes at most
+  static constexpr bool PAIRED = BYTES && C::GROUP == 128 && C::PIECE == C::PADDED && C::PADDED <= 256;
+  static constexpr int APART = PAIRED ? C::PADDED / 128 : 1;    // chunks from the first of a pair of chunks to the second
+  static constexpr int KEPT_CHUNKS = PAIRED ? CHUNKS / 2 : CHUNKS;  // words of four or eight codes of a row
+  static constexpr int LEVELS = 1 << C::BITS, HALF = LEVELS / 2, PITCH = C::PADDED + 16;
+  // Shared memory: signs before, as bits 15; where M begins, what flips indices of words of codes; what is added, by cell;
+  // squares of levels by index. With many tokens each lane has its own copy of an entry, or shares it with another where
+  // cells are no bytes; entries of bytes are 256 bytes apart, and squares are between those of cells.
+  static constexpr int BEGIN_AT = C::GROUP * 2, FLIPS_AT = BEGIN_AT + (AFTER ? C::GROUP * 4 : 0);
+  static constexpr int FLIPS = AFTER ? C::GROUP / (BYTES ? 8 : 4) : 0;  // words of 32 bits
+  static constexpr int CELLS = C::STEPS, SQUARES = BYTES ? 0 : LEVELS;
+  static constexpr int CELLS_AT = (FLIPS_AT + 4 * FLIPS + 15) / 16 * 16;
+  static constexpr bool SPREAD = C::COPIES > 1, FINE = C::NEAR > 0;  // cells are no bytes
+  static constexpr int CELL = !SPREAD ? 4 : FINE ? 64 : 256, SQUARE = SPREAD ? 256 : 4;
+  static constexpr bool WOVEN = SPREAD && !FINE;
+  static constexpr int SQUARES_AT = CELLS_AT + (WOVEN ? 128 : CELLS * CELL);
+  static constexpr int END = WOVEN ? CELLS_AT + 256 * (CELLS > SQUARES ? CELLS : SQUARES) : SQUARES_AT + SQUARES * SQUARE;
+  static constexpr int TEAMS_AT = (END + 15) / 16 * 16;
 };
 
-// How many lanes, 1, 2 or 4, have all codes of a word; 0 if they are spread otherwise, or among warps, or if registers do not
+// How many lanes, 1 or 2, have all codes of a word; 0 if they are spread otherwise, or among warps, or if registers do not
 // suffice for all codes.
 template <class C, int WIDTH>
 constexpr int lanes_of_word() {
   constexpr int SIZE = C::PADDED * WIDTH;
   if (Tile<C>::TEAM > 1 || Tile<C>::GROUPS > 1 && !Tile<C>::BYTES) return 0;
-  return SIZE % 512 == 0 ? 1 : SIZE == 256 && WIDTH <= 4 ? 2 : SIZE == 128 && WIDTH <= 2 ? 4 : 0;
+  return SIZE % 512 == 0 || SIZE == 256 && WIDTH <= 4 ? 1 : SIZE == 128 && WIDTH <= 2 ? 2 : 0;
 }
 
 // Whether some field of a code is packed from registers, and some from bytes in shared memory.
@@ -106,32 +120,29 @@ INLINE u32 bytes_of(const u32 (&x)[4]) {
   return prmt(prmt(x[0], x[1], PAIR), prmt(x[2], x[3], PAIR), 0x5410);
 }
 
-// Signs and magnitudes of four values to their codes, a byte each. Signs are bits 31 of x, magnitudes bytes 3 of x too, or
-// with CURVED bits 21 and 22 of m.
+// (HALF - 1) / HALF of x
 template <class C>
-INLINE u32 codes_of(const u32 (&x)[4], const u32 (&m)[4], u32 sign_bits) {
-  constexpr u32 ONES = 0x01010101, HALF = 1 << (C::BITS - 1);
-  u32 y = bytes_of<3>(x);
-  if (Tile<C>::CURVED) {
-    u32 size = bytes_of<2>(m) >> 5;
-    y = (y & sign_bits) | (size & 3 * ONES);
-  } else if (Tile<C>::ALONE) {
-    if (!C::INDEX) return y >> 6 & 3 * ONES;
-    y = (y & 0x80808080) | (y >> 6 & ONES);
-  }
-  if (C::INDEX) {
-    u32 below = y >> 7 & ONES;
-    return ((y & 0x7F7F7F7F) ^ below * (HALF - 1)) | (below ^ ONES) * HALF;
-  }
-  return C::BITS == 8 ? y : (y & 0x7F7F7F7F) | (y & 0x80808080) >> (8 - C::BITS);
+INLINE u32 below(u32 x) {
+  return C::BITS == 1 ? 0 : __umulhi(x, 0u - (1u << (33 - C::BITS) % 32));
 }
 
-// The sum of the squares of 8 levels, whose codes are the bytes of a and b.
+// Indices of levels in fields of WIDTH bits to what is stored: as they are, or as signs (1 = -) and magnitudes. flips: what
+// differs where signs after the transform are -.
+template <class C, int WIDTH>
+INLINE u32 codes_of(u32 x, u32 flips) {
+  constexpr u32 ONES = 0xFFFFFFFFu / ((1u << WIDTH) - 1), HALF = Tile<C>::HALF;
+  if (C::INDEX) return Tile<C>::AFTER ? x ^ flips : x;
+  return x ^ below<C>(x & HALF * ONES) ^ (Tile<C>::AFTER ? flips : ONES * (2 * HALF - 1));
+}
+
+// The sum of the squares of 8 levels, whose indices are the fields of 4 bits of x, flipped or not.
 template <class C>
-INLINE int squares_of(u32 a, u32 b, int total) {
-  u32 pairs = (a | b << 4) & 0x11111111 * (Tile<C>::MAGNITUDES - 1);
-  u32 x = prmt(C::LEVELS_LOW, C::LEVELS_HIGH, pairs), y = prmt(C::LEVELS_LOW, C::LEVELS_HIGH, pairs >> 16);
-  return __dp4a((int)y, (int)y, __dp4a((int)x, (int)x, total));
+INLINE int squares_of(u32 x, int total) {
+  constexpr u32 ONES = 0x11111111, HALF = Tile<C>::HALF;
+  if (C::INDEX) x = ~(x ^ below<C>(x & HALF * ONES));
+  u32 sizes = x & ONES * (HALF - 1);
+  u32 low = prmt(C::LEVELS_LOW, C::LEVELS_HIGH, sizes), high = prmt(C::LEVELS_LOW, C::LEVELS_HIGH, sizes >> 16);
+  return __dp4a((int)high, (int)high, __dp4a((int)low, (int)low, total));
 }
 
 // A warp's share of a tile.
@@ -140,23 +151,26 @@ struct Share {
   using T = Tile<C>;
   static constexpr int SLICES = T::SLICES, CHUNKS = T::GROUP_CHUNKS, LOCAL = T::FOLDS / SLICES;  // folds of the warp's own
   static constexpr int FOLD = CHUNKS / LOCAL, OWN = FOLD / T::FOLDS;  // chunks: of a fold, of each fold for one warp of several
-  static constexpr u32 MINUS = 0x80008000;
+  static constexpr int PAIR = FOLD > 1 && C::GROUP <= 256 ? 2 : 1;    // chunks that products turn together
+  static constexpr u32 MINUSES = 0x80008000;
   static_assert(OWN * T::FOLDS == FOLD, "a chunk of each fold for every warp");
   const char* tables;
   char* team;
   float* sums;  // [2, ROWS, TEAM]
   int part;     // which warp of the team
-  // Matrices of the products of each chunk, whose signs before are those of columns here: H, H and -H
-  static constexpr bool KEPT = T::CHUNKS == CHUNKS && CHUNKS <= 4;
-  u32 hadamard[4], signed_[KEPT ? CHUNKS : 1][3][4];
+  // H; where KEPT, H and -H for each half of each chunk, with its signs before, which are those of columns here
+  static constexpr bool KEPT = CHUNKS <= 4 && T::CHUNKS <= 8;
+  u32 hadamard[4], signed_[KEPT ? CHUNKS : 1][2][2][4];
 
   INLINE Share(const char* tables, char* team, int part)
-      : tables(tables), team(team), sums((float*)(team + Team<C>::SUMS_AT)), part(part) {
+      : tables(tables), team(team), sums((float*)(team + Team<C>::SUMS_AT)), part(part) {}
+
+  INLINE void make_matrices() {
     u32 lane = threadIdx.x % 32;
-    // rows g and g + 8, columns 2 t and 2 t + 8 on: bits 2, 1, 0, 3 of a row against 2, 1, 3, 0 of a column
+    // rows g and g + 8, for values 2 g and 2 g + 1, columns 2 t and 2 t + 8 on
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      u32 minus = __popc(lane >> 3 & lane & 3 | (lane >> 2 & 1 & i / 2) << 2);
+      u32 minus = __popc(lane >> 2 & (lane & 3 | i / 2 * 4));
       hadamard[i] = (C::IN == BF16 ? 0x3F803F80 : 0x3C003C00) | (minus & 1) << 15 | (minus + i % 2 & 1) << 31;
     }
     if (KEPT) {
@@ -164,26 +178,29 @@ struct Share {
       for (int q = 0; q < CHUNKS; ++q) {
         uint4 sign = before(q);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          signed_[q][0][i] = hadamard[i] ^ (i < 2 ? sign.x : sign.z);
-          signed_[q][1][i] = hadamard[i] ^ (i < 2 ? sign.y : sign.w);
-          signed_[q][2][i] = signed_[q][1][i] ^ MINUS;
-        }
+        for (int i = 0; i < 4; ++i)
+#pragma unroll
+          for (int minus = 0; minus < 2; ++minus) {
+            signed_[q][0][minus][i] = hadamard[i] ^ (i < 2 ? sign.x : sign.y) ^ minus * MINUSES;
+            signed_[q][1][minus][i] = hadamard[i] ^ (i < 2 ? sign.z : sign.w) ^ minus * MINUSES;
+          }
       }
     }
   }
 
-  // where the lane's values of chunk q of one group of the piece lie, which it copies itself
-  INLINE char* values(int group, int q) const {
-    return team + (part * T::CHUNKS + group * CHUNKS + q) * 512 + threadIdx.x % 32 * 16;
-  }
+  // where chunk q of one group of the piece lies: 16 bytes from 8 i on of row g at 64 g, of all i in an order that lets eight
+  // rows meet all banks
+  INLINE char* values(int group, int q) const { return team + (part * T::CHUNKS + group * CHUNKS + q) * 512; }
+  // where the lane copies 16 bytes of row g, and reads row lane % 8 of the matrix lane / 8
+  static INLINE int to() { return (threadIdx.x ^ threadIdx.x / 8 % 4) % 32 * 16; }
+  static INLINE int from() { return threadIdx.x % 8 * 64 + (threadIdx.x / 8 ^ threadIdx.x / 2) % 4 * 16; }
   // which chunk of the row turned chunk q of the group is
   INLINE int chunk(int group, int q) const {
     if (SLICES == 1) return part * T::CHUNKS + group * CHUNKS + q;
     return (part / SLICES * SLICES + q / OWN) * CHUNKS + part % SLICES * OWN + q % OWN;
   }
 
-  // signs of the lane's values of chunk q of the group, as bits 15 and 31
+  // signs of the lane's values of chunk q of the group, 2 t, 2 t + 8, .. and one on, as bits 15 and 31
   INLINE uint4 before(int q) const { return ((const uint4*)tables)[(part % SLICES * CHUNKS + q) * 4 + threadIdx.x % 4]; }
 
   // Copies values of one group of the row at `from`, which may be null, in place of those that have been read.
@@ -194,8 +211,8 @@ struct Share {
       for (int i = 0; i < CHUNKS; ++i) {
         int q = part * T::CHUNKS + group * CHUNKS + i;
         bool valid = C::DIM == C::PADDED || 32 * q + threadIdx.x % 4 * 8 < C::DIM;
-        if (C::DIM == C::PADDED) copy_async<16>(shared_address(values(group, i)), from + q * 64);
-        else copy_async<16>(shared_address(values(group, i)), from + q * 64, valid);
+        if (C::DIM == C::PADDED) copy_async<16>(shared_address(values(group, i)) + to(), from + q * 64);
+        else copy_async<16>(shared_address(values(group, i)) + to(), from + q * 64, valid);
       }
     }
     commit_copies();
@@ -218,32 +235,56 @@ struct Share {
     }
   }
 
-  static INLINE void product(float (&d)[4], const float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-    mma<C::IN == BF16>(d, c, a[0], a[1], a[2], a[3], b0, b1);
+  // d = c + (1 - 2 MINUS) * one half of chunk q, turned
+  template <bool LATER, bool MINUS>
+  INLINE void product(float (&d)[4], const float (&c)[4], int q, const u32 (&u)[4]) const {
+    const u32* a = KEPT ? signed_[q][LATER][MINUS] : hadamard;
+    u32 flip = !KEPT && MINUS ? MINUSES : 0;
+    mma<C::IN == BF16>(d, c, a[0], a[1], a[2], a[3], u[2 * LATER] ^ flip, u[2 * LATER + 1] ^ flip);
   }
 
-  // y[2 * value + row] of each chunk of the group in this piece; turned in folds
-  INLINE void turn(float (&y)[CHUNKS][8], int group) const {
+  // y[2 * value + row] of each chunk of the group in this piece, turned in folds, and the sums of the squares of row g's values
+  // in each fold, in lanes with t = g / 2
+  INLINE void turn(float (&y)[CHUNKS][8], float (&squares)[LOCAL], int group) const {
     const float none[4] = {};
 #pragma unroll
-    for (int q = 0; q < CHUNKS; ++q) {
-      uint4 u = *(const uint4*)values(group, q);
-      float half[4], even[4], odd[4];
-      if constexpr (KEPT) {
-        product(half, none, signed_[q][0], u.x, u.z);
-        product(even, half, signed_[q][1], u.y, u.w);
-        product(odd, half, signed_[q][2], u.y, u.w);
-      } else {
-        const u32 minus[] = {hadamard[0] ^ MINUS, hadamard[1] ^ MINUS, hadamard[2] ^ MINUS, hadamard[3] ^ MINUS};
-        uint4 sign = before(q);
-        product(half, none, hadamard, u.x ^ sign.x, u.z ^ sign.z);
-        product(even, half, hadamard, u.y ^ sign.y, u.w ^ sign.w);
-        product(odd, half, minus, u.y ^ sign.y, u.w ^ sign.w);
-      }
+    for (int f = 0; f < LOCAL; ++f) {
+      float gram[2][4] = {};  // products of rows: even words with themselves in 0 and 1 of the first, odd ones in 2 and 3 of the second
 #pragma unroll
-      for (int i = 0; i < 4; ++i) y[q][i] = even[i], y[q][i + 4] = odd[i];
+      for (int q = f * FOLD; q < (f + 1) * FOLD; q += PAIR) {
+        u32 u[PAIR][4];
+#pragma unroll
+        for (int i = 0; i < PAIR; ++i) {
+          load_matrices(shared_address(values(group, q + i)) + from(), u[i]);
+          if (!KEPT) {
+            uint4 sign = before(q + i);
+            u[i][0] ^= sign.x, u[i][1] ^= sign.y, u[i][2] ^= sign.z, u[i][3] ^= sign.w;
+          }
+#pragma unroll
+          for (int j = 0; j < 4; ++j) mma_8x8<C::IN == BF16>(gram[j % 2], u[i][j / 2 * 2], u[i][j / 2 * 2 + 1], u[i][j]);
+        }
+        float half[4], turned[2][2][4];  // even and odd values of the first chunk, of the second
+        product<0, 0>(half, none, q, u[0]);
+        product<1, 0>(turned[0][0], half, q, u[0]);
+        product<1, 1>(turned[0][1], half, q, u[0]);
+        if constexpr (PAIR == 2) {
+          float sums[2][2][4];
+          product<0, 0>(sums[0][0], turned[0][0], q + 1, u[1]);
+          product<0, 0>(sums[0][1], turned[0][1], q + 1, u[1]);
+          product<0, 1>(sums[1][0], turned[0][0], q + 1, u[1]);
+          product<0, 1>(sums[1][1], turned[0][1], q + 1, u[1]);
+          product<1, 0>(turned[0][0], sums[0][0], q + 1, u[1]);
+          product<1, 1>(turned[0][1], sums[0][1], q + 1, u[1]);
+          product<1, 1>(turned[1][0], sums[1][0], q + 1, u[1]);
+          product<1, 0>(turned[1][1], sums[1][1], q + 1, u[1]);
+        }
+#pragma unroll
+        for (int i = 0; i < PAIR * 8; ++i) y[q + i / 8][i % 8] = turned[i / 8][i / 4 % 2][i % 4];
+      }
+      bool odd = threadIdx.x & 4;
+      squares[f] = (odd ? gram[0][1] : gram[0][0]) + (odd ? gram[1][3] : gram[1][2]);
     }
-    butterfly<1, FOLD>(y);
+    butterfly<PAIR, FOLD>(y);
   }
 
   // Chunks of this piece for some of all pieces, turned.
@@ -265,92 +306,91 @@ struct Share {
     butterfly<OWN, CHUNKS>(y);
   }
 
-  // Sums of a row over the pieces of a group: `which` 0 of squares of values, 1 of levels. Lanes with g < 2 give them.
-  INLINE void give(int which, int row, float sum) const {
-    if (threadIdx.x % 32 < 8) sums[(which * T::ROWS + row) * T::TEAM + part] = sum;
-  }
+  // Sums of a row over the pieces of a group: `which` 0 of squares of values, 1 of levels.
+  INLINE void give(int which, int row, float sum) const { sums[(which * T::ROWS + row) * T::TEAM + part] = sum; }
   INLINE float take(int which, int row) const {
     return sum_of<SLICES>(sums + (which * T::ROWS + row) * T::TEAM + part / SLICES * SLICES);
   }
 
+  // The index of x's level, in byte INDEX_AT of what is returned; M begins at `begin`
+  static constexpr int INDEX_AT = T::EVEN ? 0 : 3;
+  INLINE u32 index_of(float x, float factor, float begin) const {
+    float m = __saturatef(__fmaf_rn(x, factor, begin));
+    if (T::EVEN) return __float_as_uint(__fmaf_rz(m, 3.9999998f, 8388608.0f));
+    if (C::CLAMPED) m = __fmaf_rn(m, 0.5f, 0.5f);
+    u32 bits = __float_as_uint(m), lane = threadIdx.x % 32, at = (bits >> 16 & 0xFF) * 4;
+    if (T::WOVEN) at = prmt(bits, lane * 4, 0x5524);
+    if (T::FINE) {
+      u32 cell = __float_as_uint(__fmaf_rn(m, C::NEAR, 8388608.0f - C::NEAR / 2));
+      at = cell * T::CELL + (T::SPREAD * lane % 16 * 4 - WHOLE * T::CELL);
+    }
+    return bits + *(const u32*)(tables + T::CELLS_AT + at);
+  }
+  // the square of its level
+  INLINE float square_of(u32 index) const {
+    u32 at = T::SPREAD ? prmt(index, threadIdx.x % 32 * 4, 0x5504 | INDEX_AT << 4) : (index >> 8 * INDEX_AT & 0xFF) * 4;
+    return *(const float*)(tables + T::SQUARES_AT + at);
+  }
+
   // One group of the piece to codes. Returns the norm of row 2 t + g % 2 of the tile and the square of that of its levels.
   INLINE float2 encode(const char* next, u32 (*codes)[2], int group) {
-    int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, k = g & 1, row = 2 * t + k;
-    float y[CHUNKS][8];
-    turn(y, group);
+    int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    float y[CHUNKS][8], squares[LOCAL];
+    turn(y, squares, group);
     fetch(next, group);
-    float squares[LOCAL];
-#pragma unroll
-    for (int f = 0; f < LOCAL; ++f) {
-      float sum[4] = {};  // of row i % 2
-#pragma unroll
-      for (int i = 0; i < FOLD * 8; ++i) {
-        float x = y[f * FOLD + i / 8][i % 8];
-        sum[i % 4] = __fmaf_rn(x, x, sum[i % 4]);
-      }
-      squares[f] = sum_of_rows(sum[0] + sum[2], sum[1] + sum[3]);
-    }
-    float mine = sum_of<LOCAL>(squares);
+    float mine = sum_of<LOCAL>(squares), norm[2];  // norm: its square, of rows 2 t and 2 t + 1
     if constexpr (SLICES > 1) {
-      give(0, row, mine);
+      if (t == g / 2) give(0, g, mine);
       exchange(y);
-      mine = take(0, row);
+      norm[0] = take(0, 2 * t), norm[1] = take(0, 2 * t + 1);
     } else {
+      norm[0] = __shfl_sync(~0u, mine, 9 * t), norm[1] = __shfl_sync(~0u, mine, 9 * t + 4);
       butterfly<FOLD, CHUNKS>(y);
     }
-    mine *= (float)T::FOLDS / C::GROUP;  // what is turned after the sum makes squares that much larger
-    float other = __shfl_xor_sync(~0u, mine, 4);
-    // the square of the norm of row 2 t + k, what turns |y| into |z| * scale, and the bit of signs
-    float norm[2] = {k ? other : mine, k ? mine : other};
-    float root[2], factor[2], near[2];
-    u32 sign_bit[2], sign_bits[2];
+    float root[2], factor[2];  // factor: what turns y into z * scale
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
-      bool live = norm[k] > TINY * TINY && norm[k] <= LARGEST;
       float inverse = rsqrt_near(norm[k]);
-      root[k] = live ? inverse : 0.0f;
+      root[k] = norm[k] > TINY * TINY && norm[k] <= LARGEST ? inverse : 0.0f;
       factor[k] = root[k] * C::reach();
-      near[k] = factor[k] * C::NEAR;
-      sign_bit[k] = live ? 0x80000000 : 0;
-      sign_bits[k] = live ? 0x80808080 : 0;
     }
-    // infinity times 0 is no number, which becomes 0 where it is clamped
-    if (!T::CURVED && __any_sync(~0u, !(norm[0] <= LARGEST) || !(norm[1] <= LARGEST))) {
+    // infinity times 0 is no number
+    if (__any_sync(~0u, !(norm[0] <= LARGEST) || !(norm[1] <= LARGEST))) {
 #pragma unroll
       for (int i = 0; i < CHUNKS * 8; ++i)
         if (!(norm[i % 2] <= LARGEST)) y[i / 8][i % 8] = 0.0f;
     }
-    u32 steps = shared_address(tables) + T::STEPS_AT - WHOLE * 4;
-    const float4* after = (const float4*)(tables + T::AFTER_AT) + g;
+    const float4* begins = (const float4*)(tables + T::BEGIN_AT) + g;
+    const u32* flips = (const u32*)(tables + T::FLIPS_AT) + g;
     int first = SLICES > 1 ? part / SLICES * SLICES * CHUNKS : 0;  // chunk of the group, as the row counts them
     float total[LOCAL][2] = {};
     int whole[2] = {};
+    auto indices = [&](int q, int k) {
+      float4 begin = T::AFTER ? begins[(SLICES > 1 ? chunk(0, q) - first : q) * 8]
+                              : make_float4(C::begin(), C::begin(), C::begin(), C::begin());
+      const float from[] = {begin.x, begin.y, begin.z, begin.w};
+      u32 index[4];
 #pragma unroll
-    for (int q = 0; q < CHUNKS; ++q) {
-      float4 signs = T::AFTER ? after[(SLICES > 1 ? chunk(0, q) - first : q) * 8] : make_float4(1, 1, 1, 1);
-      const float s[] = {signs.x, signs.y, signs.z, signs.w};
+      for (int i = 0; i < 4; ++i) {
+        index[i] = index_of(y[q][2 * i + k], factor[k], from[i]);
+        if (!T::BYTES) total[LOCAL > 1 ? q % FOLD / OWN : 0][k] += square_of(index[i]);
+      }
+      return bytes_of<INDEX_AT>(index);
+    };
+#pragma unroll
+    for (int i = 0; i < CHUNKS / (1 + T::BYTES); ++i) {
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
-        u32 code[4], size[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          float x = y[q][2 * i + k];
-          if constexpr (T::CURVED) {
-            float a = __saturatef(__fmaf_rn(fabsf(x), factor[k], C::offset()));
-            size[i] = __float_as_uint(__fmaf_rn(__fmaf_rn(C::square(), a, C::slope()), a, C::start()));
-            code[i] = __float_as_uint(T::AFTER ? __fmaf_rn(x, s[i], 0.0f) : x);
-            continue;
-          }
-          u32 m = __float_as_uint(__fmaf_rn(fabsf(x), factor[k], 1.0f)), add = 0;
-          if (C::STEPS) load_shared<1>(__float_as_uint(__fmaf_rn(fabsf(x), near[k], 8388608.0f)) * 4 + steps, &add);
-          m = C::STEPS || T::ALONE ? m + add : m >> 6 & 1 << 24;
-          if (!T::BYTES) total[LOCAL > 1 ? q % FOLD / OWN : 0][k] += *(const float*)(tables + T::SQUARES_AT + prmt(m, lane * 4, 0x5534));
-          if (T::AFTER) x = __fmaf_rn(x, s[i], 0.0f);  // 0, not -0
-          code[i] = m | (__float_as_uint(x) & sign_bit[k]);
+        if constexpr (T::BYTES) {
+          int q = T::APART == 1 ? 2 * i : i;
+          u32 pair = indices(q + T::APART, k) * 16 + indices(q, k);
+          pair = codes_of<C, 4>(pair, T::AFTER ? flips[i * 8] : 0);
+          whole[k] = squares_of<C>(pair, whole[k]);
+          if (T::PAIRED) codes[i][k] = pair;
+          else codes[q][k] = pair & 0x0F0F0F0F, codes[q + 1][k] = pair >> 4 & 0x0F0F0F0F;
+        } else {
+          codes[i][k] = codes_of<C, 8>(indices(i, k), T::AFTER ? flips[(SLICES > 1 ? chunk(0, i) - first : i) * 8] : 0);
         }
-        codes[q][k] = codes_of<C>(code, size, sign_bits[k]);
-        if constexpr (T::BYTES)
-          if (q % 2) whole[k] = squares_of<C>(codes[q - 1][k], codes[q][k], whole[k]);
       }
     }
     float levels;
@@ -361,10 +401,11 @@ struct Share {
       for (int f = 0; f < LOCAL; ++f) squares[f] = sum_of_rows(total[f][0], total[f][1]);
       levels = sum_of<LOCAL>(squares);
     }
-    float inverse = k ? root[1] : root[0];
-    float scale = inverse > 0.0f ? mine * inverse : mine;  // nothing is left of a square that is too small
-    if constexpr (SLICES > 1) give(1, row, levels);
-    return make_float2(scale, levels);
+    bool second = g & 1;
+    float own = second ? norm[1] : norm[0], inverse = second ? root[1] : root[0];
+    if (SLICES > 1 && g < 2) give(1, 2 * t + g, levels);
+    // nothing is left of a square that is too small
+    return make_float2(inverse > 0.0f ? own * inverse : own, levels);
   }
 
   // The codes of a group, or of all groups from it on, a byte each, to shared memory.
@@ -374,7 +415,10 @@ struct Share {
 #pragma unroll
     for (int q = 0; q < N; ++q)
 #pragma unroll
-      for (int k = 0; k < 2; ++k) *(u32*)(bytes + (2 * t + k) * T::PITCH + chunk(group, q) * 32 + 4 * g) = codes[q][k];
+      for (int k = 0; k < 2; ++k) {
+        char* at = bytes + (2 * t + k) * T::PITCH + chunk(group, q) * 32 + 2 * g;
+        *(u16*)at = (u16)codes[q][k], *(u16*)(at + 16) = (u16)(codes[q][k] >> 16);
+      }
   }
   // Scales of one group, of TILES tiles that follow each other or of the `rows` that are left of them. Lanes 8 i to 8 i + 7
   // have what `encode` returned for tile i.
@@ -386,77 +430,90 @@ struct Share {
   }
 };
 
-// The fields of WIDTH bits where LANES lanes, 1, 2 or 4, have all codes of a word.
+// The fields of WIDTH bits where one lane or two have all codes of a word: of values 2 g and 2 g + 1, those 16 on are in other
+// words, or in other planes of the same.
 template <class C, int WIDTH, int LANES>
-INLINE void pack_own(const u32 (&codes)[Tile<C>::CHUNKS][2], const Target* targets, int rows) {
-  constexpr int CHUNKS = Tile<C>::CHUNKS, PLANES = 16 / WIDTH, LOW = C::BITS & ~(2 * WIDTH - 1);
+INLINE void pack_own(const u32 (&codes)[Tile<C>::KEPT_CHUNKS][2], const Target* targets, int rows) {
+  using T = Tile<C>;
+  constexpr int CHUNKS = T::CHUNKS, APART = T::APART, PLANES = 16 / WIDTH, LOW = C::BITS & ~(2 * WIDTH - 1);
   constexpr int START = C::PADDED * LOW / 8, ALIGN = (C::ALIGN | START) & -(C::ALIGN | START);
-  constexpr int EACH = LANES == 1 ? CHUNKS / PLANES : 1;  // pairs of pairs of words
+  constexpr int WORDS = C::PADDED * WIDTH / 16, EACH = WORDS < 32 ? 1 : WORDS / 32, STEP = WORDS < 32 ? 32 / WORDS : 1;  // planes of a chunk
   int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
 #pragma unroll
   for (int c = 0; c < EACH; ++c) {
-    u32 half[2][2] = {};  // row; low and high bytes of words
+    u32 words[2][2];  // of values 2 g and 2 g + 1, and 16 on
 #pragma unroll
-    for (int k = 0; k < 2; ++k)
+    for (int k = 0; k < 2; ++k) {
+      u32 half[2] = {};  // low and high bytes of words
 #pragma unroll
       for (int q = c; q < CHUNKS; q += EACH) {
-        int plane = q / EACH * LANES;  // of lanes with the lowest g
-        u32 x = codes[q][k] >> LOW;
-        if (WIDTH != C::BITS) x &= 0x01010101u * ((1 << WIDTH) - 1);
-        half[k][plane / (PLANES / 2)] |= x << WIDTH * (plane % (PLANES / 2));
+        int plane = q / EACH * STEP;
+        if (T::PAIRED && (q & APART)) continue;  // it came with the other of its pair, four bits above it
+        u32 x = codes[T::PAIRED ? (APART == 1 ? q / 2 : q / 4 * 2 + q % 2) : q][k] >> LOW;
+        if (WIDTH != C::BITS) x &= (T::PAIRED ? 0x11111111u : 0x01010101u) * ((1 << WIDTH) - 1);
+        half[plane / (PLANES / 2)] |= x << WIDTH * (plane % (PLANES / 2));
       }
+#pragma unroll
+      for (int i = 0; i < 2 && STEP > 1; ++i) half[i] |= half[i] >> (16 - WIDTH * STEP / 2);
+      words[k][0] = prmt(half[0], half[1], 0x5140), words[k][1] = prmt(half[0], half[1], 0x7362);
+    }
     if constexpr (LANES == 1) {
 #pragma unroll
-      for (int k = 0; k < 2; ++k)
-        if (2 * t + k < rows)
-          store<ALIGN>(targets[2 * t + k].words + START + 64 * c + 8 * g,
-                       {prmt(half[k][0], half[k][1], 0x5140), prmt(half[k][0], half[k][1], 0x7362)});
-    } else {
-      int own = g / 4, row = 2 * t + own;
-      u32 mine[2];
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        u32 give = half[0][i], keep = half[1][i];
-        if (!own) give = half[1][i], keep = half[0][i];
-        int shift = WIDTH * (g * LANES / 8);
-        mine[i] = keep << shift | __shfl_xor_sync(~0u, give << shift, 16);
-        if (LANES == 4) mine[i] |= __shfl_xor_sync(~0u, mine[i], 8);
+      for (int k = 0; k < 2; ++k) {
+        if (2 * t + k >= rows) continue;
+        char* to = targets[2 * t + k].words + START + 64 * c + 4 * g;
+        store<ALIGN>(to, {words[k][0]});
+        if (STEP == 1) store<ALIGN>(to + 32, {words[k][1]});
       }
-      if (row < rows && (LANES == 2 || !(g & 2)))
-        store<ALIGN>(targets[row].words + START + 8 * (g % (8 / LANES)),
-                     {prmt(mine[0], mine[1], 0x5140), prmt(mine[0], mine[1], 0x7362)});
+    } else {
+      int own = g / 4, row = 2 * t + own;  // lanes g and g ^ 4 have a plane each
+      u32 keep = (own ? words[1][0] : words[0][0]) << WIDTH * own, give = (own ? words[0][0] : words[1][0]) << WIDTH * own;
+      keep |= __shfl_xor_sync(~0u, give, 16);
+      if (row < rows) store<ALIGN>(targets[row].words + START + 4 * (g % 4), {keep});
     }
   }
 }
 
 template <class C, int WIDTH>
-INLINE void pack_field(const u32 (&codes)[Tile<C>::CHUNKS][2], const char* bytes, const Target* targets, int rows) {
+INLINE void pack_field(const u32 (&codes)[Tile<C>::KEPT_CHUNKS][2], const char* bytes, const Target* targets, int rows) {
   constexpr int LANES = lanes_of_word<C, WIDTH>();
   if constexpr ((C::BITS & WIDTH) == 0) return;
   else if constexpr (LANES) pack_own<C, WIDTH, LANES>(codes, targets, rows);
   else pack<C, WIDTH, OfTeam<C>>(bytes, targets, rows);
 }
 
+// The tables of a block, of which `from` has one copy of each entry.
+template <class C>
+INLINE void fill_tables(char* tables, const char* from) {
+  using T = Tile<C>;
+  constexpr int COUNT = 32 * T::WARPS;
+  const char* entries = from + T::CELLS_AT;  // cells, squares
+  if (threadIdx.x >= COUNT) return;
+  for (int i = threadIdx.x; i < T::CELLS_AT / 16; i += COUNT) copy_async_cached<16>(shared_address(tables) + 16 * i, from + 16 * i);
+  // a warp or half of one writes copies of an entry
+  auto fill = [&](int at, int apart, int copies, int first, int count) {
+#pragma unroll 8
+    for (int i = threadIdx.x; i < count * copies; i += COUNT)
+      *(u32*)(tables + at + i / copies * apart + i % copies * 4) = __ldg((const u32*)entries + first + i / copies);
+  };
+  fill(T::CELLS_AT, T::CELL, T::SPREAD ? (T::FINE ? 16 : 32) : 1, 0, T::CELLS);
+  fill(T::SQUARES_AT, T::SQUARE, T::SPREAD ? 32 : 1, T::CELLS, T::SQUARES);
+  commit_copies();
+  wait_copies<0>();
+}
+
 template <class C>
 INLINE void append_tiles(const Append& p, const Append::One& side, u32 block) {
   using T = Tile<C>;
   extern __shared__ __align__(16) char shared[];
-  if (threadIdx.x < 32 * T::WARPS) {
-    for (int i = threadIdx.x; i < T::SQUARES_AT / 16; i += 32 * T::WARPS)
-      copy_async_cached<16>(shared_address(shared) + 16 * i, side.table + 16 * i);
-#pragma unroll 16
-    for (int i = threadIdx.x; i < T::SQUARES_BYTES / 8; i += 32 * T::WARPS)
-      *(float*)(shared + T::SQUARES_AT + i / 32 * 256 + i % 32 * 4) = ((const float*)(side.table + T::SQUARES_AT))[i / 32];
-  }
-  commit_copies();
-  wait_copies<0>();
-  __syncthreads();
+  fill_tables<C>(shared, side.table);
   wait_for_earlier_kernels();  // not for the table, which none of them writes
   static_assert(T::TEAMS_AT + T::TEAMS * Team<C>::SIZE == C::SHARED, "the bytes of turned.py");
+  static_assert(!T::PAIRED || !Fields<C>::BYTES, "pairs of codes are packed from registers");
   u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, team = warp / T::TEAM, part = warp % T::TEAM;
   u32 index = block * T::TEAMS + team, first = index * side.each + (index < side.rest ? index : side.rest);  // tile
   u32 end = first + side.each + (index < side.rest);
-  if (warp >= T::WARPS || first >= end) return;
+  bool works = warp < T::WARPS && first < end;
   char* own = shared + T::TEAMS_AT + team * Team<C>::SIZE;
   Target* targets = (Target*)(own + Team<C>::TARGETS_AT);
   Share<C> share(shared, own, part);
@@ -484,10 +541,15 @@ INLINE void append_tiles(const Append& p, const Append::One& side, u32 block) {
   auto row_of = [&](u32 tile) {
     return (const char*)__shfl_sync(~0u, (u64)from, tile * T::ROWS + lane / 4) + lane % 4 * 16;
   };
-  locate(first, 0, false);
-  sync_team<C>();
+  if (works) {
+    locate(first, 0, false);
+    sync_team<C>();
 #pragma unroll
-  for (int group = 0; group < T::GROUPS; ++group) share.fetch(row_of(0), group);
+    for (int group = 0; group < T::GROUPS; ++group) share.fetch(row_of(0), group);
+  }
+  __syncthreads();
+  if (!works) return;
+  share.make_matrices();
   char* bytes = own + Team<C>::CODES_AT;
   for (u32 now = 0; first < end; first += 4, now ^= 32) {
     u32 tiles = end - first < 4 ? end - first : 4;
@@ -504,7 +566,7 @@ INLINE void append_tiles(const Append& p, const Append::One& side, u32 block) {
       __syncwarp();
       const Target* to = targets + now + tile * T::ROWS;
       int left = p.rows - (first + tile) * T::ROWS, rows = left < T::ROWS ? left : T::ROWS;
-      u32 codes[T::CHUNKS][2];
+      u32 codes[T::KEPT_CHUNKS][2];
       auto keep = [&](int group, float2 found) {
         if (T::GROUPS > 1) share.template store_scales<1>(to, rows, group, found);
         else if (lane / 8 == tile) norms = found;
@@ -513,7 +575,8 @@ INLINE void append_tiles(const Append& p, const Append::One& side, u32 block) {
 #pragma unroll
         for (int group = 0; group < T::GROUPS; ++group) {
           wait_copies<T::GROUPS - 1>();
-          keep(group, share.encode(then, codes + group * T::GROUP_CHUNKS, group));
+          __syncwarp();  // for what other lanes have copied
+          keep(group, share.encode(then, codes + group * (T::KEPT_CHUNKS / T::GROUPS), group));
         }
         if constexpr (Fields<C>::BYTES) share.put(bytes, 0, codes);
       } else {
@@ -521,6 +584,7 @@ INLINE void append_tiles(const Append& p, const Append::One& side, u32 block) {
         for (int group = 0; group < T::GROUPS; ++group) {
           u32 part_codes[T::GROUP_CHUNKS][2];
           wait_copies<T::GROUPS - 1>();
+          __syncwarp();  // for what other lanes have copied
           keep(group, share.encode(then, part_codes, group));
           share.put(bytes, group, part_codes);
         }
