@@ -158,12 +158,19 @@ struct Share {
   char* team;
   float* sums;  // [2, ROWS, TEAM]
   int part;     // which warp of the team
+  // Of each chunk of the piece, which has 512 bytes: 16 bytes from 8 i on of row g at 64 g, of all i in an order that lets eight
+  // rows meet all banks. Where the lane copies those of row g, and reads those of row lane % 8 for the matrix lane / 8
+  u32 to, from;
   // H; where KEPT, H and -H for each half of each chunk, with its signs before, which are those of columns here
   static constexpr bool KEPT = CHUNKS <= 4 && T::CHUNKS <= 8;
   u32 hadamard[4], signed_[KEPT ? CHUNKS : 1][2][2][4];
 
   INLINE Share(const char* tables, char* team, int part)
-      : tables(tables), team(team), sums((float*)(team + Team<C>::SUMS_AT)), part(part) {}
+      : tables(tables), team(team), sums((float*)(team + Team<C>::SUMS_AT)), part(part) {
+    u32 lane = threadIdx.x % 32, at = shared_address(team) + part * T::CHUNKS * 512;
+    to = at + (lane ^ lane / 8) * 16;
+    from = at + lane % 8 * 64 + (lane / 8 ^ lane / 2 % 4) * 16;
+  }
 
   INLINE void make_matrices() {
     u32 lane = threadIdx.x % 32;
@@ -188,12 +195,6 @@ struct Share {
     }
   }
 
-  // where chunk q of one group of the piece lies: 16 bytes from 8 i on of row g at 64 g, of all i in an order that lets eight
-  // rows meet all banks
-  INLINE char* values(int group, int q) const { return team + (part * T::CHUNKS + group * CHUNKS + q) * 512; }
-  // where the lane copies 16 bytes of row g, and reads row lane % 8 of the matrix lane / 8
-  static INLINE int to() { return (threadIdx.x ^ threadIdx.x / 8 % 4) % 32 * 16; }
-  static INLINE int from() { return threadIdx.x % 8 * 64 + (threadIdx.x / 8 ^ threadIdx.x / 2) % 4 * 16; }
   // which chunk of the row turned chunk q of the group is
   INLINE int chunk(int group, int q) const {
     if (SLICES == 1) return part * T::CHUNKS + group * CHUNKS + q;
@@ -203,16 +204,16 @@ struct Share {
   // signs of the lane's values of chunk q of the group, 2 t, 2 t + 8, .. and one on, as bits 15 and 31
   INLINE uint4 before(int q) const { return ((const uint4*)tables)[(part % SLICES * CHUNKS + q) * 4 + threadIdx.x % 4]; }
 
-  // Copies values of one group of the row at `from`, which may be null, in place of those that have been read.
-  INLINE void fetch(const char* from, int group) {
+  // Copies values of one group of `row`, which may be null, in place of those that have been read.
+  INLINE void fetch(const char* row, int group) {
     asm volatile("" ::: "memory");
-    if (from) {
+    if (row) {
 #pragma unroll
       for (int i = 0; i < CHUNKS; ++i) {
         int q = part * T::CHUNKS + group * CHUNKS + i;
         bool valid = C::DIM == C::PADDED || 32 * q + threadIdx.x % 4 * 8 < C::DIM;
-        if (C::DIM == C::PADDED) copy_async<16>(shared_address(values(group, i)) + to(), from + q * 64);
-        else copy_async<16>(shared_address(values(group, i)) + to(), from + q * 64, valid);
+        if (C::DIM == C::PADDED) copy_async<16>(to + (group * CHUNKS + i) * 512, row + q * 64);
+        else copy_async<16>(to + (group * CHUNKS + i) * 512, row + q * 64, valid);
       }
     }
     commit_copies();
@@ -255,7 +256,7 @@ struct Share {
         u32 u[PAIR][4];
 #pragma unroll
         for (int i = 0; i < PAIR; ++i) {
-          load_matrices(shared_address(values(group, q + i)) + from(), u[i]);
+          load_matrices(from + (group * CHUNKS + q + i) * 512, u[i]);
           if (!KEPT) {
             uint4 sign = before(q + i);
             u[i][0] ^= sign.x, u[i][1] ^= sign.y, u[i][2] ^= sign.z, u[i][3] ^= sign.w;
