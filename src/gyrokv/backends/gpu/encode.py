@@ -176,7 +176,7 @@ class Side:
     threads: int
     shared: int
     resident: int
-    turned: bool
+    turned: int
     table: Tensor | None
 
 
@@ -228,9 +228,9 @@ def side(fmt: KVFormat, head_dim: int, rotation: str, element: int, align: int, 
         "BEFORE": _sign_words(rotation, 0, group), "AFTER": _sign_words(rotation, 1, group),
     } | turned.OTHER  # fmt: skip
     if z:
-        return Side(_texts(named | z.defines | {"ROWS": z.rows}), z.rows, z.threads, z.shared, z.resident, True, z.table)
+        return Side(_texts(named | z.defines | {"ROWS": z.rows}), z.rows, z.threads, z.shared, z.resident, z.tile, z.table)
     resident = _RESIDENT if many and values >= 64 else 0
-    return Side(_texts(named), rows, threads, shared + _ROW_BYTES * rows, resident, False, grid.rows if grid else None)
+    return Side(_texts(named), rows, threads, shared + _ROW_BYTES * rows, resident, 0, grid.rows if grid else None)
 
 
 def _texts(named: dict[str, object]) -> tuple[tuple[str, str], ...]:
@@ -293,11 +293,11 @@ class _Launcher:
     def launch(self, fields: list[tuple[int, ...]], numbers: tuple[int, ...], rows: int, device: torch.device) -> None:
         """``fields``: of struct Append, of K and V; ``numbers``: those after them."""
         blocks, sides = [], []
-        most = max(1, _most_blocks(device.index, self.resident) // max(1, sum(self.turned)))
-        for i, table, at_once, on in zip(self.which, self.tables, self.rows, self.turned):
+        most = max(1, _most_blocks(device.index, self.resident) // max(1, sum(map(bool, self.turned))))
+        for i, table, at_once, tile in zip(self.which, self.tables, self.rows, self.turned):
             count = -(-rows // at_once)
-            blocks.append(min(count, most) if on else count)
-            tiles = divmod(-(-rows // turned.TILE), blocks[-1] * at_once // turned.TILE) if on else (0, 0)
+            blocks.append(min(count, most) if tile else count)
+            tiles = divmod(-(-rows // tile), blocks[-1] * at_once // tile) if tile else (0, 0)
             sides.append((*fields[i], table.data_ptr(), *tiles))
         call = _Append.from_buffer_copy(_APPEND.pack(*sides[0], *sides[-1], *numbers, rows, blocks[0]))
         self.kernel.launch((sum(blocks), 1, 1), self.threads, torch.cuda.current_stream(device).cuda_stream, call)

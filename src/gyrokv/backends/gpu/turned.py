@@ -13,7 +13,6 @@ from torch import Tensor
 from ...formats import KVFormat
 from ...rotation import ROTATIONS, sign_table
 
-TILE = 8  # rows that a team of warps takes at once
 _CHUNK = 32  # values that are turned by products alone
 _PIECE = 128  # values of a row that a warp turns, at most
 _WARPS = 4  # of a block, about
@@ -79,9 +78,10 @@ def _bits(value: float) -> int:
 
 
 class Turned(NamedTuple):
-    """``rows``: of a block at once. ``shared``: bytes. ``resident``: threads of a processor that registers suffice for."""
+    """``tile``: rows that a team of warps takes at once. ``rows``: of a block at once. ``shared``: bytes. ``resident``: threads of a processor that registers suffice for."""
 
     defines: dict[str, int]
+    tile: int
     rows: int
     threads: int
     shared: int
@@ -137,9 +137,10 @@ def side(fmt: KVFormat, padded: int, group: int, span: int, rotation: str, many:
     together = team == 1 and (narrow or piece == group)  # codes of a row in a warp's registers
     packed = all(padded * n % 512 == 0 or padded * n in ((128, 256) if n < 4 else (256,) * (n == 4)) for n in fields)
     buffers = 0 if together and packed else 2 if team > 1 and slices == 1 else 1  # for codes
-    exchanged = 4 * TILE * padded + 2 * 4 * TILE * team if slices > 1 else 0
-    bytes_of_team = 2 * TILE * padded + buffers * TILE * (padded + 16) + exchanged + 64 * _TARGET_BYTES
-    resident = _RESIDENT_WIDE if piece > (2 * _PIECE if group > _PIECE else 4 * _PIECE) else _RESIDENT
+    exchanged = 4 * 8 * padded + 2 * 4 * 8 * team if slices > 1 else 0
+    tile = 4 if many and group == piece > 2 * _PIECE else 8  # halves of a row are turned like rows
+    bytes_of_team = 2 * tile * padded + buffers * tile * (padded + 16) + exchanged + 64 * _TARGET_BYTES
+    resident = _RESIDENT_WIDE if piece > 4 * _PIECE else _RESIDENT
     warps = resident // 32 if many else 1 if slices > 1 else _WARPS
     teams = max(1, min(warps // team, (_SHARED - 1024 - tables) // bytes_of_team))
     threads, shared = 32 * team * teams, tables + teams * bytes_of_team
@@ -151,7 +152,7 @@ def side(fmt: KVFormat, padded: int, group: int, span: int, rotation: str, many:
     }  # fmt: skip
     table = torch.cat((signs, found.table, squares.view(torch.int32)))
     fit = _SHARED // (shared + 1024) * threads
-    return Turned(names, TILE * teams, threads, shared, min(resident, max(threads, fit)), table)
+    return Turned(names, tile, tile * teams, threads, shared, min(resident, max(threads, fit)), table)
 
 
 def _flips(fmt: KVFormat, after: Tensor, apart: int) -> Tensor:

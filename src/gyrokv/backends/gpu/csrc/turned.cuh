@@ -19,9 +19,11 @@
 
 template <class C>
 struct Tile {
-  static constexpr int ROWS = 8, TEAMS = C::ROWS / ROWS, TEAM = C::PADDED / C::PIECE, WARPS = TEAM * TEAMS;
   static constexpr int SLICES = C::GROUP > C::PIECE ? C::GROUP / C::PIECE : 1;  // pieces of a group
-  static constexpr int CHUNKS = C::PIECE / 32, GROUPS = C::PIECE / C::GROUP + (SLICES > 1);  // of a piece
+  static constexpr int HALVES = C::PIECE > 256 && C::GROUP == C::PIECE ? 2 : 1;  // of a row, which are turned as rows are
+  static constexpr int ROWS = 8 / HALVES, BATCH = 32 / ROWS;                     // of a tile; tiles of 32 rows
+  static constexpr int TEAMS = C::ROWS / ROWS, TEAM = C::PADDED / C::PIECE, WARPS = TEAM * TEAMS;
+  static constexpr int CHUNKS = C::PIECE / HALVES / 32, GROUPS = C::PIECE / C::GROUP + (SLICES > 1);  // of a piece, or its half
   static constexpr int GROUP_CHUNKS = CHUNKS / GROUPS;                                       // of what of a group is in it
   static constexpr int FOLDS = C::GROUP > 128 ? C::GROUP / 128 : 1;  // 128 values each: those of a warp, or all of one
   static constexpr bool AFTER = C::RULE == L2;
@@ -70,7 +72,7 @@ template <class C>
 struct Team {
   using T = Tile<C>;
   static constexpr int CODES = !Fields<C>::BYTES ? 0 : T::TEAM > 1 && T::SLICES == 1 ? 2 : 1;
-  static constexpr int CODES_AT = C::PADDED * 16, CHUNKS_AT = CODES_AT + CODES * T::ROWS * T::PITCH;
+  static constexpr int CODES_AT = C::PADDED * 2 * T::ROWS, CHUNKS_AT = CODES_AT + CODES * T::ROWS * T::PITCH;
   static constexpr int SUMS_AT = CHUNKS_AT + (T::SLICES > 1 ? C::PADDED * 32 : 0);
   static constexpr int TARGETS_AT = SUMS_AT + (T::SLICES > 1 ? 64 * T::TEAM : 0);
   static constexpr int SIZE = TARGETS_AT + 64 * (int)sizeof(Target);
@@ -149,7 +151,8 @@ INLINE int squares_of(u32 x, int total) {
 template <class C>
 struct Share {
   using T = Tile<C>;
-  static constexpr int SLICES = T::SLICES, CHUNKS = T::GROUP_CHUNKS, LOCAL = T::FOLDS / SLICES;  // folds of the warp's own
+  static constexpr int SLICES = T::SLICES, CHUNKS = T::GROUP_CHUNKS, HALVES = T::HALVES;
+  static constexpr int SUMS = T::FOLDS / SLICES, LOCAL = SUMS / HALVES;  // folds of the warp's own, and of half of a row
   static constexpr int FOLD = CHUNKS / LOCAL, OWN = FOLD / T::FOLDS;  // chunks: of a fold, of each fold for one warp of several
   static constexpr int PAIR = FOLD > 1 && C::GROUP <= 256 ? 2 : 1;    // chunks that products turn together
   static constexpr u32 MINUSES = 0x80008000;
@@ -202,7 +205,10 @@ struct Share {
   }
 
   // signs of the lane's values of chunk q of the group, 2 t, 2 t + 8, .. and one on, as bits 15 and 31
-  INLINE uint4 before(int q) const { return ((const uint4*)tables)[(part % SLICES * CHUNKS + q) * 4 + threadIdx.x % 4]; }
+  INLINE uint4 before(int q) const {
+    return ((const uint4*)tables)[((part % SLICES + half()) * CHUNKS + q) * 4 + threadIdx.x % 4];
+  }
+  static INLINE int half() { return threadIdx.x / 4 % HALVES; }  // which one the lane has before the transform
 
   // Copies values of one group of `row`, which may be null, in place of those that have been read.
   INLINE void fetch(const char* row, int group) {
@@ -211,7 +217,7 @@ struct Share {
 #pragma unroll
       for (int i = 0; i < CHUNKS; ++i) {
         int q = part * T::CHUNKS + group * CHUNKS + i;
-        bool valid = C::DIM == C::PADDED || 32 * q + threadIdx.x % 4 * 8 < C::DIM;
+        bool valid = C::DIM == C::PADDED || 32 * (q + half() * CHUNKS) + threadIdx.x % 4 * 8 < C::DIM;
         if (C::DIM == C::PADDED) copy_async<16>(to + (group * CHUNKS + i) * 512, row + q * 64);
         else copy_async<16>(to + (group * CHUNKS + i) * 512, row + q * 64, valid);
       }
@@ -347,6 +353,14 @@ struct Share {
     } else {
       norm[0] = __shfl_sync(~0u, mine, 9 * t), norm[1] = __shfl_sync(~0u, mine, 9 * t + 4);
       butterfly<FOLD, CHUNKS>(y);
+      if (HALVES == 2) {
+        norm[0] = norm[1] = norm[0] + norm[1];
+#pragma unroll
+        for (int i = 0; i < CHUNKS * 4; ++i) {
+          float &a = y[i / 4][i % 4 * 2], &b = y[i / 4][i % 4 * 2 + 1], difference = a - b;
+          a = a + b, b = difference;
+        }
+      }
     }
     float root[2], factor[2];  // factor: what turns y into z * scale
 #pragma unroll
@@ -364,43 +378,43 @@ struct Share {
     const float4* begins = (const float4*)(tables + T::BEGIN_AT) + g;
     const u32* flips = (const u32*)(tables + T::FLIPS_AT) + g;
     int first = SLICES > 1 ? part / SLICES * SLICES * CHUNKS : 0;  // chunk of the group, as the row counts them
-    float total[LOCAL][2] = {};
+    auto of_group = [&](int q, int k) { return SLICES > 1 ? chunk(0, q) - first : HALVES == 2 ? k * CHUNKS + q : q; };
+    float total[SUMS][2] = {};
     int whole[2] = {};
     auto indices = [&](int q, int k) {
-      float4 begin = T::AFTER ? begins[(SLICES > 1 ? chunk(0, q) - first : q) * 8]
-                              : make_float4(C::begin(), C::begin(), C::begin(), C::begin());
+      float4 begin = T::AFTER ? begins[of_group(q, k) * 8] : make_float4(C::begin(), C::begin(), C::begin(), C::begin());
       const float from[] = {begin.x, begin.y, begin.z, begin.w};
       u32 index[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         index[i] = index_of(y[q][2 * i + k], factor[k], from[i]);
-        if (!T::BYTES) total[LOCAL > 1 ? q % FOLD / OWN : 0][k] += square_of(index[i]);
+        if (!T::BYTES) total[SUMS > 1 ? q % FOLD / OWN : 0][HALVES == 2 ? 0 : k] += square_of(index[i]);
       }
       return bytes_of<INDEX_AT>(index);
     };
+    constexpr int WORDS = CHUNKS / (1 + T::BYTES);
 #pragma unroll
-    for (int i = 0; i < CHUNKS / (1 + T::BYTES); ++i) {
-#pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        if constexpr (T::BYTES) {
-          int q = T::APART == 1 ? 2 * i : i;
-          u32 pair = indices(q + T::APART, k) * 16 + indices(q, k);
-          pair = codes_of<C, 4>(pair, T::AFTER ? flips[i * 8] : 0);
-          whole[k] = squares_of<C>(pair, whole[k]);
-          if (T::PAIRED) codes[i][k] = pair;
-          else codes[q][k] = pair & 0x0F0F0F0F, codes[q + 1][k] = pair >> 4 & 0x0F0F0F0F;
-        } else {
-          codes[i][k] = codes_of<C, 8>(indices(i, k), T::AFTER ? flips[(SLICES > 1 ? chunk(0, i) - first : i) * 8] : 0);
-        }
+    for (int j = 0; j < 2 * WORDS; ++j) {
+      int i = HALVES == 2 ? j % WORDS : j / 2, k = HALVES == 2 ? j / WORDS : j % 2;
+      if constexpr (T::BYTES) {
+        int q = T::APART == 1 ? 2 * i : i;
+        u32 pair = indices(q + T::APART, k) * 16 + indices(q, k);
+        pair = codes_of<C, 4>(pair, T::AFTER ? flips[i * 8] : 0);
+        whole[k] = squares_of<C>(pair, whole[k]);
+        if (T::PAIRED) codes[i][k] = pair;
+        else codes[q][k] = pair & 0x0F0F0F0F, codes[q + 1][k] = pair >> 4 & 0x0F0F0F0F;
+      } else {
+        codes[i][k] = codes_of<C, 8>(indices(i, k), T::AFTER ? flips[of_group(i, k) * 8] : 0);
       }
     }
     float levels;
     if constexpr (T::BYTES) {
       levels = (float)sum_of_rows(whole[0], whole[1]) * (C::step() * C::step());
     } else {
+      float sums_of_levels[SUMS];
 #pragma unroll
-      for (int f = 0; f < LOCAL; ++f) squares[f] = sum_of_rows(total[f][0], total[f][1]);
-      levels = sum_of<LOCAL>(squares);
+      for (int f = 0; f < SUMS; ++f) sums_of_levels[f] = sum_of_rows(total[f][0], total[f][HALVES == 2 ? 0 : 1]);
+      levels = sum_of<SUMS>(sums_of_levels);
     }
     bool second = g & 1;
     float own = second ? norm[1] : norm[0], inverse = second ? root[1] : root[0];
@@ -421,11 +435,11 @@ struct Share {
         *(u16*)at = (u16)codes[q][k], *(u16*)(at + 16) = (u16)(codes[q][k] >> 16);
       }
   }
-  // Scales of one group, of TILES tiles that follow each other or of the `rows` that are left of them. Lanes 8 i to 8 i + 7
-  // have what `encode` returned for tile i.
+  // Scales of one group, of TILES tiles that follow each other or of the `rows` that are left of them. As many lanes as a tile
+  // has rows have what `encode` returned for it.
   template <int TILES>
   INLINE void store_scales(const Target* targets, int rows, int group, float2 norms) const {
-    int lane = threadIdx.x % 32, row = lane / 8 * 8 + lane % 4 * 2 + lane / 4 % 2;
+    int lane = threadIdx.x % 32, row = HALVES == 2 ? lane : lane / 8 * 8 + lane % 4 * 2 + lane / 4 % 2;
     if (row < rows && row < TILES * T::ROWS && part % SLICES == 0)
       store_scale<C>(targets[row].scale, part / SLICES * T::GROUPS + group, norms.x * rsqrt_near(norms.y));
   }
@@ -442,15 +456,16 @@ INLINE void pack_own(const u32 (&codes)[Tile<C>::KEPT_CHUNKS][2], const Target* 
   int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
 #pragma unroll
   for (int c = 0; c < EACH; ++c) {
-    u32 words[2][2];  // of values 2 g and 2 g + 1, and 16 on
+    constexpr int MINE = 2 / T::HALVES;  // rows of a lane
+    u32 words[MINE][2];  // of values 2 g and 2 g + 1, and 16 on
 #pragma unroll
-    for (int k = 0; k < 2; ++k) {
+    for (int k = 0; k < MINE; ++k) {
       u32 half[2] = {};  // low and high bytes of words
 #pragma unroll
-      for (int q = c; q < CHUNKS; q += EACH) {
+      for (int q = c; q < CHUNKS * T::HALVES; q += EACH) {
         int plane = q / EACH * STEP;
         if (T::PAIRED && (q & APART)) continue;  // it came with the other of its pair, four bits above it
-        u32 x = codes[T::PAIRED ? (APART == 1 ? q / 2 : q / 4 * 2 + q % 2) : q][k] >> LOW;
+        u32 x = codes[T::PAIRED ? (APART == 1 ? q / 2 : q / 4 * 2 + q % 2) : q % CHUNKS][k + q / CHUNKS] >> LOW;
         if (WIDTH != C::BITS) x &= (T::PAIRED ? 0x11111111u : 0x01010101u) * ((1 << WIDTH) - 1);
         half[plane / (PLANES / 2)] |= x << WIDTH * (plane % (PLANES / 2));
       }
@@ -460,9 +475,9 @@ INLINE void pack_own(const u32 (&codes)[Tile<C>::KEPT_CHUNKS][2], const Target* 
     }
     if constexpr (LANES == 1) {
 #pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        if (2 * t + k >= rows) continue;
-        char* to = targets[2 * t + k].words + START + 64 * c + 4 * g;
+      for (int k = 0; k < MINE; ++k) {
+        if (MINE * t + k >= rows) continue;
+        char* to = targets[MINE * t + k].words + START + 64 * c + 4 * g;
         store<ALIGN>(to, {words[k][0]});
         if (STEP == 1) store<ALIGN>(to + 32, {words[k][1]});
       }
@@ -520,8 +535,8 @@ INLINE void append_tiles(const Append& p, const Append::One& side, u32 block) {
   Share<C> share(shared, own, part);
   const char* from = nullptr;
   int ahead = 0;  // tokens from the lane's on that follow it in memory
-  // A row per lane, of four tiles, `after` the four before: mostly as many tokens further. The first warp writes targets, from
-  // `at` on: of four tiles that come, while others may be one behind.
+  // A row per lane, of a batch of tiles, `after` the one before: mostly as many tokens further. The first warp writes targets, from
+  // `at` on: of a batch that comes, while others may be one tile behind.
   auto locate = [&](u32 tile, u32 at, bool after) {
     ahead -= 32;
     if (after && __all_sync(~0u, ahead > 0)) {
@@ -540,7 +555,8 @@ INLINE void append_tiles(const Append& p, const Append::One& side, u32 block) {
     }
   };
   auto row_of = [&](u32 tile) {
-    return (const char*)__shfl_sync(~0u, (u64)from, tile * T::ROWS + lane / 4) + lane % 4 * 16;
+    u64 row = __shfl_sync(~0u, (u64)from, tile * T::ROWS + lane / 4 / T::HALVES);
+    return (const char*)row + lane / 4 % T::HALVES * C::PADDED + lane % 4 * 16;
   };
   if (works) {
     locate(first, 0, false);
@@ -552,16 +568,16 @@ INLINE void append_tiles(const Append& p, const Append::One& side, u32 block) {
   if (!works) return;
   share.make_matrices();
   char* bytes = own + Team<C>::CODES_AT;
-  for (u32 now = 0; first < end; first += 4, now ^= 32) {
-    u32 tiles = end - first < 4 ? end - first : 4;
+  for (u32 now = 0; first < end; first += T::BATCH, now ^= 32) {
+    u32 tiles = end - first < T::BATCH ? end - first : T::BATCH;
     float2 norms;
 #pragma unroll 1
     for (u32 tile = 0; tile < tiles; ++tile) {
       const char* then = nullptr;
       if (tile + 1 < tiles) {
         then = row_of(tile + 1);
-      } else if (first + 4 < end) {
-        locate(first + 4, now ^ 32, true);
+      } else if (first + T::BATCH < end) {
+        locate(first + T::BATCH, now ^ 32, true);
         then = row_of(0);
       }
       __syncwarp();
@@ -570,7 +586,7 @@ INLINE void append_tiles(const Append& p, const Append::One& side, u32 block) {
       u32 codes[T::KEPT_CHUNKS][2];
       auto keep = [&](int group, float2 found) {
         if (T::GROUPS > 1) share.template store_scales<1>(to, rows, group, found);
-        else if (lane / 8 == tile) norms = found;
+        else if (lane / T::ROWS == tile) norms = found;
       };
       if constexpr (Fields<C>::OWN) {
 #pragma unroll
@@ -592,7 +608,7 @@ INLINE void append_tiles(const Append& p, const Append::One& side, u32 block) {
       }
       if constexpr (Fields<C>::BYTES) sync_team<C>();
       if constexpr (T::SLICES > 1)
-        if (lane / 8 == tile) norms.y = share.take(1, lane % 4 * 2 + lane / 4 % 2);
+        if (lane / T::ROWS == tile) norms.y = share.take(1, lane % 4 * 2 + lane / 4 % 2);
       pack_field<C, 8>(codes, bytes, to, rows);
       pack_field<C, 4>(codes, bytes, to, rows);
       pack_field<C, 2>(codes, bytes, to, rows);
@@ -601,6 +617,6 @@ INLINE void append_tiles(const Append& p, const Append::One& side, u32 block) {
       else __syncwarp();
     }
     u32 left = p.rows - first * T::ROWS;
-    if (T::GROUPS == 1) share.template store_scales<4>(targets + now, left < tiles * T::ROWS ? left : tiles * T::ROWS, 0, norms);
+    if (T::GROUPS == 1) share.template store_scales<T::BATCH>(targets + now, left < tiles * T::ROWS ? left : tiles * T::ROWS, 0, norms);
   }
 }
