@@ -139,7 +139,8 @@ def side(fmt: KVFormat, padded: int, group: int, span: int, rotation: str, many:
     buffers = 0 if together and packed else 2 if team > 1 and slices == 1 else 1  # for codes
     exchanged = 4 * 8 * padded + 2 * 4 * 8 * team if slices > 1 else 0
     tile = 4 if many and group == piece > 2 * _PIECE else 8  # halves of a row are turned like rows
-    bytes_of_team = 2 * tile * padded + buffers * tile * (padded + 16) + exchanged + 64 * _TARGET_BYTES
+    stages = 2 if many and group == piece <= _PIECE else 1
+    bytes_of_team = 2 * stages * tile * padded + buffers * tile * (padded + 16) + exchanged + 64 * _TARGET_BYTES
     resident = _RESIDENT_WIDE if piece > 4 * _PIECE else _RESIDENT
     warps = resident // 32 if many else 1 if slices > 1 else _WARPS
     teams = max(1, min(warps // team, (_SHARED - 1024 - tables) // bytes_of_team))

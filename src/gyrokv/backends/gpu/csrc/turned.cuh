@@ -32,6 +32,7 @@ struct Tile {
   static constexpr bool PAIRED = BYTES && C::GROUP == 128 && C::PIECE == C::PADDED && C::PADDED <= 256;
   static constexpr int APART = PAIRED ? C::PADDED / 128 : 1;    // chunks from the first of a pair of chunks to the second
   static constexpr int KEPT_CHUNKS = PAIRED ? CHUNKS / 2 : CHUNKS;  // words of four or eight codes of a row
+  static constexpr int STAGES = C::COPIES > 1 && C::GROUP == C::PIECE && C::PIECE <= 128 ? 2 : 1;  // tiles that are on their way
   static constexpr int LEVELS = 1 << C::BITS, HALF = LEVELS / 2, PITCH = C::PADDED + 16;
   // Shared memory: signs before, as bits 15; where M begins, what flips indices of words of codes; what is added, by cell;
   // squares of levels by index. With many tokens each lane has its own copy of an entry, or shares it with another where
@@ -72,7 +73,8 @@ template <class C>
 struct Team {
   using T = Tile<C>;
   static constexpr int CODES = !Fields<C>::BYTES ? 0 : T::TEAM > 1 && T::SLICES == 1 ? 2 : 1;
-  static constexpr int CODES_AT = C::PADDED * 2 * T::ROWS, CHUNKS_AT = CODES_AT + CODES * T::ROWS * T::PITCH;
+  static constexpr int VALUES = C::PADDED * 2 * T::ROWS;  // bytes of a tile's
+  static constexpr int CODES_AT = VALUES * T::STAGES, CHUNKS_AT = CODES_AT + CODES * T::ROWS * T::PITCH;
   static constexpr int SUMS_AT = CHUNKS_AT + (T::SLICES > 1 ? C::PADDED * 32 : 0);
   static constexpr int TARGETS_AT = SUMS_AT + (T::SLICES > 1 ? 64 * T::TEAM : 0);
   static constexpr int SIZE = TARGETS_AT + 64 * (int)sizeof(Target);
@@ -163,7 +165,7 @@ struct Share {
   int part;     // which warp of the team
   // Of each chunk of the piece, which has 512 bytes: 16 bytes from 8 i on of row g at 64 g, of all i in an order that lets eight
   // rows meet all banks. Where the lane copies those of row g, and reads those of row lane % 8 for the matrix lane / 8
-  u32 to, from;
+  u32 to, from, stage = 0;  // stage: where the tile begins, in bytes
   // H; where KEPT, H and -H for each half of each chunk, with its signs before, which are those of columns here
   static constexpr bool KEPT = CHUNKS <= 4 && T::CHUNKS <= 8;
   u32 hadamard[4], signed_[KEPT ? CHUNKS : 1][2][2][4];
@@ -218,12 +220,14 @@ struct Share {
       for (int i = 0; i < CHUNKS; ++i) {
         int q = part * T::CHUNKS + group * CHUNKS + i;
         bool valid = C::DIM == C::PADDED || 32 * (q + half() * CHUNKS) + threadIdx.x % 4 * 8 < C::DIM;
-        if (C::DIM == C::PADDED) copy_async<16>(to + (group * CHUNKS + i) * 512, row + q * 64);
-        else copy_async<16>(to + (group * CHUNKS + i) * 512, row + q * 64, valid);
+        if (C::DIM == C::PADDED) copy_async<16>(to + stage + (group * CHUNKS + i) * 512, row + q * 64);
+        else copy_async<16>(to + stage + (group * CHUNKS + i) * 512, row + q * 64, valid);
       }
     }
     commit_copies();
   }
+
+  INLINE void next_stage() { stage = T::STAGES > 1 ? Team<C>::VALUES - stage : 0; }
 
   template <int FIRST, int END>
   static INLINE void butterfly(float (&y)[CHUNKS][8]) {
@@ -262,7 +266,7 @@ struct Share {
         u32 u[PAIR][4];
 #pragma unroll
         for (int i = 0; i < PAIR; ++i) {
-          load_matrices(from + (group * CHUNKS + q + i) * 512, u[i]);
+          load_matrices(from + stage + (group * CHUNKS + q + i) * 512, u[i]);
           if (!KEPT) {
             uint4 sign = before(q + i);
             u[i][0] ^= sign.x, u[i][1] ^= sign.y, u[i][2] ^= sign.z, u[i][3] ^= sign.w;
@@ -562,7 +566,12 @@ INLINE void append_tiles(const Append& p, const Append::One& side, u32 block) {
     locate(first, 0, false);
     sync_team<C>();
 #pragma unroll
-    for (int group = 0; group < T::GROUPS; ++group) share.fetch(row_of(0), group);
+    for (int i = 0; i < T::STAGES; ++i) {
+      const char* row = row_of(i);
+#pragma unroll
+      for (int group = 0; group < T::GROUPS; ++group) share.fetch(first + i < end ? row : nullptr, group);
+      share.next_stage();
+    }
   }
   __syncthreads();
   if (!works) return;
@@ -574,11 +583,12 @@ INLINE void append_tiles(const Append& p, const Append::One& side, u32 block) {
 #pragma unroll 1
     for (u32 tile = 0; tile < tiles; ++tile) {
       const char* then = nullptr;
-      if (tile + 1 < tiles) {
-        then = row_of(tile + 1);
-      } else if (first + T::BATCH < end) {
-        locate(first + T::BATCH, now ^ 32, true);
-        then = row_of(0);
+      u32 later = tile + T::STAGES;
+      if (later < tiles) {
+        then = row_of(later);
+      } else if (first + later < end) {
+        if (later == T::BATCH) locate(first + T::BATCH, now ^ 32, true);
+        then = row_of(later - T::BATCH);
       }
       __syncwarp();
       const Target* to = targets + now + tile * T::ROWS;
@@ -591,7 +601,7 @@ INLINE void append_tiles(const Append& p, const Append::One& side, u32 block) {
       if constexpr (Fields<C>::OWN) {
 #pragma unroll
         for (int group = 0; group < T::GROUPS; ++group) {
-          wait_copies<T::GROUPS - 1>();
+          wait_copies<T::GROUPS * T::STAGES - 1>();
           __syncwarp();  // for what other lanes have copied
           keep(group, share.encode(then, codes + group * (T::KEPT_CHUNKS / T::GROUPS), group));
         }
@@ -600,7 +610,7 @@ INLINE void append_tiles(const Append& p, const Append::One& side, u32 block) {
 #pragma unroll
         for (int group = 0; group < T::GROUPS; ++group) {
           u32 part_codes[T::GROUP_CHUNKS][2];
-          wait_copies<T::GROUPS - 1>();
+          wait_copies<T::GROUPS * T::STAGES - 1>();
           __syncwarp();  // for what other lanes have copied
           keep(group, share.encode(then, part_codes, group));
           share.put(bytes, group, part_codes);
@@ -613,6 +623,7 @@ INLINE void append_tiles(const Append& p, const Append::One& side, u32 block) {
       pack_field<C, 4>(codes, bytes, to, rows);
       pack_field<C, 2>(codes, bytes, to, rows);
       pack_field<C, 1>(codes, bytes, to, rows);
+      share.next_stage();
       if (Team<C>::CODES > 1) bytes = own + Team<C>::CODES_AT + (bytes == own + Team<C>::CODES_AT) * T::ROWS * T::PITCH;
       else __syncwarp();
     }
