@@ -126,12 +126,7 @@ def side(fmt: KVFormat, padded: int, group: int, span: int, rotation: str, many:
     signs = torch.nn.functional.pad(signs, (0, -len(signs) % 4))
     squares = fmt.level_values[: 0 if narrow else levels] ** 2
     cells, spread = len(found.table), _SPREAD if many else 1
-    if not many:
-        tables = 4 * (cells + len(squares))
-    elif found.near:
-        tables = 64 * cells + 256 * len(squares)
-    else:
-        tables = 256 * max(cells, len(squares))
+    tables = 256 * max(cells, len(squares)) if many else 4 * (cells + len(squares))
     tables = (4 * len(signs) + tables + 15) // 16 * 16
     fields = [n for n in (1, 2, 4, 8) if fmt.bits & n]
     together = team == 1 and (narrow or piece == group)  # codes of a row in a warp's registers
@@ -139,8 +134,7 @@ def side(fmt: KVFormat, padded: int, group: int, span: int, rotation: str, many:
     buffers = 0 if together and packed else 2 if team > 1 and slices == 1 else 1  # for codes
     exchanged = 4 * 8 * padded + 2 * 4 * 8 * team if slices > 1 else 0
     tile = 4 if many and group == piece > 2 * _PIECE else 8  # halves of a row are turned like rows
-    stages = 2 if many and group == piece <= _PIECE else 1
-    bytes_of_team = 2 * stages * tile * padded + buffers * tile * (padded + 16) + exchanged + 64 * _TARGET_BYTES
+    bytes_of_team = 2 * tile * padded + buffers * tile * (padded + 16) + exchanged + 64 * _TARGET_BYTES
     resident = _RESIDENT_WIDE if piece > 4 * _PIECE else _RESIDENT
     warps = resident // 32 if many else 1 if slices > 1 else _WARPS
     teams = max(1, min(warps // team, (_SHARED - 1024 - tables) // bytes_of_team))
@@ -152,6 +146,7 @@ def side(fmt: KVFormat, padded: int, group: int, span: int, rotation: str, many:
         "BEGIN": _bits(found.begin[1]), "CLAMPED": int(found.clamped), "COPIES": spread,
     }  # fmt: skip
     table = torch.cat((signs, found.table, squares.view(torch.int32)))
+    table = torch.nn.functional.pad(table, (0, -len(table) % 4))
     fit = _SHARED // (shared + 1024) * threads
     return Turned(names, tile, tile * teams, threads, shared, min(resident, max(threads, fit)), table)
 

@@ -32,20 +32,17 @@ struct Tile {
   static constexpr bool PAIRED = BYTES && C::GROUP == 128 && C::PIECE == C::PADDED && C::PADDED <= 256;
   static constexpr int APART = PAIRED ? C::PADDED / 128 : 1;    // chunks from the first of a pair of chunks to the second
   static constexpr int KEPT_CHUNKS = PAIRED ? CHUNKS / 2 : CHUNKS;  // words of four or eight codes of a row
-  static constexpr int STAGES = C::COPIES > 1 && C::GROUP == C::PIECE && C::PIECE <= 128 ? 2 : 1;  // tiles that are on their way
   static constexpr int LEVELS = 1 << C::BITS, HALF = LEVELS / 2, PITCH = C::PADDED + 16;
   // Shared memory: signs before, as bits 15; where M begins, what flips indices of words of codes; what is added, by cell;
-  // squares of levels by index. With many tokens each lane has its own copy of an entry, or shares it with another where
-  // cells are no bytes; entries of bytes are 256 bytes apart, and squares are between those of cells.
+  // squares of levels by index. With many tokens each lane has its own copy of an entry, and the copies of an entry for cells
+  // and of one for squares share 256 bytes.
   static constexpr int BEGIN_AT = C::GROUP * 2, FLIPS_AT = BEGIN_AT + (AFTER ? C::GROUP * 4 : 0);
   static constexpr int FLIPS = AFTER ? C::GROUP / (BYTES ? 8 : 4) : 0;  // words of 32 bits
   static constexpr int CELLS = C::STEPS, SQUARES = BYTES ? 0 : LEVELS;
   static constexpr int CELLS_AT = (FLIPS_AT + 4 * FLIPS + 15) / 16 * 16;
-  static constexpr bool SPREAD = C::COPIES > 1, FINE = C::NEAR > 0;  // cells are no bytes
-  static constexpr int CELL = !SPREAD ? 4 : FINE ? 64 : 256, SQUARE = SPREAD ? 256 : 4;
-  static constexpr bool WOVEN = SPREAD && !FINE;
-  static constexpr int SQUARES_AT = CELLS_AT + (WOVEN ? 128 : CELLS * CELL);
-  static constexpr int END = WOVEN ? CELLS_AT + 256 * (CELLS > SQUARES ? CELLS : SQUARES) : SQUARES_AT + SQUARES * SQUARE;
+  static constexpr bool SPREAD = C::COPIES > 1;
+  static constexpr int ENTRY = SPREAD ? 256 : 4, SQUARES_AT = CELLS_AT + (SPREAD ? 128 : CELLS * 4);
+  static constexpr int END = CELLS_AT + (SPREAD ? 256 * (CELLS > SQUARES ? CELLS : SQUARES) : 4 * (CELLS + SQUARES));
   static constexpr int TEAMS_AT = (END + 15) / 16 * 16;
 };
 
@@ -73,8 +70,7 @@ template <class C>
 struct Team {
   using T = Tile<C>;
   static constexpr int CODES = !Fields<C>::BYTES ? 0 : T::TEAM > 1 && T::SLICES == 1 ? 2 : 1;
-  static constexpr int VALUES = C::PADDED * 2 * T::ROWS;  // bytes of a tile's
-  static constexpr int CODES_AT = VALUES * T::STAGES, CHUNKS_AT = CODES_AT + CODES * T::ROWS * T::PITCH;
+  static constexpr int CODES_AT = C::PADDED * 2 * T::ROWS, CHUNKS_AT = CODES_AT + CODES * T::ROWS * T::PITCH;
   static constexpr int SUMS_AT = CHUNKS_AT + (T::SLICES > 1 ? C::PADDED * 32 : 0);
   static constexpr int TARGETS_AT = SUMS_AT + (T::SLICES > 1 ? 64 * T::TEAM : 0);
   static constexpr int SIZE = TARGETS_AT + 64 * (int)sizeof(Target);
@@ -156,7 +152,6 @@ struct Share {
   static constexpr int SLICES = T::SLICES, CHUNKS = T::GROUP_CHUNKS, HALVES = T::HALVES;
   static constexpr int SUMS = T::FOLDS / SLICES, LOCAL = SUMS / HALVES;  // folds of the warp's own, and of half of a row
   static constexpr int FOLD = CHUNKS / LOCAL, OWN = FOLD / T::FOLDS;  // chunks: of a fold, of each fold for one warp of several
-  static constexpr int PAIR = FOLD > 1 && C::GROUP <= 256 ? 2 : 1;    // chunks that products turn together
   static constexpr u32 MINUSES = 0x80008000;
   static_assert(OWN * T::FOLDS == FOLD, "a chunk of each fold for every warp");
   const char* tables;
@@ -165,10 +160,10 @@ struct Share {
   int part;     // which warp of the team
   // Of each chunk of the piece, which has 512 bytes: 16 bytes from 8 i on of row g at 64 g, of all i in an order that lets eight
   // rows meet all banks. Where the lane copies those of row g, and reads those of row lane % 8 for the matrix lane / 8
-  u32 to, from, stage = 0;  // stage: where the tile begins, in bytes
-  // H; where KEPT, H and -H for each half of each chunk, with its signs before, which are those of columns here
+  u32 to, from;
+  // H; where KEPT, for each half of each chunk, with its signs before, which are those of columns here
   static constexpr bool KEPT = CHUNKS <= 4 && T::CHUNKS <= 8;
-  u32 hadamard[4], signed_[KEPT ? CHUNKS : 1][2][2][4];
+  u32 hadamard[4], signed_[KEPT ? CHUNKS : 1][2][4];
 
   INLINE Share(const char* tables, char* team, int part)
       : tables(tables), team(team), sums((float*)(team + Team<C>::SUMS_AT)), part(part) {
@@ -190,12 +185,10 @@ struct Share {
       for (int q = 0; q < CHUNKS; ++q) {
         uint4 sign = before(q);
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-#pragma unroll
-          for (int minus = 0; minus < 2; ++minus) {
-            signed_[q][0][minus][i] = hadamard[i] ^ (i < 2 ? sign.x : sign.y) ^ minus * MINUSES;
-            signed_[q][1][minus][i] = hadamard[i] ^ (i < 2 ? sign.z : sign.w) ^ minus * MINUSES;
-          }
+        for (int i = 0; i < 4; ++i) {
+          signed_[q][0][i] = hadamard[i] ^ (i < 2 ? sign.x : sign.y);
+          signed_[q][1][i] = hadamard[i] ^ (i < 2 ? sign.z : sign.w);
+        }
       }
     }
   }
@@ -220,14 +213,12 @@ struct Share {
       for (int i = 0; i < CHUNKS; ++i) {
         int q = part * T::CHUNKS + group * CHUNKS + i;
         bool valid = C::DIM == C::PADDED || 32 * (q + half() * CHUNKS) + threadIdx.x % 4 * 8 < C::DIM;
-        if (C::DIM == C::PADDED) copy_async<16>(to + stage + (group * CHUNKS + i) * 512, row + q * 64);
-        else copy_async<16>(to + stage + (group * CHUNKS + i) * 512, row + q * 64, valid);
+        if (C::DIM == C::PADDED) copy_async<16>(to + (group * CHUNKS + i) * 512, row + q * 64);
+        else copy_async<16>(to + (group * CHUNKS + i) * 512, row + q * 64, valid);
       }
     }
     commit_copies();
   }
-
-  INLINE void next_stage() { stage = T::STAGES > 1 ? Team<C>::VALUES - stage : 0; }
 
   template <int FIRST, int END>
   static INLINE void butterfly(float (&y)[CHUNKS][8]) {
@@ -246,56 +237,32 @@ struct Share {
     }
   }
 
-  // d = c + (1 - 2 MINUS) * one half of chunk q, turned
-  template <bool LATER, bool MINUS>
-  INLINE void product(float (&d)[4], const float (&c)[4], int q, const u32 (&u)[4]) const {
-    const u32* a = KEPT ? signed_[q][LATER][MINUS] : hadamard;
-    u32 flip = !KEPT && MINUS ? MINUSES : 0;
-    mma<C::IN == BF16>(d, c, a[0], a[1], a[2], a[3], u[2 * LATER] ^ flip, u[2 * LATER + 1] ^ flip);
+  // d = c + half H of chunk q, turned
+  template <int H>
+  INLINE void product(float (&d)[4], const float (&c)[4], int q, u32 low, u32 high) const {
+    const u32* a = KEPT ? signed_[q][H] : hadamard;
+    mma<C::IN == BF16>(d, c, a[0], a[1], a[2], a[3], low, high);
   }
 
-  // y[2 * value + row] of each chunk of the group in this piece, turned in folds, and the sums of the squares of row g's values
-  // in each fold, in lanes with t = g / 2
-  INLINE void turn(float (&y)[CHUNKS][8], float (&squares)[LOCAL], int group) const {
+  // y[2 * value + row] of each chunk of the group in this piece; turned in folds
+  INLINE void turn(float (&y)[CHUNKS][8], int group) const {
     const float none[4] = {};
 #pragma unroll
-    for (int f = 0; f < LOCAL; ++f) {
-      float gram[2][4] = {};  // products of rows: even words with themselves in 0 and 1 of the first, odd ones in 2 and 3 of the second
-#pragma unroll
-      for (int q = f * FOLD; q < (f + 1) * FOLD; q += PAIR) {
-        u32 u[PAIR][4];
-#pragma unroll
-        for (int i = 0; i < PAIR; ++i) {
-          load_matrices(from + stage + (group * CHUNKS + q + i) * 512, u[i]);
-          if (!KEPT) {
-            uint4 sign = before(q + i);
-            u[i][0] ^= sign.x, u[i][1] ^= sign.y, u[i][2] ^= sign.z, u[i][3] ^= sign.w;
-          }
-#pragma unroll
-          for (int j = 0; j < 4; ++j) mma_8x8<C::IN == BF16>(gram[j % 2], u[i][j / 2 * 2], u[i][j / 2 * 2 + 1], u[i][j]);
-        }
-        float half[4], turned[2][2][4];  // even and odd values of the first chunk, of the second
-        product<0, 0>(half, none, q, u[0]);
-        product<1, 0>(turned[0][0], half, q, u[0]);
-        product<1, 1>(turned[0][1], half, q, u[0]);
-        if constexpr (PAIR == 2) {
-          float sums[2][2][4];
-          product<0, 0>(sums[0][0], turned[0][0], q + 1, u[1]);
-          product<0, 0>(sums[0][1], turned[0][1], q + 1, u[1]);
-          product<0, 1>(sums[1][0], turned[0][0], q + 1, u[1]);
-          product<0, 1>(sums[1][1], turned[0][1], q + 1, u[1]);
-          product<1, 0>(turned[0][0], sums[0][0], q + 1, u[1]);
-          product<1, 1>(turned[0][1], sums[0][1], q + 1, u[1]);
-          product<1, 1>(turned[1][0], sums[1][0], q + 1, u[1]);
-          product<1, 0>(turned[1][1], sums[1][1], q + 1, u[1]);
-        }
-#pragma unroll
-        for (int i = 0; i < PAIR * 8; ++i) y[q + i / 8][i % 8] = turned[i / 8][i / 4 % 2][i % 4];
+    for (int q = 0; q < CHUNKS; ++q) {
+      u32 u[4];
+      load_matrices(from + (group * CHUNKS + q) * 512, u);
+      if (!KEPT) {
+        uint4 sign = before(q);
+        u[0] ^= sign.x, u[1] ^= sign.y, u[2] ^= sign.z, u[3] ^= sign.w;
       }
-      bool odd = threadIdx.x & 4;
-      squares[f] = (odd ? gram[0][1] : gram[0][0]) + (odd ? gram[1][3] : gram[1][2]);
+      float half[4], even[4], odd[4];
+      product<0>(half, none, q, u[0], u[1]);
+      product<1>(even, half, q, u[2], u[3]);
+      product<1>(odd, half, q, u[2] ^ MINUSES, u[3] ^ MINUSES);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) y[q][i] = even[i], y[q][i + 4] = odd[i];
     }
-    butterfly<PAIR, FOLD>(y);
+    butterfly<1, FOLD>(y);
   }
 
   // Chunks of this piece for some of all pieces, turned.
@@ -329,11 +296,11 @@ struct Share {
     float m = __saturatef(__fmaf_rn(x, factor, begin));
     if (T::EVEN) return __float_as_uint(__fmaf_rz(m, 3.9999998f, 8388608.0f));
     if (C::CLAMPED) m = __fmaf_rn(m, 0.5f, 0.5f);
-    u32 bits = __float_as_uint(m), lane = threadIdx.x % 32, at = (bits >> 16 & 0xFF) * 4;
-    if (T::WOVEN) at = prmt(bits, lane * 4, 0x5524);
-    if (T::FINE) {
+    u32 bits = __float_as_uint(m), own = T::SPREAD ? threadIdx.x % 32 * 4 : 0, at = (bits >> 16 & 0xFF) * 4;
+    if (T::SPREAD) at = prmt(bits, own, 0x5524);
+    if (C::NEAR) {  // cells are finer than bytes
       u32 cell = __float_as_uint(__fmaf_rn(m, C::NEAR, 8388608.0f - C::NEAR / 2));
-      at = cell * T::CELL + (T::SPREAD * lane % 16 * 4 - WHOLE * T::CELL);
+      at = cell * T::ENTRY + (own - WHOLE * T::ENTRY);
     }
     return bits + *(const u32*)(tables + T::CELLS_AT + at);
   }
@@ -346,26 +313,39 @@ struct Share {
   // One group of the piece to codes. Returns the norm of row 2 t + g % 2 of the tile and the square of that of its levels.
   INLINE float2 encode(const char* next, u32 (*codes)[2], int group) {
     int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    bool second = g & 1;
     float y[CHUNKS][8], squares[LOCAL];
-    turn(y, squares, group);
+    turn(y, group);
     fetch(next, group);
-    float mine = sum_of<LOCAL>(squares), norm[2];  // norm: its square, of rows 2 t and 2 t + 1
-    if constexpr (SLICES > 1) {
-      if (t == g / 2) give(0, g, mine);
-      exchange(y);
-      norm[0] = take(0, 2 * t), norm[1] = take(0, 2 * t + 1);
-    } else {
-      norm[0] = __shfl_sync(~0u, mine, 9 * t), norm[1] = __shfl_sync(~0u, mine, 9 * t + 4);
-      butterfly<FOLD, CHUNKS>(y);
-      if (HALVES == 2) {
-        norm[0] = norm[1] = norm[0] + norm[1];
 #pragma unroll
-        for (int i = 0; i < CHUNKS * 4; ++i) {
-          float &a = y[i / 4][i % 4 * 2], &b = y[i / 4][i % 4 * 2 + 1], difference = a - b;
-          a = a + b, b = difference;
-        }
+    for (int f = 0; f < LOCAL; ++f) {
+      float sum[4] = {};  // of row i % 2
+#pragma unroll
+      for (int i = 0; i < FOLD * 8; ++i) {
+        float x = y[f * FOLD + i / 8][i % 8];
+        sum[i % 4] = __fmaf_rn(x, x, sum[i % 4]);
+      }
+      squares[f] = sum_of_rows(sum[0] + sum[2], sum[1] + sum[3]);
+    }
+    float own = sum_of<LOCAL>(squares);  // of row 2 t + g % 2, as `norm` is of rows 2 t and 2 t + 1
+    if constexpr (SLICES > 1) {
+      if (g < 2) give(0, 2 * t + g, own);
+      exchange(y);
+      own = take(0, 2 * t + second);
+    } else {
+      butterfly<FOLD, CHUNKS>(y);
+    }
+    own *= (float)T::FOLDS / C::GROUP;  // what is turned after the sum makes squares that much larger
+    float other = __shfl_xor_sync(~0u, own, 4);
+    if (HALVES == 2) {
+      own = other = own + other;
+#pragma unroll
+      for (int i = 0; i < CHUNKS * 4; ++i) {
+        float &a = y[i / 4][i % 4 * 2], &b = y[i / 4][i % 4 * 2 + 1], difference = a - b;
+        a = a + b, b = difference;
       }
     }
+    float norm[2] = {second ? other : own, second ? own : other};
     float root[2], factor[2];  // factor: what turns y into z * scale
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
@@ -420,8 +400,7 @@ struct Share {
       for (int f = 0; f < SUMS; ++f) sums_of_levels[f] = sum_of_rows(total[f][0], total[f][HALVES == 2 ? 0 : 1]);
       levels = sum_of<SUMS>(sums_of_levels);
     }
-    bool second = g & 1;
-    float own = second ? norm[1] : norm[0], inverse = second ? root[1] : root[0];
+    float inverse = second ? root[1] : root[0];
     if (SLICES > 1 && g < 2) give(1, 2 * t + g, levels);
     // nothing is left of a square that is too small
     return make_float2(inverse > 0.0f ? own * inverse : own, levels);
@@ -506,19 +485,22 @@ INLINE void pack_field(const u32 (&codes)[Tile<C>::KEPT_CHUNKS][2], const char* 
 template <class C>
 INLINE void fill_tables(char* tables, const char* from) {
   using T = Tile<C>;
-  constexpr int COUNT = 32 * T::WARPS;
-  const char* entries = from + T::CELLS_AT;  // cells, squares
-  if (threadIdx.x >= COUNT) return;
-  for (int i = threadIdx.x; i < T::CELLS_AT / 16; i += COUNT) copy_async_cached<16>(shared_address(tables) + 16 * i, from + 16 * i);
-  // a warp or half of one writes copies of an entry
-  auto fill = [&](int at, int apart, int copies, int first, int count) {
-#pragma unroll 8
-    for (int i = threadIdx.x; i < count * copies; i += COUNT)
-      *(u32*)(tables + at + i / copies * apart + i % copies * 4) = __ldg((const u32*)entries + first + i / copies);
-  };
-  fill(T::CELLS_AT, T::CELL, T::SPREAD ? (T::FINE ? 16 : 32) : 1, 0, T::CELLS);
-  fill(T::SQUARES_AT, T::SQUARE, T::SPREAD ? 32 : 1, T::CELLS, T::SQUARES);
+  constexpr int COUNT = 32 * T::WARPS, COPIED = T::SPREAD ? T::CELLS_AT : T::TEAMS_AT;
+  u32 thread = threadIdx.x, lane = thread % 32;
+  if (thread >= COUNT) return;
+  for (int i = thread; i < COPIED / 16; i += COUNT) copy_async_cached<16>(shared_address(tables) + 16 * i, from + 16 * i);
   commit_copies();
+  auto fill = [&](int to, int first, int count) {
+    for (int at = thread - lane; at < count; at += COUNT) {
+      u32 entry = at + lane < count ? __ldg((const u32*)(from + T::CELLS_AT) + first + at + lane) : 0;
+#pragma unroll 8
+      for (int i = 0; i < 32; ++i) {
+        u32 x = __shfl_sync(~0u, entry, i);
+        if (at + i < count) *(u32*)(tables + to + (at + i) * T::ENTRY + lane * 4) = x;
+      }
+    }
+  };
+  if (T::SPREAD) fill(T::CELLS_AT, 0, T::CELLS), fill(T::SQUARES_AT, T::CELLS, T::SQUARES);
   wait_copies<0>();
 }
 
@@ -566,12 +548,7 @@ INLINE void append_tiles(const Append& p, const Append::One& side, u32 block) {
     locate(first, 0, false);
     sync_team<C>();
 #pragma unroll
-    for (int i = 0; i < T::STAGES; ++i) {
-      const char* row = row_of(i);
-#pragma unroll
-      for (int group = 0; group < T::GROUPS; ++group) share.fetch(first + i < end ? row : nullptr, group);
-      share.next_stage();
-    }
+    for (int group = 0; group < T::GROUPS; ++group) share.fetch(row_of(0), group);
   }
   __syncthreads();
   if (!works) return;
@@ -583,12 +560,11 @@ INLINE void append_tiles(const Append& p, const Append::One& side, u32 block) {
 #pragma unroll 1
     for (u32 tile = 0; tile < tiles; ++tile) {
       const char* then = nullptr;
-      u32 later = tile + T::STAGES;
-      if (later < tiles) {
-        then = row_of(later);
-      } else if (first + later < end) {
-        if (later == T::BATCH) locate(first + T::BATCH, now ^ 32, true);
-        then = row_of(later - T::BATCH);
+      if (tile + 1 < tiles) {
+        then = row_of(tile + 1);
+      } else if (first + T::BATCH < end) {
+        locate(first + T::BATCH, now ^ 32, true);
+        then = row_of(0);
       }
       __syncwarp();
       const Target* to = targets + now + tile * T::ROWS;
@@ -601,7 +577,7 @@ INLINE void append_tiles(const Append& p, const Append::One& side, u32 block) {
       if constexpr (Fields<C>::OWN) {
 #pragma unroll
         for (int group = 0; group < T::GROUPS; ++group) {
-          wait_copies<T::GROUPS * T::STAGES - 1>();
+          wait_copies<T::GROUPS - 1>();
           __syncwarp();  // for what other lanes have copied
           keep(group, share.encode(then, codes + group * (T::KEPT_CHUNKS / T::GROUPS), group));
         }
@@ -610,7 +586,7 @@ INLINE void append_tiles(const Append& p, const Append::One& side, u32 block) {
 #pragma unroll
         for (int group = 0; group < T::GROUPS; ++group) {
           u32 part_codes[T::GROUP_CHUNKS][2];
-          wait_copies<T::GROUPS * T::STAGES - 1>();
+          wait_copies<T::GROUPS - 1>();
           __syncwarp();  // for what other lanes have copied
           keep(group, share.encode(then, part_codes, group));
           share.put(bytes, group, part_codes);
@@ -623,7 +599,6 @@ INLINE void append_tiles(const Append& p, const Append::One& side, u32 block) {
       pack_field<C, 4>(codes, bytes, to, rows);
       pack_field<C, 2>(codes, bytes, to, rows);
       pack_field<C, 1>(codes, bytes, to, rows);
-      share.next_stage();
       if (Team<C>::CODES > 1) bytes = own + Team<C>::CODES_AT + (bytes == own + Team<C>::CODES_AT) * T::ROWS * T::PITCH;
       else __syncwarp();
     }
