@@ -20,16 +20,17 @@ _RESIDENT, _RESIDENT_WIDE = 512, 384  # threads of a processor with 128 and with
 _SHARED = 227 * 1024  # bytes of a processor, 1024 of them a block's own
 _TARGET_BYTES = 16  # of shared memory for a row's addresses, of 32 rows twice
 _SPREAD = 32  # copies of an entry of a table where tokens are many, one per lane
+_ENTRY = 256  # bytes of shared memory that copies of an entry for cells and of one for squares take
+_MOST_CELLS = 600
 
 
 class Steps(NamedTuple):
-    """How the index of the level of z is found, from x = min(z * scale + begin, 1) in float32, which is 0.254 or more; or
-    ``clamped``: from M = (x + 1) / 2 with x within 0 and 1.
+    """How the index of the level of z is found, from M = min(z * scale + begin, 1) in float32, which is at least 0.254; or,
+    ``clamped``, from M = (x + 1) / 2, where x is z * scale + begin within 0 and 1.
 
-    ``table``: int32, for each cell of x or M what to add to its bits: byte 3 of the sum is the index. The cell is byte 2, or
-    with ``near`` ``round((M - 1/2) * near)``. Four levels with boundaries at -b, 0 and b need no table: the index is the whole
-    part of 4 x with x within 0 and 1, or 3. ``begin``: the second, or where z is to change its sign the first, which is a
-    little lower.
+    ``table``: int32, for each cell of M what to add to its bits, so that byte 3 of the sum is the index. The cell is byte 2,
+    or with ``near`` ``round((M - 1/2) * near)``. Four levels with boundaries at -b, 0 and b need no table: the index is the
+    whole part of 4 x, or 3. ``begin``: the second; the first, a little lower, where z is to change its sign.
     """
 
     scale: float
@@ -41,14 +42,15 @@ class Steps(NamedTuple):
 
 @cache
 def steps(fmt: KVFormat, most: float) -> Steps | None:
-    """For |z| up to ``most``; None if levels are not symmetric or lie closer together than 1/1023 of the largest."""
+    """For |z| up to ``most``; None if levels are not symmetric or lie so close that a table has no room beside the rows."""
     levels, boundaries = fmt.level_values, fmt.boundaries.double()
     if not (torch.equal(levels, -levels.flip(0)) and torch.equal(boundaries, -boundaries.flip(0))):
         return None
     last, unit = float(boundaries[-1]), 2.0**-24
     if len(boundaries) == 3:
         return Steps(0.25 / last, (0.5, 0.5 + unit), True, 0, torch.zeros(0, dtype=torch.int32))
-    # A value below 1/2 has another exponent and cells of its own, of the first level. None lies in the cell of 1/4, that of 1.
+    # Values below 1/2 have another exponent and cells of their own, of the first level; none lies in the cell of 1/4, which
+    # is that of 1.
     slope = 0.745 / (most + last)
     middle = math.floor((1.0 - last * slope) * 2**16) / 2**16
     cell = ((boundaries * slope + middle - 0.5) * 256).floor()
@@ -58,7 +60,7 @@ def steps(fmt: KVFormat, most: float) -> Steps | None:
         cell = ((boundaries * slope + 0.25) * 256).floor()
     while not bool((cell.diff() > 0).all()):
         near += 4
-        if near > 4092:
+        if near // 2 >= _MOST_CELLS:
             return None
         cell = ((boundaries * slope + 0.25) * near).round()
     scale, begin = (2 * slope, (0.5 - 2 * unit, 0.5)) if clamped else (slope, (middle - unit, middle))
@@ -78,7 +80,8 @@ def _bits(value: float) -> int:
 
 
 class Turned(NamedTuple):
-    """``tile``: rows that a team of warps takes at once. ``rows``: of a block at once. ``shared``: bytes. ``resident``: threads of a processor that registers suffice for."""
+    """``tile``: rows that a team of warps takes at once. ``rows``: of a block at once. ``shared``: bytes. ``resident``:
+    threads of a processor that registers suffice for."""
 
     defines: dict[str, int]
     tile: int
@@ -89,8 +92,8 @@ class Turned(NamedTuple):
     table: Tensor
 
 
-_NAMES = ("TURNED", "NEAR", "STEPS", "INDEX", "BYTES", "LEVELS_LOW", "LEVELS_HIGH", "REACH", "BEGIN", "CLAMPED", "PIECE", "SHARED")
-OTHER = dict.fromkeys(_NAMES, 0)
+_LEVELS = ("NEAR", "STEPS", "INDEX", "BYTES", "LEVELS_LOW", "LEVELS_HIGH", "REACH", "BEGIN", "CLAMPED")
+OTHER = dict.fromkeys(("TURNED", "PIECE", "SHARED", *_LEVELS), 0)
 
 
 def side(fmt: KVFormat, padded: int, group: int, span: int, rotation: str, many: bool) -> Turned | None:
@@ -126,7 +129,7 @@ def side(fmt: KVFormat, padded: int, group: int, span: int, rotation: str, many:
     signs = torch.nn.functional.pad(signs, (0, -len(signs) % 4))
     squares = fmt.level_values[: 0 if narrow else levels] ** 2
     cells, spread = len(found.table), _SPREAD if many else 1
-    tables = 256 * max(cells, len(squares)) if many else 4 * (cells + len(squares))
+    tables = _ENTRY * max(cells, len(squares)) if many else 4 * (cells + len(squares))
     tables = (4 * len(signs) + tables + 15) // 16 * 16
     fields = [n for n in (1, 2, 4, 8) if fmt.bits & n]
     together = team == 1 and (narrow or piece == group)  # codes of a row in a warp's registers
@@ -152,7 +155,7 @@ def side(fmt: KVFormat, padded: int, group: int, span: int, rotation: str, many:
 
 
 def _flips(fmt: KVFormat, after: Tensor, apart: int) -> Tensor:
-    """What signs ``after [group]`` change in words of codes, int32: of 4 values of a lane and a chunk, ``[chunk, g]``, a byte
+    """What signs ``after [group]`` change in words of codes, int32: of a lane's 4 values of a chunk, ``[chunk, g]``, a byte
     each; or of two chunks that lie ``apart``, ``[pair, g]``, 4 bits each."""
     most = 2**fmt.bits - 1
     plus, minus = (0, most) if fmt.coding == "index" else (most, most // 2)

@@ -139,6 +139,21 @@ INLINE void pack(const char* codes, const Target* targets, int rows) {
   pack<C, 1, P>(codes, targets, rows);
 }
 
+// Sums over the lanes 4 g + t with the same t: of a in lanes with an even g, of b in the others.
+template <class X>
+INLINE X sum_of_rows(X a, X b) {
+  bool odd = threadIdx.x & 4;
+  X x = (odd ? b : a) + __shfl_xor_sync(~0u, odd ? a : b, 4);
+  x += __shfl_xor_sync(~0u, x, 8);
+  return x + __shfl_xor_sync(~0u, x, 16);
+}
+
+template <int N>
+INLINE float sum_of(const float* x) {
+  if constexpr (N == 1) return x[0];
+  else return sum_of<N / 2>(x) + sum_of<N / 2>(x + N / 2);
+}
+
 // Where row `index` of the call comes from and goes to.
 struct Address {
   u32 batch, head, token, slot;  // slot: of those of the sequence, once `to` has found it

@@ -2,18 +2,18 @@
 //
 // A row is pieces of up to 128 values, one per warp of the team, and a piece chunks of 32; lane 4 g + t holds the 8 values
 // 2 t, 2 t + 8, 2 t + 16, 2 t + 24 and one on of row g. A product with the Hadamard matrix of 16 turns the low four bits of a
-// value's index, sums of products bit 4 and the chunks of a pair, what is left of the piece is added and subtracted in
-// registers. Of the result the lane holds the values 2 g, 2 g + 1, 2 g + 16 and 2 g + 17 of rows 2 t and 2 t + 1. Where a group is several pieces, its warps exchange chunks:
-// then each has some chunks of all pieces, and turns what is left. With many tokens a warp has all of a row, and adds in the
-// same order. +1 and -1 times 16 bits are exact, sums are float32. They are not in index order: a code next to a boundary may
-// differ from the definition's by one level, and a scale by one unit in its last place. A row's bytes depend on nothing else.
-// Squares of norms are the diagonal of the product of a tile with itself.
+// value's index, the sum of two products bit 4, what is left of the piece is added and subtracted in registers. Of the result
+// the lane holds the values 2 g, 2 g + 1, 2 g + 16 and 2 g + 17 of rows 2 t and 2 t + 1. Where a group is several pieces, its
+// warps exchange chunks: then each has some chunks of all pieces, and turns what is left. With many tokens a warp has all of a
+// row, and adds in the same order; halves of the longest rows are turned like rows, and rows 2 t and 2 t + 1 joined then. +1
+// and -1 times 16 bits are exact, sums are float32. They are not in index order: a code next to a boundary may differ from the
+// definition's by one level, and a scale by one unit in its last place. A row's bytes depend on nothing else.
 //
-// The nearest level: M = 3/4 + z * scale, kept within 1/2 and 1, is a fixed-point number, since all floats there have one
-// exponent. For each of its cells a table has what to add to its bits, so that byte 3 of the sum is the index of the level.
-// The cell is byte 2 of M where that is fine enough. Four levels lie evenly and need no table. A sign after the transform
-// makes index i of n the index n - 1 - i, by an exclusive or of four or eight of them; where it is -, M begins a unit lower,
-// so that 0 is the same.
+// The nearest level: M = z * scale + begin is a fixed-point number between 1/2 and 1, where all floats have one exponent. For
+// each of its cells a table has what to add to its bits, so that byte 3 of the sum is the index of the level. The cell is byte
+// 2 of M, or a rounded product where levels lie closer. turned.py says what happens outside. Boundaries of four levels are
+// even, and need no table. A sign after the transform makes index i of n the index n - 1 - i, by an exclusive or of four or
+// eight of them; where it is -, M begins a unit lower, so that 0 stays what it is.
 #pragma once
 #include "append.cuh"
 
@@ -23,15 +23,15 @@ struct Tile {
   static constexpr int HALVES = C::PIECE > 256 && C::GROUP == C::PIECE ? 2 : 1;  // of a row, which are turned as rows are
   static constexpr int ROWS = 8 / HALVES, BATCH = 32 / ROWS;                     // of a tile; tiles of 32 rows
   static constexpr int TEAMS = C::ROWS / ROWS, TEAM = C::PADDED / C::PIECE, WARPS = TEAM * TEAMS;
-  static constexpr int CHUNKS = C::PIECE / HALVES / 32, GROUPS = C::PIECE / C::GROUP + (SLICES > 1);  // of a piece, or its half
-  static constexpr int GROUP_CHUNKS = CHUNKS / GROUPS;                                       // of what of a group is in it
+  static constexpr int CHUNKS = C::PIECE / HALVES / 32, GROUPS = C::PIECE / C::GROUP + (SLICES > 1);  // of a piece or half
+  static constexpr int GROUP_CHUNKS = CHUNKS / GROUPS;               // of what of a group is in it
   static constexpr int FOLDS = C::GROUP > 128 ? C::GROUP / 128 : 1;  // 128 values each: those of a warp, or all of one
   static constexpr bool AFTER = C::RULE == L2;
-  static constexpr bool EVEN = C::BITS == 2;                 // levels lie so that four cells are theirs
-  static constexpr bool BYTES = C::BYTES;                    // levels are 8-bit integers, 8 magnitudes at most
+  static constexpr bool EVEN = C::BITS == 2;   // boundaries lie evenly
+  static constexpr bool BYTES = C::BYTES;      // levels are 8-bit integers, 8 magnitudes at most
   static constexpr bool PAIRED = BYTES && C::GROUP == 128 && C::PIECE == C::PADDED && C::PADDED <= 256;
   static constexpr int APART = PAIRED ? C::PADDED / 128 : 1;    // chunks from the first of a pair of chunks to the second
-  static constexpr int KEPT_CHUNKS = PAIRED ? CHUNKS / 2 : CHUNKS;  // words of four or eight codes of a row
+  static constexpr int WORDS = PAIRED ? CHUNKS / 2 : CHUNKS;    // of four or eight codes
   static constexpr int LEVELS = 1 << C::BITS, HALF = LEVELS / 2, PITCH = C::PADDED + 16;
   // Shared memory: signs before, as bits 15; where M begins, what flips indices of words of codes; what is added, by cell;
   // squares of levels by index. With many tokens each lane has its own copy of an entry, and the copies of an entry for cells
@@ -94,21 +94,6 @@ struct OfTeam {
   }
 };
 
-// Sums over the lanes with the same t: of a in lanes with an even g, of b in the others.
-template <class X>
-INLINE X sum_of_rows(X a, X b) {
-  bool odd = threadIdx.x & 4;
-  X x = (odd ? b : a) + __shfl_xor_sync(~0u, odd ? a : b, 4);
-  x += __shfl_xor_sync(~0u, x, 8);
-  return x + __shfl_xor_sync(~0u, x, 16);
-}
-
-template <int N>
-INLINE float sum_of(const float* x) {
-  if constexpr (N == 1) return x[0];
-  else return sum_of<N / 2>(x) + sum_of<N / 2>(x + N / 2);
-}
-
 INLINE float rsqrt_near(float x) {
   float root = rsqrt_always(x);
   return __fmaf_rn(0.5f * root, __fmaf_rn(-x * root, root, 1.0f), root);
@@ -164,6 +149,8 @@ struct Share {
   // H; where KEPT, for each half of each chunk, with its signs before, which are those of columns here
   static constexpr bool KEPT = CHUNKS <= 4 && T::CHUNKS <= 8;
   u32 hadamard[4], signed_[KEPT ? CHUNKS : 1][2][4];
+  static constexpr bool AT_HAND = KEPT && T::AFTER && SLICES == 1;
+  float4 begins[AT_HAND ? CHUNKS : 1];  // of the lane's four values of each chunk
 
   INLINE Share(const char* tables, char* team, int part)
       : tables(tables), team(team), sums((float*)(team + Team<C>::SUMS_AT)), part(part) {
@@ -184,6 +171,7 @@ struct Share {
 #pragma unroll
       for (int q = 0; q < CHUNKS; ++q) {
         uint4 sign = before(q);
+        if (AT_HAND) begins[q] = ((const float4*)(tables + T::BEGIN_AT))[q * 8 + lane / 4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           signed_[q][0][i] = hadamard[i] ^ (i < 2 ? sign.x : sign.y);
@@ -237,10 +225,8 @@ struct Share {
     }
   }
 
-  // d = c + half H of chunk q, turned
-  template <int H>
-  INLINE void product(float (&d)[4], const float (&c)[4], int q, u32 low, u32 high) const {
-    const u32* a = KEPT ? signed_[q][H] : hadamard;
+  // d = c + matrix `a` times 16 values of each row
+  static INLINE void product(float (&d)[4], const float (&c)[4], const u32* a, u32 low, u32 high) {
     mma<C::IN == BF16>(d, c, a[0], a[1], a[2], a[3], low, high);
   }
 
@@ -256,9 +242,10 @@ struct Share {
         u[0] ^= sign.x, u[1] ^= sign.y, u[2] ^= sign.z, u[3] ^= sign.w;
       }
       float half[4], even[4], odd[4];
-      product<0>(half, none, q, u[0], u[1]);
-      product<1>(even, half, q, u[2], u[3]);
-      product<1>(odd, half, q, u[2] ^ MINUSES, u[3] ^ MINUSES);
+      const u32 *low = KEPT ? signed_[q][0] : hadamard, *high = KEPT ? signed_[q][1] : hadamard;
+      product(half, none, low, u[0], u[1]);
+      product(even, half, high, u[2], u[3]);
+      product(odd, half, high, u[2] ^ MINUSES, u[3] ^ MINUSES);
 #pragma unroll
       for (int i = 0; i < 4; ++i) y[q][i] = even[i], y[q][i + 4] = odd[i];
     }
@@ -359,14 +346,15 @@ struct Share {
       for (int i = 0; i < CHUNKS * 8; ++i)
         if (!(norm[i % 2] <= LARGEST)) y[i / 8][i % 8] = 0.0f;
     }
-    const float4* begins = (const float4*)(tables + T::BEGIN_AT) + g;
+    const float4* others = (const float4*)(tables + T::BEGIN_AT) + g;
     const u32* flips = (const u32*)(tables + T::FLIPS_AT) + g;
     int first = SLICES > 1 ? part / SLICES * SLICES * CHUNKS : 0;  // chunk of the group, as the row counts them
     auto of_group = [&](int q, int k) { return SLICES > 1 ? chunk(0, q) - first : HALVES == 2 ? k * CHUNKS + q : q; };
     float total[SUMS][2] = {};
     int whole[2] = {};
     auto indices = [&](int q, int k) {
-      float4 begin = T::AFTER ? begins[of_group(q, k) * 8] : make_float4(C::begin(), C::begin(), C::begin(), C::begin());
+      float4 begin = make_float4(C::begin(), C::begin(), C::begin(), C::begin());
+      if (T::AFTER) begin = AT_HAND ? begins[q] : others[of_group(q, k) * 8];
       const float from[] = {begin.x, begin.y, begin.z, begin.w};
       u32 index[4];
 #pragma unroll
@@ -431,7 +419,7 @@ struct Share {
 // The fields of WIDTH bits where one lane or two have all codes of a word: of values 2 g and 2 g + 1, those 16 on are in other
 // words, or in other planes of the same.
 template <class C, int WIDTH, int LANES>
-INLINE void pack_own(const u32 (&codes)[Tile<C>::KEPT_CHUNKS][2], const Target* targets, int rows) {
+INLINE void pack_own(const u32 (&codes)[Tile<C>::WORDS][2], char* const (&to)[2], int rows) {
   using T = Tile<C>;
   constexpr int CHUNKS = T::CHUNKS, APART = T::APART, PLANES = 16 / WIDTH, LOW = C::BITS & ~(2 * WIDTH - 1);
   constexpr int START = C::PADDED * LOW / 8, ALIGN = (C::ALIGN | START) & -(C::ALIGN | START);
@@ -460,24 +448,25 @@ INLINE void pack_own(const u32 (&codes)[Tile<C>::KEPT_CHUNKS][2], const Target* 
 #pragma unroll
       for (int k = 0; k < MINE; ++k) {
         if (MINE * t + k >= rows) continue;
-        char* to = targets[MINE * t + k].words + START + 64 * c + 4 * g;
-        store<ALIGN>(to, {words[k][0]});
-        if (STEP == 1) store<ALIGN>(to + 32, {words[k][1]});
+        char* at = to[k] + START + 64 * c + 4 * g;
+        store<ALIGN>(at, {words[k][0]});
+        if (STEP == 1) store<ALIGN>(at + 32, {words[k][1]});
       }
     } else {
       int own = g / 4, row = 2 * t + own;  // lanes g and g ^ 4 have a plane each
       u32 keep = (own ? words[1][0] : words[0][0]) << WIDTH * own, give = (own ? words[0][0] : words[1][0]) << WIDTH * own;
       keep |= __shfl_xor_sync(~0u, give, 16);
-      if (row < rows) store<ALIGN>(targets[row].words + START + 4 * (g % 4), {keep});
+      if (row < rows) store<ALIGN>((own ? to[1] : to[0]) + START + 4 * (g % 4), {keep});
     }
   }
 }
 
 template <class C, int WIDTH>
-INLINE void pack_field(const u32 (&codes)[Tile<C>::KEPT_CHUNKS][2], const char* bytes, const Target* targets, int rows) {
+INLINE void pack_field(
+    const u32 (&codes)[Tile<C>::WORDS][2], const char* bytes, const Target* targets, char* const (&own)[2], int rows) {
   constexpr int LANES = lanes_of_word<C, WIDTH>();
   if constexpr ((C::BITS & WIDTH) == 0) return;
-  else if constexpr (LANES) pack_own<C, WIDTH, LANES>(codes, targets, rows);
+  else if constexpr (LANES) pack_own<C, WIDTH, LANES>(codes, own, rows);
   else pack<C, WIDTH, OfTeam<C>>(bytes, targets, rows);
 }
 
@@ -569,7 +558,7 @@ INLINE void append_tiles(const Append& p, const Append::One& side, u32 block) {
       __syncwarp();
       const Target* to = targets + now + tile * T::ROWS;
       int left = p.rows - (first + tile) * T::ROWS, rows = left < T::ROWS ? left : T::ROWS;
-      u32 codes[T::KEPT_CHUNKS][2];
+      u32 codes[T::WORDS][2];
       auto keep = [&](int group, float2 found) {
         if (T::GROUPS > 1) share.template store_scales<1>(to, rows, group, found);
         else if (lane / T::ROWS == tile) norms = found;
@@ -579,7 +568,7 @@ INLINE void append_tiles(const Append& p, const Append::One& side, u32 block) {
         for (int group = 0; group < T::GROUPS; ++group) {
           wait_copies<T::GROUPS - 1>();
           __syncwarp();  // for what other lanes have copied
-          keep(group, share.encode(then, codes + group * (T::KEPT_CHUNKS / T::GROUPS), group));
+          keep(group, share.encode(then, codes + group * (T::WORDS / T::GROUPS), group));
         }
         if constexpr (Fields<C>::BYTES) share.put(bytes, 0, codes);
       } else {
@@ -595,10 +584,12 @@ INLINE void append_tiles(const Append& p, const Append::One& side, u32 block) {
       if constexpr (Fields<C>::BYTES) sync_team<C>();
       if constexpr (T::SLICES > 1)
         if (lane / T::ROWS == tile) norms.y = share.take(1, lane % 4 * 2 + lane / 4 % 2);
-      pack_field<C, 8>(codes, bytes, to, rows);
-      pack_field<C, 4>(codes, bytes, to, rows);
-      pack_field<C, 2>(codes, bytes, to, rows);
-      pack_field<C, 1>(codes, bytes, to, rows);
+      constexpr int MINE = 2 / T::HALVES;  // rows that the lane has
+      char* const mine[] = {to[lane % 4 * MINE].words, to[lane % 4 * MINE + MINE - 1].words};
+      pack_field<C, 8>(codes, bytes, to, mine, rows);
+      pack_field<C, 4>(codes, bytes, to, mine, rows);
+      pack_field<C, 2>(codes, bytes, to, mine, rows);
+      pack_field<C, 1>(codes, bytes, to, mine, rows);
       if (Team<C>::CODES > 1) bytes = own + Team<C>::CODES_AT + (bytes == own + Team<C>::CODES_AT) * T::ROWS * T::PITCH;
       else __syncwarp();
     }
