@@ -16,7 +16,7 @@ from ...rotation import ROTATIONS, sign_table
 _CHUNK = 32  # values that are turned by products alone
 _PIECE = 128  # values of a row that a warp turns, at most
 _WARPS = 4  # of a block, about
-_RESIDENT, _RESIDENT_WIDE = 512, 384  # threads of a processor with 128 and with 168 registers each
+_RESIDENT = 512  # threads of a processor with 128 registers each
 _SHARED = 227 * 1024  # bytes of a processor, 1024 of them a block's own
 _TARGET_BYTES = 16  # of shared memory for a row's addresses, of 32 rows twice
 _SPREAD = 32  # copies of an entry of a table where tokens are many, one per lane
@@ -138,8 +138,7 @@ def side(fmt: KVFormat, padded: int, group: int, span: int, rotation: str, many:
     exchanged = 4 * 8 * padded + 2 * 4 * 8 * team if slices > 1 else 0
     tile = 4 if many and group == piece > 2 * _PIECE else 8  # halves of a row are turned like rows
     bytes_of_team = 2 * tile * padded + buffers * tile * (padded + 16) + exchanged + 64 * _TARGET_BYTES
-    resident = _RESIDENT_WIDE if piece > 4 * _PIECE else _RESIDENT
-    warps = resident // 32 if many else 1 if slices > 1 else _WARPS
+    warps = _RESIDENT // 32 if many else 1 if slices > 1 else _WARPS
     teams = max(1, min(warps // team, (_SHARED - 1024 - tables) // bytes_of_team))
     threads, shared = 32 * team * teams, tables + teams * bytes_of_team
     low, high = (sum(int(x) << 8 * i for i, x in enumerate(positive[j : j + 4]) if narrow) for j in (0, 4))
@@ -151,7 +150,7 @@ def side(fmt: KVFormat, padded: int, group: int, span: int, rotation: str, many:
     table = torch.cat((signs, found.table, squares.view(torch.int32)))
     table = torch.nn.functional.pad(table, (0, -len(table) % 4))
     fit = _SHARED // (shared + 1024) * threads
-    return Turned(names, tile, tile * teams, threads, shared, min(resident, max(threads, fit)), table)
+    return Turned(names, tile, tile * teams, threads, shared, min(_RESIDENT, max(threads, fit)), table)
 
 
 def _flips(fmt: KVFormat, after: Tensor, apart: int) -> Tensor:
