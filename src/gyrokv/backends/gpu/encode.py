@@ -35,6 +35,7 @@ _RESIDENT = 384  # threads of a processor with 168 registers each
 _ROW_BYTES = 24  # of shared memory for a row's addresses
 _MOST_CELLS = 2047
 _TABLE_BYTES = 20 * 1024  # of shared memory for copies of a table, where many tokens come at once
+_APART = 8  # times as many as _MANY from which on sides that differ have a launch each
 _MANY = 48  # groups of 128 values per processor and side from which on a thread takes a group of its own
 
 
@@ -327,7 +328,7 @@ def append(
     if rows >= 2**31:
         raise GyroKVError(f"{batch} sequences x {heads} heads x {tokens} tokens at once; at most 2**31 - 1 rows")
     groups = rows * min(codecs[0].padded, codecs[1].padded) // 128
-    many = groups >= _many(device.index)
+    many, apart = (groups >= n * _many(device.index) for n in (1, _APART))
     held, parts, fields = [], [], []
     for x, codec, (words, scale) in zip((k, v), codecs, stores):
         x, source = _source(codec.prepare(x))
@@ -336,13 +337,14 @@ def append(
         parts.append((codec.head_dim, codec.rotation, ELEMENTS[x.dtype], align, many))
         fields.append((*source, to, scale_to, *strides, *scale_strides))
         held.append(x)
-    key = (id(codecs[0].format), id(codecs[1].format), *parts, device.index)
+    key = (id(codecs[0].format), id(codecs[1].format), *parts, apart, device.index)
     found = _launchers.get(key)
     if found is None:
         formats = tuple(codec.format for codec in codecs)
         sides = tuple(side(fmt, *part) for fmt, part in zip(formats, parts))
-        # a kernel is only as good as its worse side
-        each = ((0,), (1,)) if many and sides[0].defines != sides[1].defines else ((0, 1),)
+        # a kernel is only as good as its worse side, and a block's threads are for turned rows if there are any
+        apart = sides[0].defines != sides[1].defines and (apart or many and bool(sides[0].turned) != bool(sides[1].turned))
+        each = ((0,), (1,)) if apart else ((0, 1),)
         found = _launchers.setdefault(key, (formats, [_Launcher(which, sides, device) for which in each]))
     lengths, pages = place.lengths, place.pages
     numbers = (

@@ -19,8 +19,8 @@ _WARPS = 4  # of a block, about
 _RESIDENT = 512  # threads of a processor with 128 registers each
 _SHARED = 227 * 1024  # bytes of a processor, 1024 of them a block's own
 _TARGET_BYTES = 16  # of shared memory for a row's addresses, of 32 rows twice
-_SPREAD = 32  # copies of an entry of a table where tokens are many, one per lane
-_ENTRY = 256  # bytes of shared memory that copies of an entry for cells and of one for squares take
+_COPIES, _COPIES_MANY = 8, 32  # of an entry of a table, in shared memory
+_ENTRY_MANY = 256  # bytes there that copies of an entry for cells and of one for squares take
 _MOST_CELLS = 600
 
 
@@ -128,15 +128,15 @@ def side(fmt: KVFormat, padded: int, group: int, span: int, rotation: str, many:
     signs = torch.cat(table)
     signs = torch.nn.functional.pad(signs, (0, -len(signs) % 4))
     squares = fmt.level_values[: 0 if narrow else levels] ** 2
-    cells, spread = len(found.table), _SPREAD if many else 1
-    tables = _ENTRY * max(cells, len(squares)) if many else 4 * (cells + len(squares))
+    cells = len(found.table)
+    tables = _ENTRY_MANY * max(cells, len(squares)) if many else 4 * _COPIES * (cells + len(squares))
     tables = (4 * len(signs) + tables + 15) // 16 * 16
     fields = [n for n in (1, 2, 4, 8) if fmt.bits & n]
     together = team == 1 and (narrow or piece == group)  # codes of a row in a warp's registers
     packed = all(padded * n % 512 == 0 or padded * n in ((128, 256) if n < 4 else (256,) * (n == 4)) for n in fields)
     buffers = 0 if together and packed else 2 if team > 1 and slices == 1 else 1  # for codes
     exchanged = 4 * 8 * padded + 2 * 4 * 8 * team if slices > 1 else 0
-    tile = 4 if many and group == piece > 2 * _PIECE else 8  # halves of a row are turned like rows
+    tile = 4 if many and group == piece > _PIECE else 8  # halves of a row are turned like rows
     bytes_of_team = 2 * tile * padded + buffers * tile * (padded + 16) + exchanged + 64 * _TARGET_BYTES
     warps = _RESIDENT // 32 if many else 1 if slices > 1 else _WARPS
     teams = max(1, min(warps // team, (_SHARED - 1024 - tables) // bytes_of_team))
@@ -145,7 +145,7 @@ def side(fmt: KVFormat, padded: int, group: int, span: int, rotation: str, many:
     names = OTHER | {
         "TURNED": 1, "NEAR": found.near, "STEPS": cells, "BYTES": int(narrow), "PIECE": piece, "SHARED": shared,
         "INDEX": int(fmt.coding == "index"), "LEVELS_LOW": low, "LEVELS_HIGH": high, "REACH": _bits(unit * found.scale),
-        "BEGIN": _bits(found.begin[1]), "CLAMPED": int(found.clamped), "COPIES": spread,
+        "BEGIN": _bits(found.begin[1]), "CLAMPED": int(found.clamped), "COPIES": _COPIES_MANY if many else _COPIES,
     }  # fmt: skip
     table = torch.cat((signs, found.table, squares.view(torch.int32)))
     table = torch.nn.functional.pad(table, (0, -len(table) % 4))

@@ -5,7 +5,7 @@
 // value's index, the sum of two products bit 4, what is left of the piece is added and subtracted in registers. Of the result
 // the lane holds the values 2 g, 2 g + 1, 2 g + 16 and 2 g + 17 of rows 2 t and 2 t + 1. Where a group is several pieces, its
 // warps exchange chunks: then each has some chunks of all pieces, and turns what is left. With many tokens a warp has all of a
-// row, and adds in the same order; halves of the longest rows are turned like rows, and rows 2 t and 2 t + 1 joined then. +1
+// row, and adds in the same order; halves of rows of more than 128 values are turned like rows, and rows 2 t and 2 t + 1 joined then. +1
 // and -1 times 16 bits are exact, sums are float32. They are not in index order: a code next to a boundary may differ from the
 // definition's by one level, and a scale by one unit in its last place. A row's bytes depend on nothing else.
 //
@@ -20,7 +20,7 @@
 template <class C>
 struct Tile {
   static constexpr int SLICES = C::GROUP > C::PIECE ? C::GROUP / C::PIECE : 1;  // pieces of a group
-  static constexpr int HALVES = C::PIECE > 256 && C::GROUP == C::PIECE ? 2 : 1;  // of a row, which are turned as rows are
+  static constexpr int HALVES = C::PIECE > 128 && C::GROUP == C::PIECE ? 2 : 1;  // of a row, which are turned as rows are
   static constexpr int ROWS = 8 / HALVES, BATCH = 32 / ROWS;                     // of a tile; tiles of 32 rows
   static constexpr int TEAMS = C::ROWS / ROWS, TEAM = C::PADDED / C::PIECE, WARPS = TEAM * TEAMS;
   static constexpr int CHUNKS = C::PIECE / HALVES / 32, GROUPS = C::PIECE / C::GROUP + (SLICES > 1);  // of a piece or half
@@ -34,15 +34,15 @@ struct Tile {
   static constexpr int WORDS = PAIRED ? CHUNKS / 2 : CHUNKS;    // of four or eight codes
   static constexpr int LEVELS = 1 << C::BITS, HALF = LEVELS / 2, PITCH = C::PADDED + 16;
   // Shared memory: signs before, as bits 15; where M begins, what flips indices of words of codes; what is added, by cell;
-  // squares of levels by index. With many tokens each lane has its own copy of an entry, and the copies of an entry for cells
-  // and of one for squares share 256 bytes.
+  // squares of levels by index. Lanes that look up other entries would wait for each other: with few tokens there are eight
+  // copies of each entry, with many one per lane, and those of an entry for cells and of one for squares share 256 bytes.
   static constexpr int BEGIN_AT = C::GROUP * 2, FLIPS_AT = BEGIN_AT + (AFTER ? C::GROUP * 4 : 0);
   static constexpr int FLIPS = AFTER ? C::GROUP / (BYTES ? 8 : 4) : 0;  // words of 32 bits
   static constexpr int CELLS = C::STEPS, SQUARES = BYTES ? 0 : LEVELS;
   static constexpr int CELLS_AT = (FLIPS_AT + 4 * FLIPS + 15) / 16 * 16;
-  static constexpr bool SPREAD = C::COPIES > 1;
-  static constexpr int ENTRY = SPREAD ? 256 : 4, SQUARES_AT = CELLS_AT + (SPREAD ? 128 : CELLS * 4);
-  static constexpr int END = CELLS_AT + (SPREAD ? 256 * (CELLS > SQUARES ? CELLS : SQUARES) : 4 * (CELLS + SQUARES));
+  static constexpr bool SPREAD = C::COPIES == 32;
+  static constexpr int ENTRY = SPREAD ? 256 : C::COPIES * 4, SQUARES_AT = CELLS_AT + (SPREAD ? 128 : CELLS * ENTRY);
+  static constexpr int END = CELLS_AT + ENTRY * (!SPREAD ? CELLS + SQUARES : CELLS > SQUARES ? CELLS : SQUARES);
   static constexpr int TEAMS_AT = (END + 15) / 16 * 16;
 };
 
@@ -147,7 +147,7 @@ struct Share {
   // rows meet all banks. Where the lane copies those of row g, and reads those of row lane % 8 for the matrix lane / 8
   u32 to, from;
   // H; where KEPT, for each half of each chunk, with its signs before, which are those of columns here
-  static constexpr bool KEPT = CHUNKS <= 4 && T::CHUNKS <= 8;
+  static constexpr bool KEPT = HALVES == 1 && CHUNKS <= 4 && T::CHUNKS <= 8;
   u32 hadamard[4], signed_[KEPT ? CHUNKS : 1][2][4];
   static constexpr bool AT_HAND = KEPT && T::AFTER && SLICES == 1;
   float4 begins[AT_HAND ? CHUNKS : 1];  // of the lane's four values of each chunk
@@ -283,7 +283,7 @@ struct Share {
     float m = __saturatef(__fmaf_rn(x, factor, begin));
     if (T::EVEN) return __float_as_uint(__fmaf_rz(m, 3.9999998f, 8388608.0f));
     if (C::CLAMPED) m = __fmaf_rn(m, 0.5f, 0.5f);
-    u32 bits = __float_as_uint(m), own = T::SPREAD ? threadIdx.x % 32 * 4 : 0, at = (bits >> 16 & 0xFF) * 4;
+    u32 bits = __float_as_uint(m), own = threadIdx.x % C::COPIES * 4, at = (bits >> 16 & 0xFF) * T::ENTRY + own;
     if (T::SPREAD) at = prmt(bits, own, 0x5524);
     if (C::NEAR) {  // cells are finer than bytes
       u32 cell = __float_as_uint(__fmaf_rn(m, C::NEAR, 8388608.0f - C::NEAR / 2));
@@ -293,7 +293,8 @@ struct Share {
   }
   // the square of its level
   INLINE float square_of(u32 index) const {
-    u32 at = T::SPREAD ? prmt(index, threadIdx.x % 32 * 4, 0x5504 | INDEX_AT << 4) : (index >> 8 * INDEX_AT & 0xFF) * 4;
+    u32 own = threadIdx.x % C::COPIES * 4, at = (index >> 8 * INDEX_AT & 0xFF) * T::ENTRY + own;
+    if (T::SPREAD) at = prmt(index, own, 0x5504 | INDEX_AT << 4);
     return *(const float*)(tables + T::SQUARES_AT + at);
   }
 
@@ -474,22 +475,18 @@ INLINE void pack_field(
 template <class C>
 INLINE void fill_tables(char* tables, const char* from) {
   using T = Tile<C>;
-  constexpr int COUNT = 32 * T::WARPS, COPIED = T::SPREAD ? T::CELLS_AT : T::TEAMS_AT;
-  u32 thread = threadIdx.x, lane = thread % 32;
+  constexpr int COUNT = 32 * T::WARPS, COPIES = C::COPIES;
+  const u32* entries = (const u32*)(from + T::CELLS_AT);
+  int thread = threadIdx.x;
   if (thread >= COUNT) return;
-  for (int i = thread; i < COPIED / 16; i += COUNT) copy_async_cached<16>(shared_address(tables) + 16 * i, from + 16 * i);
+  for (int i = thread; i < T::CELLS_AT / 16; i += COUNT) copy_async_cached<16>(shared_address(tables) + 16 * i, from + 16 * i);
   commit_copies();
-  auto fill = [&](int to, int first, int count) {
-    for (int at = thread - lane; at < count; at += COUNT) {
-      u32 entry = at + lane < count ? __ldg((const u32*)(from + T::CELLS_AT) + first + at + lane) : 0;
-#pragma unroll 8
-      for (int i = 0; i < 32; ++i) {
-        u32 x = __shfl_sync(~0u, entry, i);
-        if (at + i < count) *(u32*)(tables + to + (at + i) * T::ENTRY + lane * 4) = x;
-      }
-    }
-  };
-  if (T::SPREAD) fill(T::CELLS_AT, 0, T::CELLS), fill(T::SQUARES_AT, T::CELLS, T::SQUARES);
+#pragma unroll 16
+  for (int i = thread; i < T::CELLS * COPIES; i += COUNT)
+    *(u32*)(tables + T::CELLS_AT + i / COPIES * T::ENTRY + i % COPIES * 4) = __ldg(entries + i / COPIES);
+#pragma unroll 16
+  for (int i = thread; i < T::SQUARES * COPIES; i += COUNT)
+    *(u32*)(tables + T::SQUARES_AT + i / COPIES * T::ENTRY + i % COPIES * 4) = __ldg(entries + T::CELLS + i / COPIES);
   wait_copies<0>();
 }
 
