@@ -135,6 +135,19 @@ def test_bytes_depend_on_no_other_row(fmt: KVFormat):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("fmt", TURNED, ids=str)
+def test_processors_with_less_shared_memory(fmt: KVFormat, monkeypatch):
+    """Fewer warps of a block, or fewer copies of tables: the same bytes."""
+    for dim in (d for d in (128, 256, 512) if fits(fmt, d)):
+        codec, x = Codec(fmt, dim), random_rows(dim, torch.bfloat16, 67, DEVICE)
+        whole = encoded(x, codec, many=True)
+        monkeypatch.setattr(encode, "_room", lambda device: 99 * 1024)
+        part = encoded(x, codec, many=True)
+        monkeypatch.undo()
+        assert all(bits(a.cpu()) == bits(b.cpu()) for a, b in zip(part, whole)), dim
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fmt", TURNED, ids=str)
 def test_zeros_and_what_is_tiny_or_huge(fmt: KVFormat):
     """Norms below the smallest, subnormal numbers, norms whose square overflows."""
     for dim, dtype in product((128, 256), DTYPES):
@@ -180,7 +193,7 @@ FAULTS = [
     ("a cell of other bits", "prmt(bits, own, 0x5524)", "prmt(bits, own, 0x5514)"),
     ("clamped values that are too large", "__fmaf_rn(m, 0.5f, 0.5f)", "__fmaf_rn(m, 0.501f, 0.499f)"),
     ("four levels that are not even", "3.9999998f", "3.9f"),
-    ("squares of odd levels", "prmt(index, threadIdx", "prmt(index | 1 << 8 * INDEX_AT, threadIdx"),
+    ("squares of odd levels", "square_of(u32 index) const {", "square_of(u32 index) const { index |= 1 << 8 * INDEX_AT;"),
     ("a root of few bits", "__fmaf_rn(-x * root, root, 1.0f), root)", "__fmaf_rn(-x * root, root, 1.0001f), root)"),
     ("zeros with a sign", "factor[k], from[i])", "factor[k], C::begin())"),
     ("groups that are not quite zero", "norm[k] > TINY * TINY &&", "norm[k] > 0.0f &&"),

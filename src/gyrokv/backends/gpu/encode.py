@@ -24,6 +24,7 @@ from ...quant import Codec, Packed, saturate
 from ...rotation import ROTATIONS, sign_table
 from . import turned
 from .nvrtc import Kernel
+from .plan import SHARED_MEMORY
 
 ELEMENTS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 _DENSE, _FLOAT8, _LINEAR, _TABLE = range(4)
@@ -113,7 +114,7 @@ def is_turned(codec: Codec, dtype: torch.dtype) -> bool:
     if fmt.is_dense or dtype not in (torch.float16, torch.bfloat16):
         return False
     padded, group, span, _ = _layout(fmt, codec.head_dim, codec.rotation)
-    return turned.side(fmt, padded, group, span, codec.rotation, False) is not None
+    return turned.side(fmt, padded, group, span, codec.rotation, False, SHARED_MEMORY) is not None
 
 
 def _layout(fmt: KVFormat, head_dim: int, rotation: str) -> tuple[int, int, int, float]:
@@ -193,13 +194,15 @@ def _sign_words(name: str, which: int, group: int) -> str:
 
 
 @cache
-def side(fmt: KVFormat, head_dim: int, rotation: str, element: int, align: int, many: bool) -> Side:
+def side(
+    fmt: KVFormat, head_dim: int, rotation: str, element: int, align: int, many: bool, room: int = SHARED_MEMORY
+) -> Side:
     """``element``: of the values given. ``align``: of stored rows in bytes. ``many``: tokens enough that threads need
-    not share groups."""
+    not share groups. ``room``: bytes of shared memory that a block may have."""
     dense, (padded, group, span, last) = fmt.is_dense, (head_dim, 1, 1, 1.0)
     if not dense:
         padded, group, span, last = _layout(fmt, head_dim, rotation)
-    z = None if dense or element == ELEMENTS[torch.float32] else turned.side(fmt, padded, group, span, rotation, many)
+    z = None if dense or element == ELEMENTS[torch.float32] else turned.side(fmt, padded, group, span, rotation, many, room)
     if dense or z:
         values = 4 if dense and ELEMENTS[torch.float32] in (element, ELEMENTS[fmt.dtype]) else 8
     else:
@@ -230,8 +233,8 @@ def side(fmt: KVFormat, head_dim: int, rotation: str, element: int, align: int, 
     } | turned.OTHER  # fmt: skip
     if z:
         return Side(_texts(named | z.defines | {"ROWS": z.rows}), z.rows, z.threads, z.shared, z.resident, z.tile, z.table)
-    resident = _RESIDENT if many and values >= 64 else 0
-    return Side(_texts(named), rows, threads, shared + _ROW_BYTES * rows, resident, 0, grid.rows if grid else None)
+    resident, shared = _RESIDENT if many and values >= 64 else 0, shared + _ROW_BYTES * rows
+    return Side(_texts(named), rows, threads, shared, resident, 0, grid.rows if grid else None)
 
 
 def _texts(named: dict[str, object]) -> tuple[tuple[str, str], ...]:
@@ -314,6 +317,11 @@ def _many(device: int) -> int:
 
 
 @cache
+def _room(device: int) -> int:
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+@cache
 def _most_blocks(device: int, resident: int) -> int:
     """Of a side where blocks go on to other rows, when ``resident`` fit on a processor."""
     return resident * torch.cuda.get_device_properties(device).multi_processor_count
@@ -334,7 +342,7 @@ def append(
         x, source = _source(codec.prepare(x))
         (to, *strides), (scale_to, *scale_strides) = _address(words), _address(scale)
         align = _aligned(to, words.shape[3] * words.element_size(), *strides)
-        parts.append((codec.head_dim, codec.rotation, ELEMENTS[x.dtype], align, many))
+        parts.append((codec.head_dim, codec.rotation, ELEMENTS[x.dtype], align, many, _room(device.index)))
         fields.append((*source, to, scale_to, *strides, *scale_strides))
         held.append(x)
     key = (id(codecs[0].format), id(codecs[1].format), *parts, apart, device.index)
@@ -342,9 +350,8 @@ def append(
     if found is None:
         formats = tuple(codec.format for codec in codecs)
         sides = tuple(side(fmt, *part) for fmt, part in zip(formats, parts))
-        # a kernel is only as good as its worse side, and a block's threads are for turned rows if there are any
-        apart = sides[0].defines != sides[1].defines and (apart or many and bool(sides[0].turned) != bool(sides[1].turned))
-        each = ((0,), (1,)) if apart else ((0, 1),)
+        differ = sides[0].defines != sides[1].defines  # a kernel is only as good as its worse side
+        each = ((0,), (1,)) if differ and (apart or many and (sides[0].turned > 0) != (sides[1].turned > 0)) else ((0, 1),)
         found = _launchers.setdefault(key, (formats, [_Launcher(which, sides, device) for which in each]))
     lengths, pages = place.lengths, place.pages
     numbers = (

@@ -17,8 +17,8 @@ _CHUNK = 32  # values that are turned by products alone
 _PIECE = 128  # values of a row that a warp turns, at most
 _WARPS = 4  # of a block, about
 _RESIDENT = 512  # threads of a processor with 128 registers each
-_SHARED = 227 * 1024  # bytes of a processor, 1024 of them a block's own
 _TARGET_BYTES = 16  # of shared memory for a row's addresses, of 32 rows twice
+_OWN = 1024  # bytes of shared memory that every block has
 _COPIES, _COPIES_MANY = 8, 32  # of an entry of a table, in shared memory
 _ENTRY_MANY = 256  # bytes there that copies of an entry for cells and of one for squares take
 _MOST_CELLS = 600
@@ -96,9 +96,9 @@ _LEVELS = ("NEAR", "STEPS", "INDEX", "BYTES", "LEVELS_LOW", "LEVELS_HIGH", "REAC
 OTHER = dict.fromkeys(("TURNED", "PIECE", "SHARED", *_LEVELS), 0)
 
 
-def side(fmt: KVFormat, padded: int, group: int, span: int, rotation: str, many: bool) -> Turned | None:
+def side(fmt: KVFormat, padded: int, group: int, span: int, rotation: str, many: bool, room: int) -> Turned | None:
     """For rows of 16-bit values; None if the kernel does not take them. ``many``: tokens enough that a warp need not share
-    a row whose groups it can turn one by one."""
+    a row whose groups it can turn one by one. ``room``: bytes of shared memory that a block may have."""
     row = ROTATIONS[rotation]
     ours = fmt.kind == "codebook" and row.mixes and fmt.corrected and fmt.scale_dtype == "float16" and fmt.ties == "up"
     rule = fmt.scale == "l2" or fmt.scale == "rms" and not row.signs[1]
@@ -129,8 +129,6 @@ def side(fmt: KVFormat, padded: int, group: int, span: int, rotation: str, many:
     signs = torch.nn.functional.pad(signs, (0, -len(signs) % 4))
     squares = fmt.level_values[: 0 if narrow else levels] ** 2
     cells = len(found.table)
-    tables = _ENTRY_MANY * max(cells, len(squares)) if many else 4 * _COPIES * (cells + len(squares))
-    tables = (4 * len(signs) + tables + 15) // 16 * 16
     fields = [n for n in (1, 2, 4, 8) if fmt.bits & n]
     together = team == 1 and (narrow or piece == group)  # codes of a row in a warp's registers
     packed = all(padded * n % 512 == 0 or padded * n in ((128, 256) if n < 4 else (256,) * (n == 4)) for n in fields)
@@ -139,17 +137,22 @@ def side(fmt: KVFormat, padded: int, group: int, span: int, rotation: str, many:
     tile = 4 if many and group == piece > _PIECE else 8  # halves of a row are turned like rows
     bytes_of_team = 2 * tile * padded + buffers * tile * (padded + 16) + exchanged + 64 * _TARGET_BYTES
     warps = _RESIDENT // 32 if many else 1 if slices > 1 else _WARPS
-    teams = max(1, min(warps // team, (_SHARED - 1024 - tables) // bytes_of_team))
+    for copies in (_COPIES_MANY,) * many + (_COPIES,):
+        each = _ENTRY_MANY * max(cells, len(squares)) if copies == _COPIES_MANY else 4 * copies * (cells + len(squares))
+        tables = (4 * len(signs) + each + 15) // 16 * 16
+        teams = max(1, min(warps // team, (room - tables) // bytes_of_team))
+        if tables + max(teams, warps // team // 2) * bytes_of_team <= room:
+            break
     threads, shared = 32 * team * teams, tables + teams * bytes_of_team
     low, high = (sum(int(x) << 8 * i for i, x in enumerate(positive[j : j + 4]) if narrow) for j in (0, 4))
     names = OTHER | {
         "TURNED": 1, "NEAR": found.near, "STEPS": cells, "BYTES": int(narrow), "PIECE": piece, "SHARED": shared,
         "INDEX": int(fmt.coding == "index"), "LEVELS_LOW": low, "LEVELS_HIGH": high, "REACH": _bits(unit * found.scale),
-        "BEGIN": _bits(found.begin[1]), "CLAMPED": int(found.clamped), "COPIES": _COPIES_MANY if many else _COPIES,
+        "BEGIN": _bits(found.begin[1]), "CLAMPED": int(found.clamped), "COPIES": copies,
     }  # fmt: skip
     table = torch.cat((signs, found.table, squares.view(torch.int32)))
     table = torch.nn.functional.pad(table, (0, -len(table) % 4))
-    fit = _SHARED // (shared + 1024) * threads
+    fit = (room + _OWN) // (shared + _OWN) * threads
     return Turned(names, tile, tile * teams, threads, shared, min(_RESIDENT, max(threads, fit)), table)
 
 
