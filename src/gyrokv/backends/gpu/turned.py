@@ -134,7 +134,7 @@ def side(fmt: KVFormat, padded: int, group: int, span: int, rotation: str, many:
     packed = all(padded * n % 512 == 0 or padded * n in ((128, 256) if n < 4 else (256,) * (n == 4)) for n in fields)
     buffers = 0 if together and packed else 2 if team > 1 and slices == 1 else 1  # for codes
     exchanged = 4 * 8 * padded + 2 * 4 * 8 * team if slices > 1 else 0
-    tile = 4 if many and group == piece > _PIECE else 8  # halves of a row are turned like rows
+    tile = 4 if many and group == piece > 2 * _PIECE else 8  # halves of a row are turned like rows
     bytes_of_team = 2 * tile * padded + buffers * tile * (padded + 16) + exchanged + 64 * _TARGET_BYTES
     warps = _RESIDENT // 32 if many else 1 if slices > 1 else _WARPS
     for copies in (_COPIES_MANY,) * many + (_COPIES,):

@@ -5,7 +5,7 @@
 // value's index, the sum of two products bit 4, what is left of the piece is added and subtracted in registers. Of the result
 // the lane holds the values 2 g, 2 g + 1, 2 g + 16 and 2 g + 17 of rows 2 t and 2 t + 1. Where a group is several pieces, its
 // warps exchange chunks: then each has some chunks of all pieces, and turns what is left. With many tokens a warp has all of a
-// row, and adds in the same order; halves of rows of more than 128 values are turned like rows, and rows 2 t and 2 t + 1 joined then. +1
+// row, and adds in the same order; halves of the longest rows are turned like rows, and rows 2 t and 2 t + 1 joined then. +1
 // and -1 times 16 bits are exact, sums are float32. They are not in index order: a code next to a boundary may differ from the
 // definition's by one level, and a scale by one unit in its last place. A row's bytes depend on nothing else.
 //
@@ -20,7 +20,7 @@
 template <class C>
 struct Tile {
   static constexpr int SLICES = C::GROUP > C::PIECE ? C::GROUP / C::PIECE : 1;  // pieces of a group
-  static constexpr int HALVES = C::PIECE > 128 && C::GROUP == C::PIECE ? 2 : 1;  // of a row, which are turned as rows are
+  static constexpr int HALVES = C::PIECE > 256 && C::GROUP == C::PIECE ? 2 : 1;  // of a row, which are turned as rows are
   static constexpr int ROWS = 8 / HALVES, BATCH = 32 / ROWS;                     // of a tile; tiles of 32 rows
   static constexpr int TEAMS = C::ROWS / ROWS, TEAM = C::PADDED / C::PIECE, WARPS = TEAM * TEAMS;
   static constexpr int CHUNKS = C::PIECE / HALVES / 32, GROUPS = C::PIECE / C::GROUP + (SLICES > 1);  // of a piece or half
@@ -125,8 +125,7 @@ template <class C>
 INLINE int squares_of(u32 x, int total) {
   constexpr u32 ONES = 0x11111111, HALF = Tile<C>::HALF;
   if (C::INDEX) x = ~(x ^ below<C>(x & HALF * ONES));
-  u32 sizes = x & ONES * (HALF - 1);
-  u32 low = prmt(C::LEVELS_LOW, C::LEVELS_HIGH, sizes), high = prmt(C::LEVELS_LOW, C::LEVELS_HIGH, sizes >> 16);
+  u32 sizes = x & ONES * (HALF - 1), low = prmt(C::LEVELS_LOW, C::LEVELS_HIGH, sizes), high = prmt(C::LEVELS_LOW, C::LEVELS_HIGH, sizes >> 16);
   return __dp4a((int)high, (int)high, __dp4a((int)low, (int)low, total));
 }
 
@@ -471,22 +470,27 @@ INLINE void pack_field(
   else pack<C, WIDTH, OfTeam<C>>(bytes, targets, rows);
 }
 
+// Copies of N entries of a table; reads of all before the first write.
+template <class C, int N>
+INLINE void copy_entries(char* to, const u32* entries) {
+  constexpr int COUNT = 32 * Tile<C>::WARPS, COPIES = C::COPIES, EACH = (N * COPIES + COUNT - 1) / COUNT;
+  u32 x[EACH + 1];
+#pragma unroll
+  for (int j = 0; j < EACH; ++j) x[j] = __ldg(entries + min((int)threadIdx.x + j * COUNT, N * COPIES - 1) / COPIES);
+#pragma unroll
+  for (int j = 0, i = threadIdx.x; j < EACH; ++j, i += COUNT)
+    if (i < N * COPIES) *(u32*)(to + i / COPIES * Tile<C>::ENTRY + i % COPIES * 4) = x[j];
+}
+
 // The tables of a block, of which `from` has one copy of each entry.
 template <class C>
 INLINE void fill_tables(char* tables, const char* from) {
   using T = Tile<C>;
-  constexpr int COUNT = 32 * T::WARPS, COPIES = C::COPIES;
-  const u32* entries = (const u32*)(from + T::CELLS_AT);
-  int thread = threadIdx.x;
-  if (thread >= COUNT) return;
-  for (int i = thread; i < T::CELLS_AT / 16; i += COUNT) copy_async_cached<16>(shared_address(tables) + 16 * i, from + 16 * i);
+  if (threadIdx.x >= 32 * T::WARPS) return;
+  for (int i = threadIdx.x; i < T::CELLS_AT / 16; i += 32 * T::WARPS) copy_async_cached<16>(shared_address(tables) + 16 * i, from + 16 * i);
   commit_copies();
-#pragma unroll 16
-  for (int i = thread; i < T::CELLS * COPIES; i += COUNT)
-    *(u32*)(tables + T::CELLS_AT + i / COPIES * T::ENTRY + i % COPIES * 4) = __ldg(entries + i / COPIES);
-#pragma unroll 16
-  for (int i = thread; i < T::SQUARES * COPIES; i += COUNT)
-    *(u32*)(tables + T::SQUARES_AT + i / COPIES * T::ENTRY + i % COPIES * 4) = __ldg(entries + T::CELLS + i / COPIES);
+  copy_entries<C, T::CELLS>(tables + T::CELLS_AT, (const u32*)(from + T::CELLS_AT));
+  copy_entries<C, T::SQUARES>(tables + T::SQUARES_AT, (const u32*)(from + T::CELLS_AT) + T::CELLS);
   wait_copies<0>();
 }
 
