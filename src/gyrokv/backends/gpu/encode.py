@@ -24,6 +24,7 @@ from ...quant import Codec, Packed, saturate
 from ...rotation import ROTATIONS, sign_table
 from . import turned
 from .nvrtc import Kernel
+from .plan import SHARED_MEMORY
 
 ELEMENTS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 _DENSE, _FLOAT8, _LINEAR, _TABLE = range(4)
@@ -35,8 +36,8 @@ _RESIDENT = 384  # threads of a processor with 168 registers each
 _ROW_BYTES = 24  # of shared memory for a row's addresses
 _MOST_CELLS = 2047
 _TABLE_BYTES = 20 * 1024  # of shared memory for copies of a table, where many tokens come at once
+_APART = 8  # times as many as _MANY from which on sides that differ have a launch each
 _MANY = 48  # groups of 128 values per processor and side from which on a thread takes a group of its own
-_APART = 8  # times as many from which on sides that differ have a launch each: a kernel is only as good as its worse side
 
 
 # -- what a kernel is compiled with
@@ -113,7 +114,7 @@ def is_turned(codec: Codec, dtype: torch.dtype) -> bool:
     if fmt.is_dense or dtype not in (torch.float16, torch.bfloat16):
         return False
     padded, group, span, _ = _layout(fmt, codec.head_dim, codec.rotation)
-    return turned.side(fmt, padded, group, span, codec.rotation, False) is not None
+    return turned.side(fmt, padded, group, span, codec.rotation, False, SHARED_MEMORY) is not None
 
 
 def _layout(fmt: KVFormat, head_dim: int, rotation: str) -> tuple[int, int, int, float]:
@@ -177,7 +178,7 @@ class Side:
     threads: int
     shared: int
     resident: int
-    turned: bool
+    turned: int
     table: Tensor | None
 
 
@@ -193,13 +194,15 @@ def _sign_words(name: str, which: int, group: int) -> str:
 
 
 @cache
-def side(fmt: KVFormat, head_dim: int, rotation: str, element: int, align: int, many: bool) -> Side:
+def side(
+    fmt: KVFormat, head_dim: int, rotation: str, element: int, align: int, many: bool, room: int = SHARED_MEMORY
+) -> Side:
     """``element``: of the values given. ``align``: of stored rows in bytes. ``many``: tokens enough that threads need
-    not share groups."""
+    not share groups. ``room``: bytes of shared memory that a block may have."""
     dense, (padded, group, span, last) = fmt.is_dense, (head_dim, 1, 1, 1.0)
     if not dense:
         padded, group, span, last = _layout(fmt, head_dim, rotation)
-    z = None if dense or element == ELEMENTS[torch.float32] else turned.side(fmt, padded, group, span, rotation, many)
+    z = None if dense or element == ELEMENTS[torch.float32] else turned.side(fmt, padded, group, span, rotation, many, room)
     if dense or z:
         values = 4 if dense and ELEMENTS[torch.float32] in (element, ELEMENTS[fmt.dtype]) else 8
     else:
@@ -229,9 +232,9 @@ def side(fmt: KVFormat, head_dim: int, rotation: str, element: int, align: int, 
         "BEFORE": _sign_words(rotation, 0, group), "AFTER": _sign_words(rotation, 1, group),
     } | turned.OTHER  # fmt: skip
     if z:
-        return Side(_texts(named | z.defines | {"ROWS": z.rows}), z.rows, z.threads, z.shared, z.resident, True, z.table)
-    resident = _RESIDENT if many and values >= 64 else 0
-    return Side(_texts(named), rows, threads, shared + _ROW_BYTES * rows, resident, False, grid.rows if grid else None)
+        return Side(_texts(named | z.defines | {"ROWS": z.rows}), z.rows, z.threads, z.shared, z.resident, z.tile, z.table)
+    resident, shared = _RESIDENT if many and values >= 64 else 0, shared + _ROW_BYTES * rows
+    return Side(_texts(named), rows, threads, shared, resident, 0, grid.rows if grid else None)
 
 
 def _texts(named: dict[str, object]) -> tuple[tuple[str, str], ...]:
@@ -294,11 +297,11 @@ class _Launcher:
     def launch(self, fields: list[tuple[int, ...]], numbers: tuple[int, ...], rows: int, device: torch.device) -> None:
         """``fields``: of struct Append, of K and V; ``numbers``: those after them."""
         blocks, sides = [], []
-        most = max(1, _most_blocks(device.index, self.resident) // max(1, sum(self.turned)))
-        for i, table, at_once, on in zip(self.which, self.tables, self.rows, self.turned):
+        most = max(1, _most_blocks(device.index, self.resident) // max(1, sum(map(bool, self.turned))))
+        for i, table, at_once, tile in zip(self.which, self.tables, self.rows, self.turned):
             count = -(-rows // at_once)
-            blocks.append(min(count, most) if on else count)
-            tiles = divmod(-(-rows // turned.TILE), blocks[-1] * at_once // turned.TILE) if on else (0, 0)
+            blocks.append(min(count, most) if tile else count)
+            tiles = divmod(-(-rows // tile), blocks[-1] * at_once // tile) if tile else (0, 0)
             sides.append((*fields[i], table.data_ptr(), *tiles))
         call = _Append.from_buffer_copy(_APPEND.pack(*sides[0], *sides[-1], *numbers, rows, blocks[0]))
         self.kernel.launch((sum(blocks), 1, 1), self.threads, torch.cuda.current_stream(device).cuda_stream, call)
@@ -311,6 +314,11 @@ _launchers: dict[tuple, tuple[tuple[KVFormat, ...], list[_Launcher]]] = {}
 @cache
 def _many(device: int) -> int:
     return _MANY * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
+def _room(device: int) -> int:
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 @cache
@@ -334,7 +342,7 @@ def append(
         x, source = _source(codec.prepare(x))
         (to, *strides), (scale_to, *scale_strides) = _address(words), _address(scale)
         align = _aligned(to, words.shape[3] * words.element_size(), *strides)
-        parts.append((codec.head_dim, codec.rotation, ELEMENTS[x.dtype], align, many))
+        parts.append((codec.head_dim, codec.rotation, ELEMENTS[x.dtype], align, many, _room(device.index)))
         fields.append((*source, to, scale_to, *strides, *scale_strides))
         held.append(x)
     key = (id(codecs[0].format), id(codecs[1].format), *parts, apart, device.index)
@@ -342,7 +350,8 @@ def append(
     if found is None:
         formats = tuple(codec.format for codec in codecs)
         sides = tuple(side(fmt, *part) for fmt, part in zip(formats, parts))
-        each = ((0,), (1,)) if apart and sides[0].defines != sides[1].defines else ((0, 1),)
+        differ = sides[0].defines != sides[1].defines  # a kernel is only as good as its worse side
+        each = ((0,), (1,)) if differ and (apart or many and (sides[0].turned > 0) != (sides[1].turned > 0)) else ((0, 1),)
         found = _launchers.setdefault(key, (formats, [_Launcher(which, sides, device) for which in each]))
     lengths, pages = place.lengths, place.pages
     numbers = (

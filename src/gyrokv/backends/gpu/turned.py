@@ -13,88 +13,66 @@ from torch import Tensor
 from ...formats import KVFormat
 from ...rotation import ROTATIONS, sign_table
 
-TILE = 8  # rows that a team of warps takes at once
 _CHUNK = 32  # values that are turned by products alone
 _PIECE = 128  # values of a row that a warp turns, at most
 _WARPS = 4  # of a block, about
-_RESIDENT, _RESIDENT_WIDE = 512, 384  # threads of a processor with 128 and with 168 registers each
-_SHARED = 227 * 1024  # bytes of a processor, 1024 of them a block's own
+_RESIDENT = 512  # threads of a processor with 128 registers each
 _TARGET_BYTES = 16  # of shared memory for a row's addresses, of 32 rows twice
-_BIG_TABLE = 16 * 1024  # bytes of squares from which on more warps share them
+_OWN = 1024  # bytes of shared memory that every block has
+_COPIES, _COPIES_MANY = 8, 32  # of an entry of a table, in shared memory
+_ENTRY_MANY = 256  # bytes there that copies of an entry for cells and of one for squares take
+_MOST_CELLS = 600
 
 
 class Steps(NamedTuple):
-    """What is looked up for normalised values |z|, as M = 1 + |z| * scale, float32.
+    """How the index of the level of z is found, from M = min(z * scale + begin, 1) in float32, which is at least 0.254; or,
+    ``clamped``, from M = (x + 1) / 2, where x is z * scale + begin within 0 and 1.
 
-    ``table``: int32, for the cells ``round(|z| * scale * near)`` from 0 on, what to add to the bits of M: byte 3 of the sum
-    is the index of the level's magnitude. Empty where there are two magnitudes: then M = 2 at the boundary.
+    ``table``: int32, for each cell of M what to add to its bits, so that byte 3 of the sum is the index. The cell is byte 2,
+    or with ``near`` ``round((M - 1/2) * near)``. Four levels with boundaries at -b, 0 and b need no table: the index is the
+    whole part of 4 x, or 3. ``begin``: the second; the first, a little lower, where z is to change its sign.
     """
 
     scale: float
+    begin: tuple[float, float]
+    clamped: bool
     near: int
     table: Tensor
 
 
-class Curve(NamedTuple):
-    """What finds four magnitudes of |z| without a table, from a = clamp(|z| * scale + offset, 0, 1), float32.
-
-    The bits 21 and 22 of ``(square * a + slope) * a + start``, a float32 from 1 to 2, are the index of the magnitude.
-    """
-
-    scale: float
-    offset: float
-    start: float
-    slope: float
-    square: float
-
-
-@cache
-def curve(fmt: KVFormat) -> Curve | None:
-    """The parabola through the three positive boundaries, as far as it rises; None if there are others, or too little."""
-    half = 2 ** (fmt.bits - 1)
-    if half != 4:
-        return None
-    (a, b, c), margin = fmt.boundaries[half:].double().tolist(), 0.02  # of an index
-    square = (1 / (c - b) - 1 / (b - a)) / (c - a)  # of index = (square z + slope) z + start
-    slope = 1 / (b - a) - square * (a + b)
-    start = 1 - (square * a + slope) * a
-
-    def where(index: float) -> float:
-        """The first z of an index on the branch that rises."""
-        inside = slope * slope - 4 * square * (start - index)
-        return (math.sqrt(inside) - slope) / (2 * square) if inside > 0 else -slope / (2 * square)
-
-    first, last = max(0.0, where(margin)), where(4 - margin)
-    if not abs(square) > 1e-6 or not (square * last + slope) * last + start > 3 + margin:
-        return None
-    width = last - first
-    start += (square * first + slope) * first
-    slope = (2 * square * first + slope) * width
-    return Curve(1 / width, -first / width, 1 + start / 4, slope / 4, square * width * width / 4)
-
-
 @cache
 def steps(fmt: KVFormat, most: float) -> Steps | None:
-    """For |z| up to ``most``; None if levels are not symmetric or lie closer together than 1/1023 of the largest."""
-    half = 2 ** (fmt.bits - 1)
-    levels, boundaries = fmt.level_values, fmt.boundaries
+    """For |z| up to ``most``; None if levels are not symmetric or lie so close that a table has no room beside the rows."""
+    levels, boundaries = fmt.level_values, fmt.boundaries.double()
     if not (torch.equal(levels, -levels.flip(0)) and torch.equal(boundaries, -boundaries.flip(0))):
         return None
-    positive = boundaries[half:].double()  # after each magnitude but the last
-    if half == 2:
-        return Steps(1.0 / float(positive[0]), 0, torch.zeros(0, dtype=torch.int32))
-    scale = 0.999 / float(positive[-1]) if half > 1 else 1.0 / most
-    grids = ((n, (positive * (scale * n)).round()) for n in range(1, 1024))
-    near, at = next(((n, at.long()) for n, at in grids if bool((at.diff() > 0).all())), (0, None))
-    if at is None:
-        return None
-    cell = torch.arange(round(1.01 * most * scale * near) + 1)
-    below = torch.searchsorted(at, cell)  # boundaries in earlier cells
-    bits = (1.0 + positive * scale).float().view(torch.int32).long()
-    inside = torch.isin(cell, at)
-    start = (1.0 + (cell - 0.6).clamp(min=0) / near).float().view(torch.int32).long()
-    add = torch.where(inside, (below + 1 << 24) - torch.cat((bits, bits.new_zeros(1)))[below], (below << 24) - start)
-    return Steps(scale, near, torch.where(add >= 2**31, add - 2**32, add).to(torch.int32))
+    last, unit = float(boundaries[-1]), 2.0**-24
+    if len(boundaries) == 3:
+        return Steps(0.25 / last, (0.5, 0.5 + unit), True, 0, torch.zeros(0, dtype=torch.int32))
+    # Values below 1/2 have another exponent and cells of their own, of the first level; none lies in the cell of 1/4, which
+    # is that of 1.
+    slope = 0.745 / (most + last)
+    middle = math.floor((1.0 - last * slope) * 2**16) / 2**16
+    cell = ((boundaries * slope + middle - 0.5) * 256).floor()
+    near, clamped = 0, bool((cell.diff() <= 0).any()) or bool((cell < 0).any())
+    if clamped:
+        slope, middle = 0.2499 / (last or most), 0.75
+        cell = ((boundaries * slope + 0.25) * 256).floor()
+    while not bool((cell.diff() > 0).all()):
+        near += 4
+        if near // 2 >= _MOST_CELLS:
+            return None
+        cell = ((boundaries * slope + 0.25) * near).round()
+    scale, begin = (2 * slope, (0.5 - 2 * unit, 0.5)) if clamped else (slope, (middle - unit, middle))
+    bits = (boundaries * slope + middle).float().view(torch.int32).long()
+    each = torch.arange(near // 2 + 1 if near else 129)
+    below = torch.searchsorted(cell.long(), each)  # boundaries in earlier cells
+    start = (0.5 + (each - 0.6).clamp(min=0) / near if near else 0.5 + each / 256).float().view(torch.int32).long()
+    inside = torch.isin(each, cell.long())
+    add = torch.where(inside, (below + 1 << 24) - torch.cat((bits, bits[:1]))[below], (below << 24) - start)
+    if not clamped:
+        add = torch.cat((add, -(0x3E000000 + (torch.arange(129, 256) << 16))))
+    return Steps(scale, begin, clamped, near, torch.where(add >= 2**31, add - 2**32, add).to(torch.int32))
 
 
 def _bits(value: float) -> int:
@@ -102,9 +80,11 @@ def _bits(value: float) -> int:
 
 
 class Turned(NamedTuple):
-    """``rows``: of a block at once. ``shared``: bytes. ``resident``: threads of a processor that registers suffice for."""
+    """``tile``: rows that a team of warps takes at once. ``rows``: of a block at once. ``shared``: bytes. ``resident``:
+    threads of a processor that registers suffice for."""
 
     defines: dict[str, int]
+    tile: int
     rows: int
     threads: int
     shared: int
@@ -112,35 +92,25 @@ class Turned(NamedTuple):
     table: Tensor
 
 
-_CURVE = ("CURVED", "OFFSET", "START", "SLOPE", "SQUARE")
-_NAMES = ("TURNED", "NEAR", "STEPS", "INDEX", "BYTES", "LEVELS_LOW", "LEVELS_HIGH", "REACH", "PIECE", "SHARED")
-OTHER = dict.fromkeys((*_NAMES, *_CURVE), 0)
+_LEVELS = ("NEAR", "STEPS", "INDEX", "BYTES", "LEVELS_LOW", "LEVELS_HIGH", "REACH", "BEGIN", "CLAMPED")
+OTHER = dict.fromkeys(("TURNED", "PIECE", "SHARED", *_LEVELS), 0)
 
 
-def side(fmt: KVFormat, padded: int, group: int, span: int, rotation: str, many: bool) -> Turned | None:
+def side(fmt: KVFormat, padded: int, group: int, span: int, rotation: str, many: bool, room: int) -> Turned | None:
     """For rows of 16-bit values; None if the kernel does not take them. ``many``: tokens enough that a warp need not share
-    a row whose groups it can turn one by one."""
+    a row whose groups it can turn one by one. ``room``: bytes of shared memory that a block may have."""
     row = ROTATIONS[rotation]
     ours = fmt.kind == "codebook" and row.mixes and fmt.corrected and fmt.scale_dtype == "float16" and fmt.ties == "up"
     rule = fmt.scale == "l2" or fmt.scale == "rms" and not row.signs[1]
     if not (ours and rule and group % _CHUNK == 0 and group <= 4 * _PIECE and span == group):
         return None
     unit = fmt.unit if fmt.scale == "l2" else 1.0  # of z, where norms are 1 per value
-    found, bent = steps(fmt, math.sqrt(group) * unit), curve(fmt)
+    found = steps(fmt, math.sqrt(group) * unit)
     if found is None:
         return None
     before, after = (sign_table(table, group) for table in row.signs)
-    signs = [torch.where(before < 0, -0x8000, 0).to(torch.int16).view(torch.int32)]
-    signs += [after.view(torch.int32)] if fmt.scale == "l2" else []
-    positive = fmt.levels[len(fmt.levels) // 2 :]
+    positive, levels = fmt.levels[len(fmt.levels) // 2 :], len(fmt.levels)
     narrow = _CHUNK < group <= _PIECE and len(positive) <= 8 and all(x == int(x) <= 127 for x in positive)
-    if not narrow:
-        bent = None
-    elif bent:
-        found = Steps(bent.scale, 0, found.table[:0])
-    table = torch.cat((*signs, found.table))
-    table = torch.nn.functional.pad(table, (0, -len(table) % 4))
-    squares = 0 if narrow else 256 * len(positive)
     if many and (padded == group or narrow and padded <= 4 * group):
         piece = padded  # its codes stay in registers
     elif group > _PIECE:
@@ -148,21 +118,52 @@ def side(fmt: KVFormat, padded: int, group: int, span: int, rotation: str, many:
     else:
         piece = next(n for n in range(_PIECE // group * group, 0, -group) if padded % n == 0)
     team, slices = padded // piece, max(1, group // piece)
-    teams = 1 if slices > 1 else max(1, (2 if squares >= _BIG_TABLE and padded <= 256 else 1) * _WARPS // team)
+    apart = 2 if narrow and piece == padded == 2 * _PIECE == 2 * group else 1  # chunks that make a word
+    # a lane has the words t, t + 4, t + 8 and t + 12 of a chunk, and of the result values 2 g, 2 g + 1, and 16 on
+    table = [torch.where(before < 0, -0x8000, 0).to(torch.int16).view(torch.int32).view(-1, 4, 4).transpose(1, 2).flatten()]
+    after = after.view(-1, 2, 8, 2).transpose(1, 2).flatten()
+    if fmt.scale == "l2":
+        begin = torch.where(after < 0, *(torch.tensor(x, dtype=torch.float32) for x in found.begin))
+        table += [begin.view(torch.int32), _flips(fmt, after, apart if narrow else 0)]
+    signs = torch.cat(table)
+    signs = torch.nn.functional.pad(signs, (0, -len(signs) % 4))
+    squares = fmt.level_values[: 0 if narrow else levels] ** 2
+    cells = len(found.table)
     fields = [n for n in (1, 2, 4, 8) if fmt.bits & n]
     together = team == 1 and (narrow or piece == group)  # codes of a row in a warp's registers
     packed = all(padded * n % 512 == 0 or padded * n in ((128, 256) if n < 4 else (256,) * (n == 4)) for n in fields)
     buffers = 0 if together and packed else 2 if team > 1 and slices == 1 else 1  # for codes
-    exchanged = 4 * TILE * padded + 2 * 4 * TILE * team if slices > 1 else 0
-    bytes_of_team = 2 * TILE * padded + buffers * TILE * (padded + 16) + exchanged + 64 * _TARGET_BYTES
-    shared = 4 * len(table) + squares + teams * bytes_of_team
+    exchanged = 4 * 8 * padded + 2 * 4 * 8 * team if slices > 1 else 0
+    tile = 4 if many and group == piece > 2 * _PIECE else 8  # halves of a row are turned like rows
+    bytes_of_team = 2 * tile * padded + buffers * tile * (padded + 16) + exchanged + 64 * _TARGET_BYTES
+    warps = _RESIDENT // 32 if many else 1 if slices > 1 else _WARPS
+    for copies in (_COPIES_MANY,) * many + (_COPIES,):
+        each = _ENTRY_MANY * max(cells, len(squares)) if copies == _COPIES_MANY else 4 * copies * (cells + len(squares))
+        tables = (4 * len(signs) + each + 15) // 16 * 16
+        teams = max(1, min(warps // team, (room - tables) // bytes_of_team))
+        if tables + max(teams, warps // team // 2) * bytes_of_team <= room:
+            break
+    threads, shared = 32 * team * teams, tables + teams * bytes_of_team
     low, high = (sum(int(x) << 8 * i for i, x in enumerate(positive[j : j + 4]) if narrow) for j in (0, 4))
     names = OTHER | {
-        "TURNED": 1, "NEAR": found.near, "STEPS": len(found.table), "BYTES": int(narrow), "PIECE": piece, "SHARED": shared,
+        "TURNED": 1, "NEAR": found.near, "STEPS": cells, "BYTES": int(narrow), "PIECE": piece, "SHARED": shared,
         "INDEX": int(fmt.coding == "index"), "LEVELS_LOW": low, "LEVELS_HIGH": high, "REACH": _bits(unit * found.scale),
-    } | dict(zip(_CURVE, [1, *map(_bits, bent[1:])] if bent else [0] * 5))  # fmt: skip
-    table = torch.cat((table, (fmt.level_values**2)[len(positive) :].view(torch.int32)))
-    threads = 32 * team * teams
-    fit = _SHARED // (shared + 1024) * threads
-    resident = _RESIDENT_WIDE if piece > (_PIECE if bent else 2 * _PIECE if group > _PIECE else 4 * _PIECE) else _RESIDENT
-    return Turned(names, TILE * teams, threads, shared, min(resident, max(threads, fit)), table)
+        "BEGIN": _bits(found.begin[1]), "CLAMPED": int(found.clamped), "COPIES": copies,
+    }  # fmt: skip
+    table = torch.cat((signs, found.table, squares.view(torch.int32)))
+    table = torch.nn.functional.pad(table, (0, -len(table) % 4))
+    fit = (room + _OWN) // (shared + _OWN) * threads
+    return Turned(names, tile, tile * teams, threads, shared, min(_RESIDENT, max(threads, fit)), table)
+
+
+def _flips(fmt: KVFormat, after: Tensor, apart: int) -> Tensor:
+    """What signs ``after [group]`` change in words of codes, int32: of a lane's 4 values of a chunk, ``[chunk, g]``, a byte
+    each; or of two chunks that lie ``apart``, ``[pair, g]``, 4 bits each."""
+    most = 2**fmt.bits - 1
+    plus, minus = (0, most) if fmt.coding == "index" else (most, most // 2)
+    codes = torch.where(after < 0, minus, plus).long().view(-1, 8, 4)
+    if apart:
+        codes = codes.view(-1, 2, apart, 8, 4)
+        codes = (codes[:, 0] | codes[:, 1] << 4).flatten(0, 1)
+    words = (codes << 8 * torch.arange(4)).sum(-1).flatten()
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)

@@ -26,12 +26,9 @@ constexpr int size_of(int element) { return element == F32 ? 4 : 2; }
     static constexpr int CORRECTED = P##_CORRECTED, ROTATE = P##_ROTATE, WIDE_SCALE = P##_WIDE_SCALE;                  \
     static constexpr int LOW = P##_LOW, HIGH = P##_HIGH, CELLS = P##_CELLS, COPIES = P##_COPIES, ALIGN = P##_ALIGN;    \
     static constexpr int VALUES = P##_VALUES, ROWS = P##_ROWS, TURNED = P##_TURNED, NEAR = P##_NEAR;                   \
-    static constexpr int STEPS = P##_STEPS, INDEX = P##_INDEX, BYTES = P##_BYTES, PIECE = P##_PIECE; \
-    static constexpr int SHARED = P##_SHARED, CURVED = P##_CURVED;                                                     \
-    static INLINE float offset() { return __uint_as_float(P##_OFFSET); }                                               \
-    static INLINE float start() { return __uint_as_float(P##_START); }                                                 \
-    static INLINE float slope() { return __uint_as_float(P##_SLOPE); }                                                 \
-    static INLINE float square() { return __uint_as_float(P##_SQUARE); }                                               \
+    static constexpr int STEPS = P##_STEPS, INDEX = P##_INDEX, BYTES = P##_BYTES, PIECE = P##_PIECE;                   \
+    static constexpr int SHARED = P##_SHARED, CLAMPED = P##_CLAMPED;                                                   \
+    static INLINE float begin() { return __uint_as_float(P##_BEGIN); }                                                 \
     static constexpr u32 LEVELS_LOW = P##_LEVELS_LOW, LEVELS_HIGH = P##_LEVELS_HIGH;                                   \
     static INLINE float reach() { return __uint_as_float(P##_REACH); }                                                 \
     static INLINE float factor() { return __uint_as_float(P##_FACTOR); }                                               \
@@ -140,6 +137,21 @@ INLINE void pack(const char* codes, const Target* targets, int rows) {
   pack<C, 4, P>(codes, targets, rows);
   pack<C, 2, P>(codes, targets, rows);
   pack<C, 1, P>(codes, targets, rows);
+}
+
+// Sums over the lanes 4 g + t with the same t: of a in lanes with an even g, of b in the others.
+template <class X>
+INLINE X sum_of_rows(X a, X b) {
+  bool odd = threadIdx.x & 4;
+  X x = (odd ? b : a) + __shfl_xor_sync(~0u, odd ? a : b, 4);
+  x += __shfl_xor_sync(~0u, x, 8);
+  return x + __shfl_xor_sync(~0u, x, 16);
+}
+
+template <int N>
+INLINE float sum_of(const float* x) {
+  if constexpr (N == 1) return x[0];
+  else return sum_of<N / 2>(x) + sum_of<N / 2>(x + N / 2);
 }
 
 // Where row `index` of the call comes from and goes to.
