@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ...errors import GyroKVError
-from .build import FAILURE, HOW_TO, LIBRARY, digest
+from .build import CSRC, FAILURE, HOW_TO, LIBRARY, digest
 
 F32, F16, BF16, FP8_E4M3, CODES = range(5)
 MASK_NONE, MASK_BOOL, MASK_F32, MASK_F16, MASK_BF16 = range(5)
@@ -99,7 +99,7 @@ class Library:
             getattr(dll, f"gyrokv_{function}").restype = ctypes.c_char_p
         dll.gyrokv_size.restype = _long
         if self._text("digest") != digest():
-            raise GyroKVError(f"{path} was built from other sources than {path.parent / 'csrc'} holds; {HOW_TO}")
+            raise GyroKVError(f"{path} was built from other sources than {CSRC} holds; {HOW_TO}")
         for i, mirror in enumerate(_MIRRORED):
             if dll.gyrokv_size(i) != ctypes.sizeof(mirror):
                 sizes = f"{dll.gyrokv_size(i)} bytes in csrc/core.h and {ctypes.sizeof(mirror)} in native.py"
