@@ -294,8 +294,10 @@ struct Mask {
 };
 
 // c tanh(x / c) of scores, in powers of 2. While those of a warp are within c / 2 it is x times a polynomial of x^2 (largest error
-// 5e-6 c and 1.3e-7 c: the least there is); else it takes exponentials.
+// 5e-6 c and 1.3e-7 c: the least there is); else it takes exponentials. Up to 64 values of V, where maxima are what takes longest,
+// SUMMED scores are within if their sum of squares is.
 struct Cap {
+  static constexpr int SUMMED = DV == 64 ? 8 : 1;
   static constexpr int DEGREE = BOUNDED ? 2 : 3;
   static constexpr float TERMS[2][4] = {{0.99992484f, -0.33085483f, 0.11254052f},
                                         {0.99999768f, -0.33320653f, 0.13145135f, -0.04337221f}};
@@ -304,15 +306,24 @@ struct Cap {
   INLINE Cap(const Prefill& p) {
     float inverse = (ANY_SCALE ? 1.0f : p.scale) / p.softcap, power = inverse;
     cap = LOG2E * p.softcap, twice = 2.0f * LOG2E * inverse;
-    limit = inverse > 1e-4f && inverse < 1e4f ? 0.5f / inverse : -1.0f;  // powers stay finite
+    float half = 0.5f / inverse;
+    limit = inverse > 1e-4f && inverse < 1e4f ? SUMMED > 1 ? half * half : half : -1.0f;  // powers stay finite
 #pragma unroll
     for (int i = 0; i <= DEGREE; ++i, power *= inverse * inverse) terms[i] = TERMS[DEGREE - 2][i] * cap * power;
   }
-  INLINE void apply(float (&s)[SCORES]) const {
+  INLINE bool within(const float (&s)[SCORES]) const {  // all scores of the warp
     float most[2] = {0.0f, 0.0f};
 #pragma unroll
-    for (int i = 0; i < SCORES; ++i) most[i % 2] = fmaxf(most[i % 2], fabsf(s[i]));
-    if (__all_sync(~0u, fmaxf(most[0], most[1]) <= limit)) {
+    for (int i = 0; i < SCORES; i += SUMMED) {
+      float x = SUMMED > 1 ? s[i] * s[i] : fabsf(s[i]);
+#pragma unroll
+      for (int j = 1; j < SUMMED; ++j) x = __fmaf_rn(s[i + j], s[i + j], x);
+      most[i / SUMMED % 2] = fmaxf(most[i / SUMMED % 2], x);
+    }
+    return __all_sync(~0u, fmaxf(most[0], most[1]) <= limit);
+  }
+  INLINE void apply(float (&s)[SCORES]) const {
+    if (within(s)) {
 #pragma unroll
       for (int i = 0; i < SCORES; ++i) {
         float w = s[i] * s[i], y = terms[DEGREE];
