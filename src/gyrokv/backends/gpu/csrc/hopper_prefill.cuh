@@ -87,16 +87,16 @@ INLINE void write_row(const Prefill& p, const Tile& tile, const Rows& rows, int 
 }
 
 // A mask's tile in shared memory, as stored: rows of PITCH bytes, part c (16 bytes; 32 of floats, of which a quad of threads reads
-// 32) of row r at c ^ r, within 128 bytes; of boxes, 128 bytes of all rows come before the next 128 (NEXT bytes apart). Heads that
-// share a mask share its rows.
+// 32) of row r at c ^ r, within 128 bytes; of boxes, 128 bytes of all rows (of floats 32, in order) come before the next (NEXT
+// bytes apart). Heads that share a mask share its rows.
 struct MaskTile {
   static constexpr int SIZE = MASK == 1 ? 1 : MASK == 2 ? 4 : 2, WIDTH = KEYS * SIZE > 128 ? KEYS * SIZE : 128;
   static constexpr int COUNT = HEAD_MASK ? ROWS : POSITIONS, BYTES = COUNT * WIDTH;
-  static constexpr int PITCH = MASK_BOXES ? 128 : WIDTH, NEXT = MASK_BOXES ? COUNT * 128 : 128;
-
   static constexpr int PART = SIZE == 4 ? 32 : 16;
+  static constexpr bool IN_ORDER = MASK_BOXES && SIZE == 4;  // four rows of 32 bytes are all banks
+  static constexpr int PITCH = IN_ORDER ? 32 : MASK_BOXES ? 128 : WIDTH, NEXT = MASK_BOXES ? COUNT * PITCH : 128;
 
-  INLINE static u32 place(int row, int byte) { return row * PITCH + (byte ^ row % (128 / PART) * PART); }
+  INLINE static u32 place(int row, int byte) { return row * PITCH + (IN_ORDER ? byte : byte ^ row % (128 / PART) * PART); }
 };
 
 // Its ring of MASK_STAGES: 64 threads arrive at a barrier ``full`` of a stage, a lane of each warp that reads at ``empty``.
@@ -180,12 +180,13 @@ struct MaskLoader {
   }
 };
 
-// f(byte in the tile, key, row) of its boxes: of 128 bytes and either all rows or, where heads have masks of their own, 64
+// f(byte in the tile, key, row) of its boxes: of PITCH bytes and either all rows or, where heads have masks of their own, 64
 template <class F>
 INLINE void each_mask_box(const Tile& tile, int block, F f) {
-  for (int part = 0; part < MaskTile::WIDTH / 128; ++part)
+  constexpr int BOX = MaskTile::PITCH;  // bytes of a row
+  for (int part = 0; part < MaskTile::WIDTH / BOX; ++part)
     for (int i = 0; i < (HEAD_MASK ? ROWS / 64 : 1); ++i)
-      f(part * MaskTile::NEXT + i * 8192, block * KEYS + part * (128 / MaskTile::SIZE), tile.row + i * TURN);
+      f(part * MaskTile::NEXT + i * 64 * BOX, block * KEYS + part * (BOX / MaskTile::SIZE), tile.row + i * TURN);
 }
 
 // All that are looked at. to: the first stage; full, empty: its barriers. Boxes are asked for by one thread.
@@ -282,12 +283,12 @@ struct Mask {
 #pragma unroll
       for (int i = 0; i < 4; ++i) x[i / OWN][i % OWN][0] = y[i];
     } else {
-      constexpr int NEXT = (PACK > 1 ? TURN : 8) * MaskTile::PITCH;  // from row to row
+      constexpr int APART = (PACK > 1 ? TURN : 8) * MaskTile::PITCH;  // the thread's rows
 #pragma unroll
       for (int i = 0; i < 2 * OWN; ++i) {
-        int j = i / OWN, r = i % OWN;
-        if (MASK == 1) x[j][r][0] = load_shared_u16((at ^ unit << 4) + stage + r * NEXT + 8 * j);
-        else load_shared<WORDS>((at ^ (2 * unit + j) << 5) + stage + r * NEXT, x[j][r]);
+        int j = i / OWN, r = i % OWN, part = 2 * unit + j;
+        if (MASK == 1) x[j][r][0] = load_shared_u16((at ^ unit << 4) + stage + r * APART + 8 * j);
+        else load_shared<WORDS>((MaskTile::IN_ORDER ? at + part * MaskTile::NEXT : at ^ part << 5) + stage + r * APART, x[j][r]);
       }
     }
   }
