@@ -21,6 +21,7 @@ BF16, F16 = torch.bfloat16, torch.float16
 SIZES = dict(batch=2, q_heads=8, kv_heads=2, q_len=200, kv_len=333, dtype=BF16)
 ADDITIVE = dict(mask="additive", mask_dtype=BF16, masked=-1e5)
 BOXES = ADDITIVE | dict(kv_len=336)  # rows of 16 bytes times a number
+FLOATS = BOXES | dict(mask_dtype=torch.float32)
 
 
 class Fault(NamedTuple):
@@ -68,6 +69,10 @@ FAULTS = (
           shared("rounded[r] += V_BF16 ? __uint_as_float(w & 0xFFFF0000u) : f32_of_f16(w >> 16);", ""), {}, 512),
     Fault("a_term_of_the_cap_is_off", hopper("{{0.99992484f,", "{{0.98992484f,"), dict(softcap=60.0)),
     Fault("scores_beyond_the_cap_are_off", hopper("fabsf(x * twice)", "fabsf(x)"), dict(softcap=2.0)),
+    Fault("sums_of_squares_are_within_any_cap", hopper("? half * half : half", "? INFINITE : half"),
+          dict(softcap=2.0), 64),
+    Fault("magnitudes_are_within_any_cap", hopper("? half * half : half", "? half * half : INFINITE"),
+          dict(softcap=2.0)),
     Fault("a_mask_is_a_row_off", hopper("+ lane % 8, lane / (COMMON", "+ (lane + 1) % 8, lane / (COMMON"), ADDITIVE),
     Fault("a_mask_of_bytes_is_a_row_off", hopper("row(0) + lane / 4,", "row(0) + (lane / 4 + 1) % 8,"),
           dict(mask="bool")),
@@ -78,7 +83,7 @@ FAULTS = (
           dict(mask="additive", mask_dtype=F16, masked=-65504.0, alibi=8.0)),
     Fault("a_mask's_first_stage_is_read_again", hopper("read(ring.stage * MaskTile::BYTES,", "read(0,"), ADDITIVE),
     Fault("16_bytes_are_of_the_first_tile", hopper("copy<16>(to, block)", "copy<16>(to, 0)"),
-          ADDITIVE | dict(kv_len=336, mask_dtype=torch.float32)),
+          dict(mask="bool", kv_len=336), 256),
     Fault("4_bytes_are_of_the_first_tile", hopper("copy<4>(to, block)", "copy<4>(to, 0)"), ADDITIVE | dict(kv_len=334)),
     Fault("words_are_of_the_first_tile", hopper("copy_words<true>(to, block)", "copy_words<true>(to, 0)"),
           ADDITIVE),
@@ -90,13 +95,17 @@ FAULTS = (
           ADDITIVE | dict(block_map=True)),
     Fault("threads_of_a_quad_do_not_trade_columns", hopper("      turn_quad(x, t);\n", ""), {}),
     Fault("a_row_ends_with_the_columns_of_its_begin", hopper("int column = 8 * (j + t);", "int column = 8 * t;"), {}, 512),
-    Fault("boxes_of_a_mask_are_those_of_the_first_keys", hopper("block * KEYS + part * (128 /", "part * (128 /"), BOXES),
+    Fault("boxes_of_a_mask_are_those_of_the_first_keys", hopper("block * KEYS + part * (", "part * ("), BOXES),
     Fault("the_second_box_of_a_mask_is_the_first",
-          hopper("block * KEYS + part * (128 / MaskTile::SIZE)", "block * KEYS"), BOXES),
+          hopper("block * KEYS + part * (BOX / MaskTile::SIZE)", "block * KEYS"), BOXES),
     Fault("all_warpgroups_have_the_boxes_of_the_first", hopper("tile.row + i * TURN);", "tile.row);"),
           BOXES | dict(mask_axes="bhqk")),
     Fault("heads_have_the_boxes_of_the_first", hopper("p.mask_head ? tile.head : 0", "0"), BOXES | dict(mask_axes="bhqk")),
     Fault("the_second_half_of_a_box's_keys_is_the_first", hopper("unit / 4 * MaskTile::NEXT", "0"), BOXES),
+    Fault("all_boxes_of_floats_are_the_first", hopper("at + part * MaskTile::NEXT", "at"), FLOATS),
+    Fault("a_box_of_floats_is_swizzled", hopper("(IN_ORDER ? byte :", "(false ? byte :"), FLOATS, 64),
+    Fault("heads_have_the_floats_of_the_first", hopper("+ stage + r * APART, x", "+ stage, x"),
+          FLOATS | dict(mask_axes="bhqk"), 64),
     Fault("a_tile_that_some_see_is_skipped", shared("state(at) == 0) --at;", "state(at) != 1) --at;"),
           ADDITIVE | dict(block_map=True)),
 )  # fmt: skip

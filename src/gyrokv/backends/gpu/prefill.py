@@ -81,16 +81,18 @@ def _encode_map():
 
 
 def _tensor_map(x: Tensor, tokens: int, heads: int = 1) -> ctypes.Array:
-    """x ``[B, H, T, D]`` of 8 or 16 bits in boxes of 128 bytes, ``tokens`` tokens, ``heads`` heads: swizzled by 128 bytes,
-    zeros around."""
+    """x ``[B, H, T, D]`` in boxes of ``tokens`` tokens, ``heads`` heads and 128 bytes, swizzled by 128 bytes; of float32
+    32 bytes, in order. Zeros around."""
     room = (c_char * 192)()
     at = -ctypes.addressof(room) % 64
     sizes, size = (c_uint64 * 4)(*reversed(x.shape)), x.element_size()
     strides = (c_uint64 * 3)(*(s * size if n > 1 else 16 for s, n in reversed(list(zip(x.stride()[:3], x.shape)))))
-    box, steps = (c_uint32 * 4)(128 // size, tokens, heads, 1), (c_uint32 * 4)(1, 1, 1, 1)
-    element = {torch.bfloat16: 9, torch.float16: 6}.get(x.dtype, 0)  # CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, _FLOAT16, _UINT8
+    width, swizzle = (32, 0) if size == 4 else (128, 3)
+    box, steps = (c_uint32 * 4)(width // size, tokens, heads, 1), (c_uint32 * 4)(1, 1, 1, 1)
+    # CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, _FLOAT16, _FLOAT32, _UINT8
+    element = {torch.bfloat16: 9, torch.float16: 6, torch.float32: 7}.get(x.dtype, 0)
     made = (c_char * 128).from_buffer(room, at)
-    about = ctypes.byref(made), element, 4, c_void_p(x.data_ptr()), sizes, strides, box, steps, 0, 3, 3, 0
+    about = ctypes.byref(made), element, 4, c_void_p(x.data_ptr()), sizes, strides, box, steps, 0, swizzle, 3, 0
     status = nvrtc.in_context(lambda: _encode_map()(*about))
     nvrtc.check_driver(status, f"tensor map of {tuple(x.shape)}, strides {x.stride()}")
     return made

@@ -264,7 +264,7 @@ def shape(
     softcap = (2 if bounded else 1) if spec.softcap > 0 else 0
     features = softcap, spec.alibi > 0, spec.scale < _SMALL_SCALE, ragged, pages, clears, cluster
     made = Shape(dk, dv, *(Q_TYPES[t] for t in types), mask, head_mask and pack > 1, pack, *features)
-    return replace(made, boxed=boxed and mask != 2 and made.keys * _SIZES[mask] >= 128)
+    return replace(made, boxed=boxed and made.keys * _SIZES[mask] >= 128)
 
 
 def tile(spec: AttentionSpec, room: int = 0) -> tuple[int, int]:

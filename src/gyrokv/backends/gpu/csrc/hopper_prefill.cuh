@@ -87,16 +87,16 @@ INLINE void write_row(const Prefill& p, const Tile& tile, const Rows& rows, int 
 }
 
 // A mask's tile in shared memory, as stored: rows of PITCH bytes, part c (16 bytes; 32 of floats, of which a quad of threads reads
-// 32) of row r at c ^ r, within 128 bytes; of boxes, 128 bytes of all rows come before the next 128 (NEXT bytes apart). Heads that
-// share a mask share its rows.
+// 32) of row r at c ^ r, within 128 bytes; of boxes, 128 bytes of all rows (of floats 32, in order) come before the next (NEXT
+// bytes apart). Heads that share a mask share its rows.
 struct MaskTile {
   static constexpr int SIZE = MASK == 1 ? 1 : MASK == 2 ? 4 : 2, WIDTH = KEYS * SIZE > 128 ? KEYS * SIZE : 128;
   static constexpr int COUNT = HEAD_MASK ? ROWS : POSITIONS, BYTES = COUNT * WIDTH;
-  static constexpr int PITCH = MASK_BOXES ? 128 : WIDTH, NEXT = MASK_BOXES ? COUNT * 128 : 128;
-
   static constexpr int PART = SIZE == 4 ? 32 : 16;
+  static constexpr bool IN_ORDER = MASK_BOXES && SIZE == 4;  // four rows of 32 bytes are all banks
+  static constexpr int PITCH = IN_ORDER ? 32 : MASK_BOXES ? 128 : WIDTH, NEXT = MASK_BOXES ? COUNT * PITCH : 128;
 
-  INLINE static u32 place(int row, int byte) { return row * PITCH + (byte ^ row % (128 / PART) * PART); }
+  INLINE static u32 place(int row, int byte) { return row * PITCH + (IN_ORDER ? byte : byte ^ row % (128 / PART) * PART); }
 };
 
 // Its ring of MASK_STAGES: 64 threads arrive at a barrier ``full`` of a stage, a lane of each warp that reads at ``empty``.
@@ -180,12 +180,13 @@ struct MaskLoader {
   }
 };
 
-// f(byte in the tile, key, row) of its boxes: of 128 bytes and either all rows or, where heads have masks of their own, 64
+// f(byte in the tile, key, row) of its boxes: of PITCH bytes and either all rows or, where heads have masks of their own, 64
 template <class F>
 INLINE void each_mask_box(const Tile& tile, int block, F f) {
-  for (int part = 0; part < MaskTile::WIDTH / 128; ++part)
+  constexpr int BOX = MaskTile::PITCH;  // bytes of a row
+  for (int part = 0; part < MaskTile::WIDTH / BOX; ++part)
     for (int i = 0; i < (HEAD_MASK ? ROWS / 64 : 1); ++i)
-      f(part * MaskTile::NEXT + i * 8192, block * KEYS + part * (128 / MaskTile::SIZE), tile.row + i * TURN);
+      f(part * MaskTile::NEXT + i * 64 * BOX, block * KEYS + part * (BOX / MaskTile::SIZE), tile.row + i * TURN);
 }
 
 // All that are looked at. to: the first stage; full, empty: its barriers. Boxes are asked for by one thread.
@@ -282,20 +283,22 @@ struct Mask {
 #pragma unroll
       for (int i = 0; i < 4; ++i) x[i / OWN][i % OWN][0] = y[i];
     } else {
-      constexpr int NEXT = (PACK > 1 ? TURN : 8) * MaskTile::PITCH;  // from row to row
+      constexpr int APART = (PACK > 1 ? TURN : 8) * MaskTile::PITCH;  // the thread's rows
 #pragma unroll
       for (int i = 0; i < 2 * OWN; ++i) {
-        int j = i / OWN, r = i % OWN;
-        if (MASK == 1) x[j][r][0] = load_shared_u16((at ^ unit << 4) + stage + r * NEXT + 8 * j);
-        else load_shared<WORDS>((at ^ (2 * unit + j) << 5) + stage + r * NEXT, x[j][r]);
+        int j = i / OWN, r = i % OWN, part = 2 * unit + j;
+        if (MASK == 1) x[j][r][0] = load_shared_u16((at ^ unit << 4) + stage + r * APART + 8 * j);
+        else load_shared<WORDS>((MaskTile::IN_ORDER ? at + part * MaskTile::NEXT : at ^ part << 5) + stage + r * APART, x[j][r]);
       }
     }
   }
 };
 
 // c tanh(x / c) of scores, in powers of 2. While those of a warp are within c / 2 it is x times a polynomial of x^2 (largest error
-// 5e-6 c and 1.3e-7 c: the least there is); else it takes exponentials.
+// 5e-6 c and 1.3e-7 c: the least there is); else it takes exponentials. Up to 64 values of V, where maxima are what takes longest,
+// SUMMED scores are within if their sum of squares is.
 struct Cap {
+  static constexpr int SUMMED = DV == 64 ? 8 : 1;
   static constexpr int DEGREE = BOUNDED ? 2 : 3;
   static constexpr float TERMS[2][4] = {{0.99992484f, -0.33085483f, 0.11254052f},
                                         {0.99999768f, -0.33320653f, 0.13145135f, -0.04337221f}};
@@ -304,15 +307,24 @@ struct Cap {
   INLINE Cap(const Prefill& p) {
     float inverse = (ANY_SCALE ? 1.0f : p.scale) / p.softcap, power = inverse;
     cap = LOG2E * p.softcap, twice = 2.0f * LOG2E * inverse;
-    limit = inverse > 1e-4f && inverse < 1e4f ? 0.5f / inverse : -1.0f;  // powers stay finite
+    float half = 0.5f / inverse;
+    limit = inverse > 1e-4f && inverse < 1e4f ? SUMMED > 1 ? half * half : half : -1.0f;  // powers stay finite
 #pragma unroll
     for (int i = 0; i <= DEGREE; ++i, power *= inverse * inverse) terms[i] = TERMS[DEGREE - 2][i] * cap * power;
   }
-  INLINE void apply(float (&s)[SCORES]) const {
+  INLINE bool within(const float (&s)[SCORES]) const {  // all scores of the warp
     float most[2] = {0.0f, 0.0f};
 #pragma unroll
-    for (int i = 0; i < SCORES; ++i) most[i % 2] = fmaxf(most[i % 2], fabsf(s[i]));
-    if (__all_sync(~0u, fmaxf(most[0], most[1]) <= limit)) {
+    for (int i = 0; i < SCORES; i += SUMMED) {
+      float x = SUMMED > 1 ? s[i] * s[i] : fabsf(s[i]);
+#pragma unroll
+      for (int j = 1; j < SUMMED; ++j) x = __fmaf_rn(s[i + j], s[i + j], x);
+      most[i / SUMMED % 2] = fmaxf(most[i / SUMMED % 2], x);
+    }
+    return __all_sync(~0u, fmaxf(most[0], most[1]) <= limit);
+  }
+  INLINE void apply(float (&s)[SCORES]) const {
+    if (within(s)) {
 #pragma unroll
       for (int i = 0; i < SCORES; ++i) {
         float w = s[i] * s[i], y = terms[DEGREE];
