@@ -70,7 +70,7 @@ TILE_FAULTS = (
     Fault(
         "the offset of keys in lines is left in",
         spec(lambda s: plain(s) and stored(s.k_format, s.head_dim) and rows(s) <= 4),
-        (("stored.h", "column] -= ZERO * reduce_add(sum)", "column] -= (@ ? 0 : ZERO) * reduce_add(sum)"),),
+        (("stored.h", "column] -= ZERO * pack_bytes", "column] -= (@ ? 0 : ZERO) * pack_bytes"),),
         "amx",
     ),
     Fault(

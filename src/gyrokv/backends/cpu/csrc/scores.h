@@ -36,22 +36,11 @@ inline void pack_many_tiles(const Format& f, const Stored& s, const char* a, int
                 const char* q = a + (int64_t(r) * terms + part) * stride;
                 char* to = columns + column * bytes;
                 if (s.element != INT8) std::memcpy(to, q, 2 * f.dim);
-                const __mmask32 mask = s.lanes == 32 ? ~0u : 0xffffu;
-                const __mmask32 even = side == 1 ? 0 : mask, odd = s.split && side == 0 ? 0 : mask;
                 for (int u = 0; u < s.units; ++u) {
                     const int64_t at = 16 * (u * s.sums + side) + column;
                     made.scale[at] = scale[r * groups + (side ? s.odd : s.even)[u]];
                     if (s.element != INT8) continue;
-                    vi sum = {};
-                    for (int j = s.first[u]; j < s.first[u + 1]; ++j) {
-                        const __m256i x = _mm256_maskz_loadu_epi8(even, q + s.lanes * j);
-                        const __m256i y = _mm256_maskz_loadu_epi8(odd, q + s.lanes * j + f.dim / 2);
-                        const __m512i both = _mm512_slli_epi16(_mm512_cvtepu8_epi16(y), 8);
-                        _mm512_storeu_si512(to + j * LINE, _mm512_or_si512(both, _mm512_cvtepu8_epi16(x)));
-                        const __m512i added = _mm512_add_epi16(_mm512_cvtepi8_epi16(x), _mm512_cvtepi8_epi16(y));
-                        sum += (vi)_mm512_madd_epi16(added, _mm512_set1_epi16(1));
-                    }
-                    made.start[at] = -ZERO * reduce_add(sum);
+                    made.start[at] = -ZERO * pack_bytes(s, q, f.dim, u, side == 0, side == 1 || !s.split, to);
                     if (s.planes == 2) made.start[at + 16] = made.start[at];
                 }
             }
@@ -61,12 +50,6 @@ inline void pack_many_tiles(const Format& f, const Stored& s, const char* a, int
 }
 
 // -- products
-
-#define GYROKV_K_DOT(c, a)           \
-    if constexpr (integer)           \
-        _tile_dpbusd(c, a, 6);       \
-    else                             \
-        _tile_dpbf16ps(c, a, 6)
 
 // Products of 32 tokens with q in tiles c and d: at `to` + (unit * sums + sum) * 2 * TILE, [32][16].
 #define GYROKV_SCORE_TILES(c, d)                                                       \

@@ -37,6 +37,22 @@ INLINE int64_t stored_query_bytes(int dim, int rows) {
     return rows > MOST_STORED ? 0 : round_up(rows, STORED_ROWS) / STORED_ROWS * query_tiles_stride(dim);
 }
 
+// Bytes of q that meet a unit's lines, to a column of B at `to`, zeros in place of even or odd ones that are left out. Returns
+// their sum.
+INLINE int pack_bytes(const Stored& s, const char* q, int dim, int unit, bool even, bool odd, char* to) {
+    const __mmask32 mask = s.lanes == 32 ? ~0u : 0xffffu;
+    vi sum = {};
+    for (int j = s.first[unit]; j < s.first[unit + 1]; ++j) {
+        const __m256i x = _mm256_maskz_loadu_epi8(even ? mask : 0, q + s.lanes * j);
+        const __m256i y = _mm256_maskz_loadu_epi8(odd ? mask : 0, q + s.lanes * j + dim / 2);
+        const __m512i both = _mm512_slli_epi16(_mm512_cvtepu8_epi16(y), 8);
+        _mm512_storeu_si512(to + j * LINE, _mm512_or_si512(both, _mm512_cvtepu8_epi16(x)));
+        const __m512i added = _mm512_add_epi16(_mm512_cvtepi8_epi16(x), _mm512_cvtepi8_epi16(y));
+        sum += (vi)_mm512_madd_epi16(added, _mm512_set1_epi16(1));
+    }
+    return reduce_add(sum);
+}
+
 // a: q as query.h packs it, `terms` rows `stride` bytes apart for each query row; scale: [row][group].
 inline void pack_tiles(const Format& f, const Stored& s, const char* a, int64_t stride, int rows, int terms, const float* scale,
                        int groups, char* memory) {
@@ -67,20 +83,8 @@ inline void pack_tiles(const Format& f, const Stored& s, const char* a, int64_t 
                     std::memcpy(to, q, 2 * f.dim);
                     continue;
                 }
-                const __mmask32 mask = s.lanes == 32 ? ~0u : 0xffffu;
-                const __mmask32 even = s.split && odd ? 0 : mask, odds = s.split && !odd ? 0 : mask;
-                for (int u = 0; u < s.units; ++u) {
-                    vi sum = {};
-                    for (int j = s.first[u]; j < s.first[u + 1]; ++j) {
-                        const __m256i x = _mm256_maskz_loadu_epi8(even, q + s.lanes * j);
-                        const __m256i y = _mm256_maskz_loadu_epi8(odds, q + s.lanes * j + f.dim / 2);
-                        const __m512i both = _mm512_slli_epi16(_mm512_cvtepu8_epi16(y), 8);
-                        _mm512_storeu_si512(to + j * LINE, _mm512_or_si512(both, _mm512_cvtepu8_epi16(x)));
-                        const __m512i added = _mm512_add_epi16(_mm512_cvtepi8_epi16(x), _mm512_cvtepi8_epi16(y));
-                        sum += (vi)_mm512_madd_epi16(added, _mm512_set1_epi16(1));
-                    }
-                    made.start[16 * u + column] -= ZERO * reduce_add(sum);
-                }
+                for (int u = 0; u < s.units; ++u)
+                    made.start[16 * u + column] -= ZERO * pack_bytes(s, q, f.dim, u, !s.split || !odd, !s.split || odd, to);
             }
             transpose_tokens(columns, bytes, bytes, made.tiles + plane * s.lines * TILE, none);
         }
@@ -130,7 +134,6 @@ INLINE void score_tiles(const Stored& s, const Lines* k, const QueryTiles& q, bo
     memory_barrier();
 }
 #undef GYROKV_SCORE_TILES
-#undef GYROKV_K_DOT
 
 INLINE vf shuffle_parts(vf a, vf b, std::integral_constant<int, 0>) { return (vf)_mm512_shuffle_f32x4((__m512)a, (__m512)b, 0x88); }
 INLINE vf shuffle_parts(vf a, vf b, std::integral_constant<int, 1>) { return (vf)_mm512_shuffle_f32x4((__m512)a, (__m512)b, 0xdd); }
