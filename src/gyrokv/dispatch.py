@@ -104,10 +104,10 @@ def attend(
     default 1/sqrt(Dk). ``softcap``: c * tanh(s / c), 0 for none. ``mask``: bool (True = attend) or additive,
     broadcastable to ``[B, Hq, Tq, Tkv]``, rank 2 = ``[Tq, Tkv]``, where Tkv counts the keys held, oldest first.
     ``alibi``: ALiBi's max_bias, multiplies an additive mask by each head's slope.
-    ``sinks [Hq]``: learned sink logits. ``block_map``: see :class:`gyrokv.masks.BlockMap`. ``fast``: q and the
-    weights may be rounded to 8 bits, a relative error of up to 3e-2. ``backend``: a name, or ``"auto"``. Returns out
-    ``[B, Hq, Tq, Dv]`` in q's dtype, and with ``return_lse`` the log-sum-exp ``[B, Hq, Tq]`` (float32, natural).
-    Without keys out is 0. Raises ValueError (a tensor that requires grad too) and TypeError naming the argument,
+    ``sinks [Hq]``: learned sink logits. ``block_map``: see :class:`gyrokv.masks.BlockMap`. ``fast``: q, the weights
+    and a format's levels may be rounded to 8 bits, a relative error of up to 3e-2. ``backend``: a name, or ``"auto"``.
+    Returns out ``[B, Hq, Tq, Dv]`` in q's dtype, and with ``return_lse`` the log-sum-exp ``[B, Hq, Tq]`` (float32,
+    natural). Without keys out is 0. Raises ValueError (a tensor that requires grad too) and TypeError naming the argument,
     CapacityError when a ring has dropped what q looks back on, Unsupported with every backend's reasons.
     """
     view = kv.view() if isinstance(kv, LayerCache) else kv

@@ -61,7 +61,7 @@ class AttentionSpec:
     ``max_bias``, 0 for none. ``starts``: sequences of the batch begin at different positions (left padding).
     ``ring``: keys lie in a ring buffer. ``unquantised``: part of the keys (first or most recent) are kept dense.
     ``paged``: rows lie in pages. ``lengths``: sequences have lengths of their own, on the device; ``kv_len`` is a bound.
-    ``fast``: q and the weights may be rounded to 8 bits, which costs a relative error of up to 3e-2.
+    ``fast``: q, the weights and a format's levels may be rounded to 8 bits, which costs a relative error of up to 3e-2.
     """
 
     k_format: KVFormat

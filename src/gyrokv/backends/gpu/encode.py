@@ -36,8 +36,8 @@ _RESIDENT = 384  # threads of a processor with 168 registers each
 _ROW_BYTES = 24  # of shared memory for a row's addresses
 _MOST_CELLS = 2047
 _TABLE_BYTES = 20 * 1024  # of shared memory for copies of a table, where many tokens come at once
-_APART = 8  # times as many as _MANY from which on sides that differ have a launch each
 _MANY = 48  # groups of 128 values per processor and side from which on a thread takes a group of its own
+_APART = 8  # times as many from which on sides that differ have a launch each
 
 
 # -- what a kernel is compiled with
@@ -350,8 +350,9 @@ def append(
     if found is None:
         formats = tuple(codec.format for codec in codecs)
         sides = tuple(side(fmt, *part) for fmt, part in zip(formats, parts))
-        differ = sides[0].defines != sides[1].defines  # a kernel is only as good as its worse side
-        each = ((0,), (1,)) if differ and (apart or many and (sides[0].turned > 0) != (sides[1].turned > 0)) else ((0, 1),)
+        # a kernel is only as good as its worse side, above all where one side is turned and the other is not
+        unlike = apart or (many and bool(sides[0].turned) != bool(sides[1].turned))
+        each = ((0,), (1,)) if unlike and sides[0].defines != sides[1].defines else ((0, 1),)
         found = _launchers.setdefault(key, (formats, [_Launcher(which, sides, device) for which in each]))
     lengths, pages = place.lengths, place.pages
     numbers = (
