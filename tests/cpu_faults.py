@@ -49,6 +49,15 @@ def finish(old: str, new: str) -> tuple[str, str, str]:
     return "finish.h", old, new
 
 
+def turn(old: str, new: str) -> tuple[str, str, str]:
+    return "turn.h", old, new
+
+
+def turned(s: AttentionSpec) -> bool:
+    """Keys and values in rotated formats, several of them seen."""
+    return s.kv_len > 7 and s.scale > 0 and all(f.rotation != "none" for f in (s.k_format, s.v_format))
+
+
 def several_blocks(s: AttentionSpec) -> bool:
     """So many keys that some lie in later blocks and no feature hides them; several queries, of which some point there."""
     return s.kv_len > 1000 and s.q_len > 1 and s.uses() <= {"causal", "softcap", "sinks"}
@@ -108,7 +117,7 @@ LOOP_FAULTS = (
     Fault(
         "q of another block of rows",
         spec(lambda s: s.q_len * s.groups > 512),
-        (attend("const int row = unit.row_first + r, head", "const int row = (@ ? 0 : unit.row_first) + r, head"),),
+        (attend("unit, unit.row_first + r, sign, q)", "unit, (@ ? 0 : unit.row_first) + r, sign, q)"),),
     ),
     Fault(
         "tokens behind the last one are attended",
@@ -247,6 +256,36 @@ LOOP_FAULTS = (
         spec(several_splits),
         (finish("float(std::exp(double(top[s * stride]) - most) / sum)",
               "float((@ ? 1.0 : std::exp(double(top[s * stride]) - most)) / sum)"),),
+    ),
+    Fault(
+        "outputs are not rotated back",
+        spec(turned),
+        (finish("if (a.out_turn)", "if (a.out_turn && !(@))"),),
+    ),
+    Fault(
+        "a rotation leaves out its last sums",
+        spec(turned),
+        (turn("stride < block; stride *= 2", "stride < (@ ? block / 2 : block); stride *= 2"),),
+    ),
+    Fault(
+        "a rotation leaves out sums of neighbours",
+        spec(turned),
+        (turn("store(at + i, butterflies(", "store(at + i, (@ ? butterflies<LANES> : butterflies<1>)("),),
+    ),
+    Fault(
+        "signs before a rotation are those of another row",
+        spec(turned),
+        (turn("load<vf>(turn.before + i)", "load<vf>(turn.before + (@ ? block - LANES - i : i))"),),
+    ),
+    Fault(
+        "the first block of a head alone is rotated",
+        spec(lambda s: turned(s) and s.k_format.layout(s.head_dim)[1] < s.head_dim),
+        (turn("at < x + dim", "at < x + (@ ? block : dim)"),),
+    ),
+    Fault(
+        "a padded head of q takes in what lies behind it",
+        spec(lambda s: turned(s) and s.k_format.layout(s.head_dim)[0] > s.head_dim and s.q_len * s.q_heads > 8),
+        (attend("from, i, call.q_dim)", "from, i, @ ? call.k_dim : call.q_dim)"),),
     ),
     Fault(
         "the log-sum-exp is binary",

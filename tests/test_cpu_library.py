@@ -77,6 +77,17 @@ def test_structures_of_another_size_are_refused(fresh, backend_here):
         native.Library(build.LIBRARY)
 
 
+def test_what_is_packed_is_the_structure():
+    """``ATTEND`` writes the bytes that ctypes would, padding included."""
+    values = list(range(1, len(native.ATTEND.unpack(bytes(native.ATTEND.size))) + 1))
+    made = native.Attend.from_buffer_copy(native.ATTEND.pack(*values))
+    flat = []
+    for name, _ in native.Attend._fields_:
+        value = getattr(made, name)
+        flat += value if hasattr(value, "__len__") else [value]
+    assert flat == values
+
+
 def test_a_level_that_cannot_run_is_refused(backend_here):
     """A benchmark that asks for one instruction set must not time another."""
     backend_here("cpu")

@@ -15,7 +15,7 @@ at most. ``FAST_BOUND``: with ``fast`` a single int8 or bfloat16, levels too.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -31,8 +31,8 @@ from . import calls
 from .native import describe, forced, level, missing
 
 __all__ = [
-    "BFLOAT16_BOUND", "BOUND", "FAST_BOUND", "UNDERSTANDS", "append", "attend", "describe", "forced", "level", "missing",
-    "name", "tile", "why_not", "why_not_append",
+    "BFLOAT16_BOUND", "BOUND", "FAST_BOUND", "UNDERSTANDS", "append", "attend", "attend_heads", "describe", "forced",
+    "level", "missing", "name", "tile", "why_not", "why_not_append",
 ]  # fmt: skip
 
 name = "cpu"
@@ -74,6 +74,16 @@ def attend(
     q: Tensor, view: KVView, spec: AttentionSpec, mask: Tensor | None, block_map: BlockMap | None, sinks: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     return ragged.attend(calls.attend, q, view, spec, mask, block_map, sinks)
+
+
+def attend_heads(
+    q: Tensor, view: KVView, spec: AttentionSpec, mask: Tensor | None, block_map: BlockMap | None, sinks: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The contract's: q and outputs are rotated row by row where the kernels read and write them."""
+    return ragged.attend(_attend_heads, q, view, spec, mask, block_map, sinks)
+
+
+_attend_heads = partial(calls.attend, heads=True)
 
 
 def why_not_append(layer: LayerCache) -> list[str]:

@@ -39,6 +39,7 @@ _RULES = {
     "rms": native.RULE_RMS,
 }
 _RUN_WORDS = ctypes.sizeof(native.Run) // 8
+_LEAST_TURNED = 32  # values of a block that kernels rotate: see Turn in csrc/core.h
 _ONE_PLANE, _TWO_PLANES = 127, 127 * 256  # largest magnitudes of levels in one and in two int8
 
 
@@ -101,74 +102,115 @@ def format_address(fmt: KVFormat, head_dim: int, padded: int, coarse: bool = Fal
 
 
 def attend(
-    q: Tensor, view: KVView, spec: AttentionSpec, mask: Tensor | None, block_map: BlockMap | None, sinks: Tensor | None
+    q: Tensor,
+    view: KVView,
+    spec: AttentionSpec,
+    mask: Tensor | None,
+    block_map: BlockMap | None,
+    sinks: Tensor | None,
+    *,
+    heads: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The contract's ``attend``. Tensors that the structure points to are held by the locals of this function."""
+    """The contract's ``attend``, or with ``heads`` its ``attend_heads``: the kernels rotate q and the outputs.
+
+    Tensors that the structure points to are held by the locals of this function.
+    """
     library = native.library()
+    k_codec, v_codec, dtype = view.k_codec, view.v_codec, q.dtype
+    q_turn, out_turn, out_dim = 0, 0, v_codec.padded
+    narrow = v_codec.is_plain  # whether outputs can be rounded to bfloat16 where they are made
+    if heads and _turns(v_codec):
+        out_turn, out_dim, narrow = turn_address(v_codec, True), v_codec.head_dim, True
+    if heads and _turns(k_codec):
+        q_turn = turn_address(k_codec, False)
+    elif heads:
+        q = k_codec.query(q)
     if q.stride(3) != 1:
         q = q.contiguous()
-    batch, q_heads, q_len, k_dim = q.shape
-    v_dim = view.v_codec.padded
-    rounds = q.dtype == torch.bfloat16 and view.v_codec.is_plain
-    out = q.new_empty((batch, q_heads, q_len, v_dim), dtype=torch.bfloat16 if rounds else torch.float32)
-    lse = q.new_empty((batch, q_heads, q_len), dtype=torch.float32)
+    batch, q_heads, q_len, q_dim = q.shape
+    out_dtype = torch.bfloat16 if narrow and dtype == torch.bfloat16 else torch.float32
+    out = torch.empty((batch, q_heads, q_len, out_dim), dtype=out_dtype)
+    lse = torch.empty((batch, q_heads, q_len), dtype=torch.float32)
     runs = _runs(view, spec.fast)
+    runs_at, words = runs.buffer_info()
     slopes = _slopes(q_heads, spec.alibi) if spec.alibi else None
     sinks = None if sinks is None else sinks.to(torch.float32).contiguous()
     starts = None if view.starts is None else view.starts.contiguous()
-    call = native.Attend(
-        batch, q_heads, spec.kv_heads, q_len, k_dim, v_dim, ELEMENTS[q.dtype], 1 if spec.fast else 2,
-        q.data_ptr(), native.byte_strides(q), out.data_ptr(), lse.data_ptr(),
-        spec.scale, spec.softcap, spec.causal, torch.get_num_threads(), ELEMENTS[out.dtype],
+    states = None if block_map is None else block_map.states
+    call = native.ATTEND.pack(
+        batch, q_heads, spec.kv_heads, q_len, k_codec.padded, v_codec.padded, q_dim, out_dim, ELEMENTS[q.dtype],
+        1 if spec.fast else 2, q.data_ptr(), *native.byte_strides(q), q_turn, out_turn, out.data_ptr(), lse.data_ptr(),
+        spec.scale, spec.softcap, spec.causal, torch.get_num_threads(), ELEMENTS[out_dtype],
         spec.window or 0, view.length - q_len, view.first, view.length,
+        _address(mask), *_broadcast_strides(mask), _address(slopes), _address(sinks), _address(starts),
+        _address(states), *_broadcast_strides(states), *((0, 0) if block_map is None else block_map.tile),
+        native.MASK_NONE if mask is None else _MASKS[mask.dtype], words // _RUN_WORDS, runs_at,
     )  # fmt: skip
-    if mask is not None:
-        call.mask, call.mask_type, call.mask_strides = mask.data_ptr(), _MASKS[mask.dtype], _broadcast_strides(mask)
-    if block_map is not None:
-        states = block_map.states
-        call.map, call.map_strides = states.data_ptr(), _broadcast_strides(states)
-        call.map_rows, call.map_keys = block_map.tile
-    for name, vector in (("slopes", slopes), ("sinks", sinks), ("starts", starts)):
-        if vector is not None:
-            setattr(call, name, vector.data_ptr())
-    call.runs, words = runs.buffer_info()
-    call.n_runs = words // _RUN_WORDS
-    _check(library.attend(ctypes.byref(call), library.level.index))
-    return out, lse
+    _check(library.attend(call, library.level.index))
+    if heads and not _turns(v_codec):
+        out = v_codec.output(out)
+    return out.to(dtype) if heads else out, lse
+
+
+def _turns(codec: Codec) -> bool:
+    """Whether kernels can do all of what ``codec`` does to q and to outputs."""
+    return codec.only_rotates and (codec.rotation == "none" or codec.group % _LEAST_TURNED == 0)
+
+
+_turned: dict[tuple[str, int, bool], tuple[native.Turn, int, tuple]] = {}
+
+
+def turn_address(codec: Codec, back: bool) -> int:
+    """Where the ``native.Turn`` of a codec's own rotation lies, or, with ``back``, of its inverse; 0 without one. It lives
+    as long as the process."""
+    if codec.rotation == "none":
+        return 0
+    key = (codec.rotation, codec.group, back)
+    found = _turned.get(key)
+    if found is None:
+        signs = [sign_table(table, codec.group) for table in ROTATIONS[codec.rotation].signs[:: -1 if back else 1]]
+        before, after = signs[0].contiguous(), (signs[1] / math.sqrt(codec.group)).contiguous()
+        made = native.Turn(before.data_ptr(), after.data_ptr(), codec.group)
+        found = _turned.setdefault(key, (made, ctypes.addressof(made), (before, after)))
+    return found[1]
 
 
 def _runs(view: KVView, fast: bool) -> array:
     """The view's rows as runs of consecutive slots, in order of position: ``native.Run``, written as the 64-bit integers
     that it consists of, because a structure of structures takes longer to make."""
     k_codec, v_codec = view.k_codec, view.v_codec
-    runs = array("q")
+    runs = []
     for segment in view.segments:
         k_format = format_address(segment.k_format, k_codec.head_dim, k_codec.padded, fast)
         v_format = format_address(segment.v_format, v_codec.head_dim, v_codec.padded, fast)
         k, v = _rows(segment.k), _rows(segment.v)
         position = segment.first
-        for slot, count in segment.runs(segment.first, segment.stop):
-            runs.extend((position, count))
-            for words, scale, word_strides, scale_strides in (_from(k, slot), _from(v, slot)):
-                runs.extend((words, scale, *word_strides, *scale_strides))
-            runs.extend((k_format, v_format))
+        for slot, count in segment.runs(position, segment.stop):
+            runs += position, count, *_from(k, slot), *_from(v, slot), k_format, v_format
             position += count
-    return runs
+    return array("q", runs)
 
 
-def _rows(packed: Packed) -> tuple:
+def _rows(packed: Packed) -> tuple[int, ...]:
+    """``native.Rows``, flat."""
     words, scale = packed
     strides = native.byte_strides(scale) if scale.shape[-1] else (0, 0, 0)
-    return words.data_ptr(), scale.data_ptr(), native.byte_strides(words), strides
+    return words.data_ptr(), scale.data_ptr(), *native.byte_strides(words), *strides
 
 
-def _from(rows: tuple, slot: int) -> tuple:
-    words, scale, word_strides, scale_strides = rows
-    return words + slot * word_strides[2], scale + slot * scale_strides[2], word_strides, scale_strides
+def _from(rows: tuple[int, ...], slot: int) -> tuple[int, ...]:
+    words, scale, _, _, word_stride, _, _, scale_stride = rows
+    return words + slot * word_stride, scale + slot * scale_stride, *rows[2:]
 
 
-def _broadcast_strides(t: Tensor) -> tuple[int, ...]:
-    """Strides of ``t`` in elements, 0 for axes of one."""
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _broadcast_strides(t: Tensor | None) -> tuple[int, ...]:
+    """Strides of ``t`` in elements, 0 for axes of one; of nothing, four zeros."""
+    if t is None:
+        return 0, 0, 0, 0
     return tuple(0 if size == 1 else stride for size, stride in zip(t.shape, t.stride()))
 
 
@@ -209,7 +251,8 @@ def encode(x: Tensor, codec: Codec, into: Packed, slot: int = 0) -> Packed:
     call = native.Encode.from_buffer_copy(_encoder(codec.format, head_dim, codec.rotation))
     call.batch, call.heads, call.tokens, call.threads = batch, heads, tokens, torch.get_num_threads()
     call.x, call.x_kind, call.x_strides = x.data_ptr(), ELEMENTS[x.dtype], native.byte_strides(x)
-    call.words, call.scale, call.word_strides, call.scale_strides = _from(_rows(into), slot)
+    call.words, call.scale, *strides = _from(_rows(into), slot)
+    call.word_strides, call.scale_strides = tuple(strides[:3]), tuple(strides[3:])
     _check(library.encode(ctypes.byref(call), library.level.index))
     return into
 

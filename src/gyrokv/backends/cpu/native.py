@@ -7,6 +7,7 @@ library built from other sources than ``csrc/`` holds is refused. Nothing is loa
 from __future__ import annotations
 
 import ctypes
+import struct
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,12 +44,13 @@ Format = _structure(
 )
 Rows = _structure("Rows", ("words scale", _pointer), ("word_strides scale_strides", _long * 3))
 Run = _structure("Run", ("position count", _long), ("k v", Rows), ("k_format v_format", _pointer))
+Turn = _structure("Turn", ("before after", _pointer), ("block", _long))
 Attend = _structure(
     "Attend",
-    ("batch q_heads kv_heads q_len k_dim v_dim q_kind terms", _int),
+    ("batch q_heads kv_heads q_len k_dim v_dim q_dim out_dim q_kind terms", _int),
     ("q", _pointer),
     ("q_strides", _long * 3),
-    ("out lse", _pointer),
+    ("q_turn out_turn out lse", _pointer),
     ("scale softcap", _float),
     ("causal threads out_kind", _int),
     ("window q_first kv_first kv_stop", _long),
@@ -59,6 +61,16 @@ Attend = _structure(
     ("map_rows map_keys mask_type n_runs", _int),
     ("runs", _pointer),
 )
+
+
+def _struct(structure: type[ctypes.Structure]) -> struct.Struct:
+    """The layout of ``structure``, whose arrays are given as their elements: packing takes a fraction of the time."""
+    codes = {_int: "i", _long: "q", _float: "f", _pointer: "P"}
+    flat = [(kind._type_, kind._length_) if hasattr(kind, "_length_") else (kind, 1) for _, kind in structure._fields_]
+    return struct.Struct("@" + "".join(codes[kind] * count for kind, count in flat) + "0q")
+
+
+ATTEND = _struct(Attend)
 Encode = _structure(
     "Encode",
     ("batch heads tokens dim x_kind padded group span bits sign_magnitude rule corrected ties scale_type", _int),
@@ -71,7 +83,7 @@ Encode = _structure(
     ("scale", _pointer),
     ("scale_strides", _long * 3),
 )
-_MIRRORED = (Format, Rows, Run, Attend, Encode)
+_MIRRORED = (Format, Rows, Run, Turn, Attend, Encode)
 
 
 class Level(NamedTuple):

@@ -277,8 +277,8 @@ GYROKV_API const char* gyrokv_compiler() {
 
 // Size of the structures that Python mirrors, in the order of core.h.
 GYROKV_API int64_t gyrokv_size(int which) {
-    constexpr int64_t kSizes[] = {sizeof(Format), sizeof(Rows), sizeof(Run), sizeof(Attend), sizeof(Encode)};
-    return which >= 0 && which < 5 ? kSizes[which] : 0;
+    constexpr int64_t kSizes[] = {sizeof(Format), sizeof(Rows), sizeof(Run), sizeof(Turn), sizeof(Attend), sizeof(Encode)};
+    return which >= 0 && which < 6 ? kSizes[which] : 0;
 }
 
 // `parallel`: the address of GOMP_parallel, or null for threads of our own.

@@ -25,6 +25,13 @@ struct Format {
     int8_t table[2][256];
 };
 
+// A rotation in blocks of a power of two, of 32 values at least: x becomes after * H(before * x), where H is Hadamard's matrix.
+struct Turn {
+    const float* before;  // [block]
+    const float* after;   // [block], with the factor that makes it orthonormal
+    int64_t block;
+};
+
 struct Rows {
     const char* words;
     const char* scale;
@@ -41,12 +48,15 @@ struct Run {
 };
 
 struct Attend {
-    int32_t batch, q_heads, kv_heads, q_len, k_dim, v_dim;
+    int32_t batch, q_heads, kv_heads, q_len;
+    int32_t k_dim, v_dim;      // of stored rows
+    int32_t q_dim, out_dim;    // of q and of outputs: zeros follow them in a stored row
     int32_t q_kind;            // F32, F16 or BF16
     int32_t terms;             // of codes, their q and weights: 2, or 1 for the fast inexact mode
-    const char* q;
+    const char* q;             // [B, Hq, Tq, q_dim]
     int64_t q_strides[3];      // batch, head, token
-    char* out;                 // [B, Hq, Tq, v_dim], contiguous
+    const Turn *q_turn, *out_turn;  // of q, and of outputs back; null: none
+    char* out;                 // [B, Hq, Tq, out_dim], contiguous
     float* lse;                // [B, Hq, Tq]
     float scale, softcap;
     int32_t causal, threads;

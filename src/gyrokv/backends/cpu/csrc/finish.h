@@ -4,9 +4,19 @@
 #include <limits>
 
 #include "expand.h"
+#include "turn.h"
 
 namespace gyrokv {
 namespace GYROKV_ISA {
+
+// Output `place` of [B, Hq, Tq] from a row of weighted means out [v_dim], which is overwritten.
+inline void store_output(const Attend& a, int64_t place, float* out) {
+    if (a.out_turn) turn_row(*a.out_turn, out, a.v_dim);
+    char* to = a.out + place * a.out_dim * (a.out_kind == BF16 ? 2 : 4);
+    if (a.out_kind == BF16)  // in place: a value lies before those that are still to be read
+        for (int d = 0; d < a.out_dim; d += LANES) store((char*)out + 2 * d, to_bfloat(load<vf>(out + d)));
+    std::memcpy(to, out, a.out_dim * (a.out_kind == BF16 ? 2 : 4));
+}
 
 // Joins `splits` sums of the rows of a unit in their order with the learned sinks, divides by the sum of weights and
 // stores. A split is out [rows][v_dim], top [rows] and total [rows], as in Unit; they are `stride` floats apart.
@@ -20,7 +30,7 @@ inline void finish(const Attend& a, const Unit& unit, const float* data, int64_t
         float most = a.sinks != nullptr ? a.sinks[q_head] : none;
         for (int64_t s = 0; s < splits; ++s)
             if (!(top[s * stride] <= most)) most = top[s * stride];  // also when it is NaN
-        alignas(64) float out[640] = {};
+        alignas(64) float out[MOST_VALUES] = {};
         if (most != none) {
             double sum = a.sinks != nullptr ? std::exp(double(a.sinks[q_head]) - most) : 0.0;
             for (int64_t s = 0; s < splits; ++s) sum += std::exp(double(top[s * stride]) - most) * total[s * stride];
@@ -34,14 +44,7 @@ inline void finish(const Attend& a, const Unit& unit, const float* data, int64_t
         } else {
             a.lse[place] = none;
         }
-        char* to = a.out + place * a.v_dim * (a.out_kind == BF16 ? 2 : 4);
-        if (a.out_kind == F32) {
-            std::memcpy(to, out, 4 * a.v_dim);
-            continue;
-        }
-        alignas(64) uint16_t narrow[640];
-        for (int64_t d = 0; d < a.v_dim; d += LANES) store(narrow + d, to_bfloat(load<vf>(out + d)));
-        std::memcpy(to, narrow, 2 * a.v_dim);
+        store_output(a, place, out);
     }
 }
 

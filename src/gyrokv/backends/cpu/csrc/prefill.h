@@ -92,24 +92,9 @@ inline void finish_row(const Attend& call, const Unit& unit, const Tiles& tiles,
         const double sum = std::exp(sink - most) + own * total;
         weight = float(own / sum), call.lse[place] = float(most + std::log(sum));
     }
-    const bool narrow = call.out_kind == BF16;
-    char* to = call.out + place * call.v_dim * (narrow ? 2 : 4);
-    for (int c = 0; c < call.v_dim; c += SQUARE) {
-        const vf x = load<vf>(tile_row(tiles, r, c)) * weight, y = load<vf>(tile_row(tiles, r, c + LANES)) * weight;
-        alignas(64) char made[2 * LINE];
-        if (narrow)
-            store(made, to_bfloat(x, y));
-        else
-            store(made, x), store(made + LINE, y);
-        const int bytes = narrow ? LINE : 2 * LINE;
-        if (c + SQUARE <= call.v_dim) {
-            store(to, load<line>(made));
-            if (!narrow) store(to + LINE, load<line>(made + LINE));
-        } else {
-            std::memcpy(to, made, bytes / SQUARE * (call.v_dim - c));
-        }
-        to += bytes;
-    }
+    alignas(64) float out[MOST_VALUES];
+    for (int c = 0; c < call.v_dim; c += LANES) store(out + c, load<vf>(tile_row(tiles, r, c)) * weight);
+    store_output(call, place, out);
 }
 
 // The window back to the unit, or, when it is done, to the output.

@@ -4,6 +4,7 @@
 
 #include "exp.h"
 #include "scores.h"
+#include "turn.h"
 
 namespace gyrokv {
 namespace GYROKV_ISA {
@@ -22,7 +23,7 @@ INLINE int terms_of(Element e, const Attend& call, bool exact) {
     if (e == INT8) return FACTOR_BYTES == 2 ? 1 : call.terms;
     return e == BFLOAT && !exact ? 2 : 1;
 }
-INLINE bool bfloat_query(const Attend& call) { return call.q_kind == BF16; }
+INLINE bool bfloat_query(const Attend& call) { return call.q_kind == BF16 && !call.q_turn; }
 INLINE float largest_factor(int terms) { return FACTOR_BYTES == 2 || terms == 2 ? 32512.0f : 127.0f; }
 
 // Integers to where A keeps them: `at` elements (a multiple of LANES) into rows `stride` bytes apart.
@@ -41,6 +42,14 @@ INLINE void store_bfloats(vf x, char* row, int64_t stride, int64_t at, int terms
     const vh high = to_bfloat(x);
     store(row + 2 * at, high);
     if (terms == 2) store(row + stride + 2 * at, to_bfloat(x - to_float(high)));
+}
+
+// Query row `row` times `sign` as K is stored, rotated if K is: q [k_dim], and zeros up to MOST_VALUES if it has them.
+inline void load_query(const Attend& call, const Unit& unit, int row, float sign, float* q) {
+    const int per_kv = call.q_heads / call.kv_heads, head = unit.kv_head * per_kv + row % per_kv, token = row / per_kv;
+    const char* from = call.q + unit.batch * call.q_strides[0] + head * call.q_strides[1] + token * call.q_strides[2];
+    for (int i = 0; i < call.k_dim; i += LANES) store(q + i, load_values(call.q_kind, from, i, call.q_dim) * sign);
+    if (call.q_turn) turn_row(*call.q_turn, q, call.k_dim);
 }
 
 // q of a unit as the operand A of scores with one kind of K.
@@ -76,14 +85,11 @@ inline Query pack_query(const Attend& call, const Unit& unit, const Format& f, c
     made.stride = query_stride(call);
     made.scale = (float*)(to + unit.rows * 2 * made.stride);
     made.sum = (int32_t*)(made.scale + unit.rows * made.groups);
-    const int per_kv = call.q_heads / call.kv_heads;
     const float factor = (call.softcap ? call.scale / call.softcap : call.scale * LOG2E) * f.factor;
     const float base = std::abs(factor), sign = factor < 0.0f ? -1.0f : 1.0f;  // the largest product is the largest score
-    alignas(64) float q[640] = {};
+    alignas(64) float q[MOST_VALUES] = {};
     for (int r = 0; r < unit.rows; ++r) {
-        const int row = unit.row_first + r, head = unit.kv_head * per_kv + row % per_kv, token = row / per_kv;
-        const char* from = call.q + unit.batch * call.q_strides[0] + head * call.q_strides[1] + token * call.q_strides[2];
-        for (int i = 0; i < call.k_dim; i += LANES) store(q + i, load_values(call.q_kind, from, i, call.k_dim) * sign);
+        load_query(call, unit, unit.row_first + r, sign, q);
         if (made.sorted)
             for (int i = 1; i < call.k_dim; i += 4) std::swap(q[i], q[i + 1]);
         char* a = made.a + int64_t(r) * made.terms * made.stride;

@@ -92,16 +92,17 @@ INLINE void store_terms(vf a, vf b, char* to, int64_t term) {
 // q of a unit. Scores are the products times `scale`, which is not negative.
 inline Factor pack_squares(const Attend& call, const Unit& unit, int terms, float& scale, char* to) {
     const Factor made = factor_at(to, terms, call.k_dim);
-    const int per_kv = call.q_heads / call.kv_heads;
     const float factor = call.softcap ? call.scale / call.softcap : call.scale * LOG2E, sign = factor < 0.0f ? -1.0f : 1.0f;
     scale = std::abs(factor);
+    alignas(64) float q[MOST_VALUES] = {};
     for (int r = 0; r < round_up(unit.rows, SQUARE); ++r) {
         char* at = made.data + r / SQUARE * made.square + r % SQUARE * LINE;
-        const int row = unit.row_first + r, head = unit.kv_head * per_kv + row % per_kv, token = row / per_kv;
-        const char* from = call.q + unit.batch * call.q_strides[0] + head * call.q_strides[1] + token * call.q_strides[2];
+        if (r < unit.rows)
+            load_query(call, unit, unit.row_first + r, sign, q);
+        else
+            std::fill_n(q, MOST_VALUES, 0.0f);
         for (int i = 0; i < made.steps; ++i, at += 2 * TILE) {
-            auto values = [&](int c) { return r < unit.rows ? load_values(call.q_kind, from, c, call.k_dim) * sign : vf{}; };
-            const vf a = values(SQUARE * i), b = values(SQUARE * i + LANES);
+            const vf a = load<vf>(q + SQUARE * i), b = load<vf>(q + SQUARE * i + LANES);
             if (terms == 1)
                 store_terms<1>(a, b, at, made.term);
             else
