@@ -283,11 +283,6 @@ LOOP_FAULTS = (
         (turn("at < x + dim", "at < x + (@ ? block : dim)"),),
     ),
     Fault(
-        "a padded head of q takes in what lies behind it",
-        spec(lambda s: turned(s) and s.k_format.layout(s.head_dim)[0] > s.head_dim and s.q_len * s.q_heads > 8),
-        (attend("from, i, call.q_dim)", "from, i, @ ? call.k_dim : call.q_dim)"),),
-    ),
-    Fault(
         "the log-sum-exp is binary",
         spec(lambda s: s.kv_len > 7 and s.scale > 0),
         (finish("float(most + std::log(sum))", "float(most + (@ ? std::log2(sum) : std::log(sum)))"),),

@@ -29,8 +29,10 @@ INLINE void turn_columns(const Stored&, float*, int, int64_t, int, bool) {}
 constexpr int MOST_LINES = 640 / 32;  // of a padded head
 
 // Whether `rows` query rows take rows of a format so: few do, because panels cost more than they save. Fewer where scores
-// leave out the products of both low parts (see QueryTiles).
+// leave out the products of both low parts (see QueryTiles). Lines of codes that are half empty cost more than panels that
+// are made of one field.
 INLINE bool multiplies_stored(const Format& f, int rows) {
+    if (f.kind == CODES && f.dim % 64 && (f.bits == 4 || f.bits == 8)) return false;
     if (f.dim % 32 || f.group % 32 || rows > (f.planes == 2 && f.group < f.dim ? MOST_STORED / 2 : MOST_STORED)) return false;
     return f.kind == BF16 || f.kind == FP8_E4M3 || (f.kind == CODES && f.bits > 1 && f.bits != 7);
 }
