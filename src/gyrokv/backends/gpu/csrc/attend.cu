@@ -15,7 +15,8 @@
 
 constexpr int TEAMS = WARPS / TEAM;  // each takes tiles of its own; its warps share the words of rows
 constexpr int TILE_BYTES = TILE * (K_PITCH + V_PITCH);
-constexpr float SLACK = 3.0f;  // log2 by which scores may pass the reference before everything is rescaled
+constexpr float SLACK = 3.0f;      // log2 by which scores may pass the reference before everything is rescaled
+constexpr float MOST = 1024.0f;    // of a lane's weights in a tile: bytes are relative to their own largest, so sums tell
 constexpr int SUMS = TILES * COLUMNS * 2 * PER_LANE, SUMS_AT = RING_AT + WARPS * TILE_BYTES;  // of a team, by lane
 static_assert(WARPS % TEAM == 0 && TEAM <= 2 && SUMS_AT + (TEAM > 1 ? 2 * WARPS * SUMS * 128 : 0) <= SHARED && TEAMS * ALL_ROWS * DV * 4 <= SHARED, "shared memory");
 
@@ -86,22 +87,14 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
       copy_rows<V, TILE, V_PITCH, V_COPY, V_STRIDE, decltype(whole)::value>(v_at, v_rows, tile * TILE, slots, rank, lane);
     commit_copies();
   };
-  KScales k_next[TILES][2];
-  VScales v_next[TILES][2];
-  auto fetch_scales = [&](auto whole, int tile) {
-    constexpr bool WHOLE = decltype(whole)::value;
-    if (!(K::SCALED || V::SCALED) || (!WHOLE && tile >= end)) return;
-    const char* k_from = k_scale_rows.at<K_SCALE_STRIDE>(tile * TILE) + g * (K_SCALE_STRIDE ? K_SCALE_STRIDE : k_scale_rows.slot_stride);
-    const char* v_from = v_scale_rows.at<V_SCALE_STRIDE>(tile * TILE) + g * (V_SCALE_STRIDE ? V_SCALE_STRIDE : v_scale_rows.slot_stride);
-#pragma unroll
-    for (int i = 0; i < TILES; ++i)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        int row = i * 16 + half * 8;
-        bool live = WHOLE || slots.live(tile * TILE + row + g);
-        k_next[i][half].load(k_from + row * (K_SCALE_STRIDE ? K_SCALE_STRIDE : k_scale_rows.slot_stride), live);
-        v_next[i][half].load(v_from + row * (V_SCALE_STRIDE ? V_SCALE_STRIDE : v_scale_rows.slot_stride), live);
-      }
+  // scales of the next tile are asked for as soon as those of this one have been used
+  KScales k_scales[TILES][2];
+  VScales v_scales[TILES][2];
+  auto fetch_k_scales = [&](auto whole, int tile) {
+    if (decltype(whole)::value || tile < end) fetch_scales<K_SCALE_STRIDE, decltype(whole)::value>(k_scales, k_scale_rows, tile * TILE, slots, g);
+  };
+  auto fetch_v_scales = [&](auto whole, int tile) {
+    if (decltype(whole)::value || tile < end) fetch_scales<V_SCALE_STRIDE, decltype(whole)::value>(v_scales, v_scale_rows, tile * TILE, slots, g);
   };
 
   Early early(p, unit);
@@ -111,7 +104,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
   int tile = begin + team;
   if (tile < end && slots.whole(tile * TILE, TILE)) copy_k(Bool<true>(), tile), copy_v(Bool<true>(), tile);
   else copy_k(Bool<false>(), tile), copy_v(Bool<false>(), tile);
-  fetch_scales(Bool<false>(), tile);
+  fetch_k_scales(Bool<false>(), tile), fetch_v_scales(Bool<false>(), tile);
 #if K_INT == 2
   fill_bits(memory, p, early, norms, centres);
 #else
@@ -144,7 +137,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
   for (int j = 0; j < COLUMNS; ++j) {
 #pragma unroll
     for (int i = 0; i < PER_LANE; ++i) {
-      run.top[j][i] = -INFINITY, run.total[j][i] = 0.0f;
+      run.top[j][i] = UNSEEN, run.total[j][i] = 0.0f;
       for (float& x : run.offset[j][i]) x = 0.0f;
     }
 #pragma unroll
@@ -160,14 +153,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
     int slot = tile * TILE, later = tile + TEAMS;
     wait_copies<1>();
     __syncwarp();
-    KScales k_scales[TILES][2];
-    VScales v_scales[TILES][2];
-#pragma unroll
-    for (int i = 0; i < TILES; ++i)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) k_scales[i][half] = k_next[i][half], v_scales[i][half] = v_next[i][half];
-    fetch_scales(free, later);
-
     float s[TILES][COLUMNS][4];
 #if K_INT == 2
     score_bits(s, k_at, memory, k_scales, centre, lane);
@@ -176,6 +161,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
 #endif
     __syncwarp();
     copy_k(free, later);
+    fetch_k_scales(free, later);
     if constexpr (TEAM > 1) {
       u32 mine = shared + SUMS_AT + ((warp + turn * WARPS) * SUMS * 32 + lane) * 4, theirs = shared + SUMS_AT + (((warp ^ 1) + turn * WARPS) * SUMS * 32 + lane) * 4;
       turn ^= 1;
@@ -186,8 +172,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
       for (int i = 0; i < SUMS; ++i) s[i / (SUMS / TILES)][i / (2 * PER_LANE) % COLUMNS][i % (2 * PER_LANE) * (2 / PER_LANE)] += load_shared_f32(theirs + i * 128);
     }
 
+    constexpr bool AS_IS = PLAIN && SEEN;  // scores are multiplied on their way to weights
 #pragma unroll
-    for (int i = 0; i < TILES; ++i)
+    for (int i = 0; i < (AS_IS ? 0 : TILES); ++i)
 #pragma unroll
       for (int j = 0; j < COLUMNS; ++j)
 #pragma unroll
@@ -224,6 +211,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
           if (!live) v_scales[i][half].load(nullptr, false);
         }
     }
+    auto relative = [&](float x, int j, int e) { return AS_IS ? fmaf(x, multiply[j][e], -run.top[j][e]) : x - run.top[j][e]; };
     float widest = 0.0f;
     bool grown = false;
 #pragma unroll
@@ -236,29 +224,40 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
 #pragma unroll
         for (int j = 0; j < COLUMNS; ++j)
 #pragma unroll
-          for (int e = 0; e < PER_LANE; ++e) grown |= s[i][j][2 * half + e] > run.top[j][e] + SLACK;
+          for (int e = 0; e < PER_LANE; ++e)
+            if (!V_INT) grown |= relative(s[i][j][2 * half + e], j, e) > SLACK;
       }
-    if (__any_sync(~0u, grown || widest > 4.0f * run.unit)) rescale(run, s, widest);
+    float weights[TILES][COLUMNS][4], sums[COLUMNS][PER_LANE];
+    auto weigh = [&] {
+#pragma unroll
+      for (int j = 0; j < COLUMNS; ++j)
+#pragma unroll
+        for (int e = 0; e < PER_LANE; ++e) {
+          sums[j][e] = 0.0f;
+#pragma unroll
+          for (int i = 0; i < TILES; ++i)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) sums[j][e] += weights[i][j][2 * half + e] = exp2_fast(relative(s[i][j][2 * half + e], j, e));
+          if (V_INT) grown |= sums[j][e] > MOST;
+        }
+    };
+    if (V_INT) weigh();
+    if (__any_sync(~0u, grown || widest > 4.0f * run.unit)) {
+      rescale(run, s, AS_IS, multiply, widest);
+      if (V_INT) weigh();
+    }
+    if (!V_INT) weigh();
 #pragma unroll
     for (int j = 0; j < COLUMNS; ++j)
 #pragma unroll
-      for (int e = 0; e < PER_LANE; ++e) {
-        float top = run.top[j][e] == -INFINITY ? 0.0f : run.top[j][e];
-#pragma unroll
-        for (int i = 0; i < TILES; ++i)
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            float& x = s[i][j][2 * half + e];
-            x = exp2_fast(x - top);
-            run.total[j][e] += x;
-          }
-      }
+      for (int e = 0; e < PER_LANE; ++e) run.total[j][e] += sums[j][e];
     wait_copies<1>();
     __syncwarp();
-    if constexpr (V_INT) add_values_bytes(run, s, v_at, v_scales, v_table, lane);
-    else add_values_floats(run, s, v_at, memory, v_scales, v_table, lane);
+    if constexpr (V_INT) add_values_bytes(run, weights, v_at, v_scales, v_table, lane);
+    else add_values_floats(run, weights, v_at, memory, v_scales, v_table, lane);
     __syncwarp();
     copy_v(free, later);
+    fetch_v_scales(free, later);
   };
 
   // Tiles that all rows see whole, and whose successor in the warp is whole: of slots from the first one on, of those before it
@@ -287,7 +286,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
 #pragma unroll
     for (int e = 0; e < PER_LANE; ++e) {
       float total = sum_over_tokens(run.total[j][e]);
-      if (g == 0 && rank == 0) tops[team][row_of(j, e, t)] = make_float2(run.top[j][e], total);
+      if (g == 0 && rank == 0) tops[team][row_of(j, e, t)] = make_float2(total > 0.0f ? run.top[j][e] : -INFINITY, total);
     }
   auto place = [&](int row) {  // of a row in the results
     if (row >= unit.rows) return (i64)-1;
@@ -316,7 +315,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
         i64 at = place(row);
         if (g == 0 && at >= 0) (p.finish.out ? &joined[row] : &p.top[at])[0] = make_float2(most, total);
       }
-      float factor = run.top[j][e] == -INFINITY ? 0.0f : exp2_fast(run.top[j][e] - most);
+      float factor = most == -INFINITY ? 0.0f : exp2_fast(run.top[j][e] - most);
       factor *= p.v_factor;
       if (!V_INT) factor *= V::FACTOR * (V::SCALED ? run.unit / WEIGHT : V::IS_BF16 ? 1.0f : 1.0f / WEIGHT);
       float offset[V::GROUPS];

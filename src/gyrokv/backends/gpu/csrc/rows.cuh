@@ -103,3 +103,14 @@ struct Scales {
     else return f32_of_f16(raw[group / 2] >> (group % 2 * 16));
   }
 };
+
+// scales of a tile's slots: of slot 16 i + 8 half + g in scales[i][half]
+template <int STRIDE, bool WHOLE, class S>
+INLINE void fetch_scales(S (&scales)[TILE / 16][2], const Rows& rows, int slot, const Slots& slots, int g) {
+  if constexpr (S::N > 0) {
+    i64 stride = STRIDE ? STRIDE : rows.slot_stride;
+    const char* from = rows.at<STRIDE>(slot) + g * stride;
+#pragma unroll
+    for (int i = 0; i < TILE / 8; ++i) scales[i / 2][i % 2].load(from + 8 * i * stride, WHOLE || slots.live(slot + 8 * i + g));
+  }
+}
