@@ -224,6 +224,11 @@ def _bitwise(row: Row, rows: int) -> bool:
     return row.kind == BYTES and row.bits == 2 and row.dim == 512 and row.span == 128 and rows == 4 and symmetric
 
 
+def _gathered(row: Row, rows: int) -> bool:
+    """True for keys of two or four scales whose codes change places, so that a product has one scale."""
+    return False
+
+
 def _pairs(problem: Problem) -> bool:
     """True where one lookup may yield two values: tables of 5 bits, or of 6 with a sign, and not two different ones."""
     tables = [row for row in (problem.k, problem.v) if row.kind == TABLE]
@@ -269,7 +274,7 @@ def _plan(problem: Problem, shared_memory: int) -> Plan:
     k, v = problem.k, problem.v
     rows = 4 if problem.columns <= 4 else 8 if problem.columns <= 8 or v.dim > 256 else 16
     team = _team(problem, rows)
-    k_int = 2 if _bitwise(k, rows) and team == 1 else int(_integers(k, "k", rows))
+    k_int = 2 if _bitwise(k, rows) and team == 1 else 3 if _gathered(k, rows) else int(_integers(k, "k", rows))
     v_int = _integers(v, "v", rows)
     # one bfloat16 holds a q of that dtype only; where four rows fill half a product, two terms are free
     rounded = k.kind in (BF16, F32) and (problem.q_type != BF16 or problem.k_turn > 0)
@@ -358,6 +363,7 @@ def _query_bytes(k: Row, k_columns: int, integers: int, team: int = 1) -> int:
         pairs = [(p, p + 1) for p in even] if by_plane else [(p, p) for p in range(planes)]
         count = chunks * (vector if by_plane or vector == 1 else vector // 2) * len(pairs)
     most = max(scale(c, b, True) - scale(c, a, False) + 1 for c in range(chunks) for a, b in pairs)
+    most = 1 if integers == 3 else most
     return team * count * most * k_columns * 256
 
 

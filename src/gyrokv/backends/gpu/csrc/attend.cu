@@ -157,7 +157,11 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
 #if K_INT == 2
     score_bits(s, k_at, memory, k_scales, centre, lane);
 #else
-    score<K_INT>(s, k_at, memory, rank, k_scales, k_table, lane);
+    // sums of a row's scales fill registers
+    constexpr int PER_TILE = K_SUMS * K_COLUMNS, AT_ONCE = !K_INT || TILES * PER_TILE <= 8 ? TILES : TILES % 2 == 0 && 2 * PER_TILE <= 8 ? 2 : 1;
+#pragma unroll
+    for (int i = 0; i < TILES; i += AT_ONCE)
+      score<(K_INT > 0), AT_ONCE>((float(&)[AT_ONCE][COLUMNS][4])s[i], k_at + i * 16 * K_PITCH, memory, rank, (const KScales(&)[AT_ONCE][2])k_scales[i], k_table, lane);
 #endif
     __syncwarp();
     copy_k(free, later);

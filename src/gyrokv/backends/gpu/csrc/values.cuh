@@ -33,8 +33,8 @@ constexpr int V_TILES = (EIGHTS + STEP - 1) / STEP * PER_STEP;  // of 16 dims
 // half `half` of a tile: its eight and plane, and lane g's dim, if there is one
 INLINE constexpr int eight_of(int tile, int half) { return tile / PER_STEP * STEP + (V_BY_EIGHTS ? half : 0); }
 INLINE constexpr int kind_of(int tile, int half) {
-  int at = tile % PER_STEP;  // bytes: [nibbles][plane 0 or 1 of four], with the planes 2 further in the other half
-  return V_INT ? at / 2 + V::NIBBLES * (at % 2 + 2 * half) : V_BY_EIGHTS ? at : 2 * at + half;
+  int at = tile % PER_STEP;  // bytes: [two registers of nibbles, one per half][planes 2, 3 of four][1, 3]: of one scale
+  return V_INT ? at / 4 * 2 + half + V::NIBBLES * (at / 2 % 2 * 2 + at % 2) : V_BY_EIGHTS ? at : 2 * at + half;
 }
 INLINE constexpr int word_of(int tile, int half, int g) { return 8 * eight_of(tile, half) + (V_FOLD > 1 ? g % 4 : g); }
 INLINE constexpr int dim_of(int tile, int half, int g) {
@@ -293,11 +293,13 @@ INLINE void add_values_bytes(Running& r, const float (&s)[TILES][COLUMNS][4], u3
         for (int pair = 0; pair < PAIRS; ++pair) {
           u32 a[2][2];  // [half][tile]
 #pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            int tile = 2 * pair + i;
-            u32 x = tile < TILES ? of_pass(pass, codes[m % 2][tile % TILES][m / 2]) : 0;
-            a[0][i] = tile < TILES ? bytes_of(tables, pass, x) : 0, a[1][i] = tile < TILES ? bytes_of(tables, pass, upper<V>(x)) : 0;
-          }
+          for (int half = 0; half < 2; ++half)
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+              int tile = 2 * pair + i;
+              u32 x = codes[m % 2][tile % TILES][m / 4 * 2 + half];
+              a[half][i] = tile < TILES ? bytes_of(tables, pass, of_pass(pass, m / 2 % 2 ? upper<V>(x) : x)) : 0;
+            }
 #pragma unroll
           for (int group = 0; group < V::GROUPS; ++group) {
             if (!touches(at, 0, group) && !touches(at, 1, group)) continue;
