@@ -268,7 +268,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
   struct Range {
     int low;
     u32 count;
-    INLINE bool holds(int tile) const { return (u32)(tile - low) < count; }
+    INLINE int stop(int tile) const { return (u32)(tile - low) < count ? low + count : 0; }  // if it holds this one
   };
   auto free_tiles = [&](int shift, int low, int high) {  // of offsets low .. high - 1, in slots that are `shift` further
     int from = (max(low, free_low) + shift + TILE - 1) / TILE, stop = min((high + shift) / TILE, end) - TEAMS;
@@ -277,9 +277,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
   int ahead = slots.capacity - slots.first_slot;  // slots before the ring wraps
   Range free = free_tiles(slots.first_slot, 0, min(slots.count, ahead)), wrapped = free_tiles(-ahead, ahead, slots.count);
 
+  // a loop of their own, or what the others keep in registers would go to memory and back here
   for (; tile < end; tile += TEAMS) {
-    if (MASK == 0 && (free.holds(tile) || wrapped.holds(tile))) step(Bool<true>(), tile);
-    else step(Bool<false>(), tile);
+    int stop = free.stop(tile) + wrapped.stop(tile);  // they hold no tile both
+#pragma unroll 1
+    for (; MASK == 0 && tile < stop; tile += TEAMS) step(Bool<true>(), tile);
+    step(Bool<false>(), tile);
   }
 
   let_later_kernels_start();
