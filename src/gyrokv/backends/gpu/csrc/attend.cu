@@ -87,14 +87,13 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
       copy_rows<V, TILE, V_PITCH, V_COPY, V_STRIDE, decltype(whole)::value>(v_at, v_rows, tile * TILE, slots, rank, lane);
     commit_copies();
   };
-  // scales of the next tile are asked for as soon as those of this one have been used
-  KScales k_scales[TILES][2];
-  VScales v_scales[TILES][2];
-  auto fetch_k_scales = [&](auto whole, int tile) {
-    if (decltype(whole)::value || tile < end) fetch_scales<K_SCALE_STRIDE, decltype(whole)::value>(k_scales, k_scale_rows, tile * TILE, slots, g);
-  };
-  auto fetch_v_scales = [&](auto whole, int tile) {
-    if (decltype(whole)::value || tile < end) fetch_scales<V_SCALE_STRIDE, decltype(whole)::value>(v_scales, v_scale_rows, tile * TILE, slots, g);
+  KScales k_next[TILES][2];
+  VScales v_next[TILES][2];
+  auto fetch_next = [&](auto whole, int tile) {
+    constexpr bool WHOLE = decltype(whole)::value;
+    if (!WHOLE && tile >= end) return;
+    fetch_scales<K_SCALE_STRIDE, WHOLE>(k_next, k_scale_rows, tile * TILE, slots, g);
+    fetch_scales<V_SCALE_STRIDE, WHOLE>(v_next, v_scale_rows, tile * TILE, slots, g);
   };
 
   Early early(p, unit);
@@ -104,7 +103,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
   int tile = begin + team;
   if (tile < end && slots.whole(tile * TILE, TILE)) copy_k(Bool<true>(), tile), copy_v(Bool<true>(), tile);
   else copy_k(Bool<false>(), tile), copy_v(Bool<false>(), tile);
-  fetch_k_scales(Bool<false>(), tile), fetch_v_scales(Bool<false>(), tile);
+  fetch_next(Bool<false>(), tile);
 #if K_INT == 2
   fill_bits(memory, p, early, norms, centres);
 #else
@@ -153,6 +152,14 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
     int slot = tile * TILE, later = tile + TEAMS;
     wait_copies<1>();
     __syncwarp();
+    KScales k_scales[TILES][2];
+    VScales v_scales[TILES][2];
+#pragma unroll
+    for (int i = 0; i < TILES; ++i)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) k_scales[i][half] = k_next[i][half], v_scales[i][half] = v_next[i][half];
+    fetch_next(free, later);
+
     float s[TILES][COLUMNS][4];
 #if K_INT == 2
     score_bits(s, k_at, memory, k_scales, centre, lane);
@@ -165,7 +172,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
 #endif
     __syncwarp();
     copy_k(free, later);
-    fetch_k_scales(free, later);
     if constexpr (TEAM > 1) {
       u32 mine = shared + SUMS_AT + ((warp + turn * WARPS) * SUMS * 32 + lane) * 4, theirs = shared + SUMS_AT + (((warp ^ 1) + turn * WARPS) * SUMS * 32 + lane) * 4;
       turn ^= 1;
@@ -261,7 +267,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
     else add_values_floats(run, weights, v_at, memory, v_scales, v_table, lane);
     __syncwarp();
     copy_v(free, later);
-    fetch_v_scales(free, later);
   };
 
   // Tiles that all rows see whole, and whose successor in the warp is whole: of slots from the first one on, of those before it
