@@ -74,7 +74,10 @@ class Rows:
         self.words, self.scale = words, scale
         self.word_strides, self.scale_strides = _byte_strides(words), _byte_strides(scale) if row.span else (0, 0, 0)
         self.stride = row.bytes if self.word_strides[2] == row.bytes else 0
-        self.scale_stride = row.scale_bytes if self.scale_strides[2] == row.scale_bytes else 0
+        # copied by fours of bytes
+        whole = all(size == 1 or n % 4 == 0 for size, n in zip(scale.shape[:2], self.scale_strides))
+        together = row.span and self.scale_strides[2] == row.scale_bytes and whole and scale.data_ptr() % 4 == 0
+        self.scale_stride = row.scale_bytes if together else 0
 
     @property
     def side(self) -> Side:

@@ -282,6 +282,7 @@ def _plan(problem: Problem, shared_memory: int) -> Plan:
     columns = -(-rows // 8)
     k_columns = columns if terms == 1 else 1 if rows == 4 else 2 * columns
     k_pitch, v_pitch = _pitch(k, problem.k_copy, "k", team), _pitch(v, problem.v_copy, "v", team)
+    slot = k_pitch + v_pitch + k.scale_bytes + v.scale_bytes
     room = shared_memory - _STATIC
     per_lane = 1 if rows == 4 and terms == 2 else 2
     per_warp = 4 * per_lane * columns * v.dim * 4 // team
@@ -304,7 +305,7 @@ def _plan(problem: Problem, shared_memory: int) -> Plan:
                 most = 20
             else:
                 most = 16 if registers <= (150 if v_int else 136) and not fewer else 12 if registers <= 184 else 8
-            warps = max(1, min(most, (room - fixed) // (tile * (k_pitch + v_pitch) + sums(tile)), room // per_warp))
+            warps = max(1, min(most, (room - fixed) // (tile * slot + sums(tile)), room // per_warp))
             return most, warps - (warps % 4 if warps >= 8 else warps % team)  # alike on the four schedulers
 
         # long tiles cost less per token, unless they leave too few warps; bytes gain more than spilled registers cost
@@ -320,7 +321,7 @@ def _plan(problem: Problem, shared_memory: int) -> Plan:
     tile, warps = cut(fixed)
     pairs = _pairs(problem) and cut(pair_fixed) == (tile, warps)
     fixed = pair_fixed if pairs else fixed
-    shared = max(fixed + warps * (tile * (k_pitch + v_pitch) + sums(tile)), warps * per_warp)
+    shared = max(fixed + warps * (tile * slot + sums(tile)), warps * per_warp)
     defines = {
         "K_KIND": k.kind, "K_BITS": k.bits, "K_SPAN": k.span, "K_SCALE32": int(k.wide_scale),
         "K_INT": k_int, "DK": k.dim,

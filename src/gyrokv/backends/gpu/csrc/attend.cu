@@ -14,7 +14,7 @@
 #include "values.cuh"
 
 constexpr int TEAMS = WARPS / TEAM;  // each takes tiles of its own; its warps share the words of rows
-constexpr int TILE_BYTES = TILE * (K_PITCH + V_PITCH);
+constexpr int TILE_BYTES = TILE * (K_PITCH + V_PITCH + KScales::BYTES + VScales::BYTES);
 constexpr float SLACK = 3.0f;      // log2 by which scores may pass the reference before everything is rescaled
 constexpr float MOST = 1024.0f;    // of a lane's weights in a tile: bytes are relative to their own largest, so sums tell
 constexpr int SUMS = TILES * COLUMNS * 2 * PER_LANE, SUMS_AT = RING_AT + WARPS * TILE_BYTES;  // of a team, by lane
@@ -74,26 +74,22 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
   Rows v_rows = rows_at(p.v.words, p.v.words_batch, p.v.words_head, p.v.words_slot);
   Rows k_scale_rows = rows_at(p.k.scale, p.k.scale_batch, p.k.scale_head, p.k.scale_slot);
   Rows v_scale_rows = rows_at(p.v.scale, p.v.scale_batch, p.v.scale_head, p.v.scale_slot);
-  u32 k_at = shared + RING_AT + warp * TILE_BYTES, v_at = k_at + TILE * K_PITCH;
+  u32 k_at = shared + RING_AT + warp * TILE_BYTES, v_at = k_at + TILE * K_PITCH, k_scales_at = v_at + TILE * V_PITCH, v_scales_at = k_scales_at + TILE * KScales::BYTES;
 
   // a warp takes its next tile as soon as one has been used: groups of copies alternate between K and V
   auto copy_k = [&](auto whole, int tile) {
-    if (decltype(whole)::value || tile < end)
+    if (decltype(whole)::value || tile < end) {
       copy_rows<K, TILE, K_PITCH, K_COPY, K_STRIDE, decltype(whole)::value>(k_at, k_rows, tile * TILE, slots, rank, lane);
+      copy_scales<KScales, K_SCALE_STRIDE, decltype(whole)::value>(k_scales_at, k_scale_rows, tile * TILE, slots, lane);
+    }
     commit_copies();
   };
   auto copy_v = [&](auto whole, int tile) {
-    if (decltype(whole)::value || tile < end)
+    if (decltype(whole)::value || tile < end) {
       copy_rows<V, TILE, V_PITCH, V_COPY, V_STRIDE, decltype(whole)::value>(v_at, v_rows, tile * TILE, slots, rank, lane);
+      copy_scales<VScales, V_SCALE_STRIDE, decltype(whole)::value>(v_scales_at, v_scale_rows, tile * TILE, slots, lane);
+    }
     commit_copies();
-  };
-  KScales k_next[TILES][2];
-  VScales v_next[TILES][2];
-  auto fetch_next = [&](auto whole, int tile) {
-    constexpr bool WHOLE = decltype(whole)::value;
-    if (!WHOLE && tile >= end) return;
-    fetch_scales<K_SCALE_STRIDE, WHOLE>(k_next, k_scale_rows, tile * TILE, slots, g);
-    fetch_scales<V_SCALE_STRIDE, WHOLE>(v_next, v_scale_rows, tile * TILE, slots, g);
   };
 
   Early early(p, unit);
@@ -103,7 +99,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
   int tile = begin + team;
   if (tile < end && slots.whole(tile * TILE, TILE)) copy_k(Bool<true>(), tile), copy_v(Bool<true>(), tile);
   else copy_k(Bool<false>(), tile), copy_v(Bool<false>(), tile);
-  fetch_next(Bool<false>(), tile);
 #if K_INT == 2
   fill_bits(memory, p, early, norms, centres);
 #else
@@ -153,13 +148,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
     wait_copies<1>();
     __syncwarp();
     KScales k_scales[TILES][2];
-    VScales v_scales[TILES][2];
-#pragma unroll
-    for (int i = 0; i < TILES; ++i)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) k_scales[i][half] = k_next[i][half], v_scales[i][half] = v_next[i][half];
-    fetch_next(free, later);
-
+    load_scales(k_scales, k_scales_at, g);
     float s[TILES][COLUMNS][4];
 #if K_INT == 2
     score_bits(s, k_at, memory, k_scales, centre, lane);
@@ -172,6 +161,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
 #endif
     __syncwarp();
     copy_k(free, later);
+    wait_copies<1>();
+    __syncwarp();
+    VScales v_scales[TILES][2];
+    load_scales(v_scales, v_scales_at, g);
     if constexpr (TEAM > 1) {
       u32 mine = shared + SUMS_AT + ((warp + turn * WARPS) * SUMS * 32 + lane) * 4, theirs = shared + SUMS_AT + (((warp ^ 1) + turn * WARPS) * SUMS * 32 + lane) * 4;
       turn ^= 1;
@@ -218,7 +211,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
               }
               if (!seen) x = -INFINITY;
             }
-          if (!live) v_scales[i][half].load(nullptr, false);
         }
     }
     auto relative = [&](float x, int j, int e) { return AS_IS ? fmaf(x, multiply[j][e], -run.top[j][e]) : x - run.top[j][e]; };
@@ -261,8 +253,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
     for (int j = 0; j < COLUMNS; ++j)
 #pragma unroll
       for (int e = 0; e < PER_LANE; ++e) run.total[j][e] += sums[j][e];
-    wait_copies<1>();
-    __syncwarp();
     if constexpr (V_INT) add_values_bytes(run, weights, v_at, v_scales, v_table, lane);
     else add_values_floats(run, weights, v_at, memory, v_scales, v_table, lane);
     __syncwarp();

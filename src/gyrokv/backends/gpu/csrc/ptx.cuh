@@ -223,6 +223,7 @@ INLINE void store_zeros(u32 address) {
 
 INLINE void store_shared(u32 address, float x) { asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(x) : "memory"); }
 
+INLINE void store_shared_u16(u32 address, u32 x) { asm volatile("st.shared.u16 [%0], %1;" ::"r"(address), "h"((u16)x) : "memory"); }
 INLINE void store_shared(u32 address, u32 x) { asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(x) : "memory"); }
 INLINE void store_shared(u32 address, const u32 (&x)[4]) {
   asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]) : "memory");

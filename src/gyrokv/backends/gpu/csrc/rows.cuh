@@ -79,22 +79,23 @@ INLINE void copy_rows(u32 to, const Rows& rows, int slot, const Slots& slots, in
   }
 }
 
+// The scales of a row, as they are stored
 template <class R, bool WIDE>
 struct Scales {
-  static constexpr int N = !R::SCALED ? 0 : WIDE ? R::GROUPS : (R::GROUPS + 1) / 2;
+  static constexpr int SIZE = WIDE ? 4 : 2, COUNT = R::SCALED ? R::GROUPS : 0, BYTES = COUNT * SIZE, N = (BYTES + 3) / 4;
   u32 raw[N ? N : 1];
 
-  INLINE void load(const char* from, bool valid) {
-    if constexpr (R::SCALED) {
+  INLINE void load(u32 address) {  // in shared memory
+    if constexpr (BYTES % 4 == 2) {
 #pragma unroll
-      for (int i = 0; i < N; ++i) {
-        if (!valid) raw[i] = 0;
-        else if (!WIDE && R::GROUPS == 1) raw[i] = *(const u16*)from;
-        else if (!WIDE && R::GROUPS % 2) {
-          raw[i] = ((const u16*)from)[2 * i];
-          if (2 * i + 1 < R::GROUPS) raw[i] |= (u32)((const u16*)from)[2 * i + 1] << 16;
-        } else raw[i] = ((const u32*)from)[i];
+      for (int i = 0; i < COUNT; ++i) {
+        u32 x = load_shared_u16(address + 2 * i);
+        raw[i / 2] = i % 2 ? raw[i / 2] | x << 16 : x;
       }
+    } else if constexpr (N > 0) {
+      constexpr int WIDTH = N % 4 == 0 ? 4 : N % 2 == 0 ? 2 : 1;
+#pragma unroll
+      for (int i = 0; i < N; i += WIDTH) load_shared<WIDTH>(address + 4 * i, raw + i);
     }
   }
   INLINE float at(int group) const {
@@ -104,13 +105,36 @@ struct Scales {
   }
 };
 
-// scales of a tile's slots: of slot 16 i + 8 half + g in scales[i][half]
-template <int STRIDE, bool WHOLE, class S>
-INLINE void fetch_scales(S (&scales)[TILE / 16][2], const Rows& rows, int slot, const Slots& slots, int g) {
-  if constexpr (S::N > 0) {
-    i64 stride = STRIDE ? STRIDE : rows.slot_stride;
-    const char* from = rows.at<STRIDE>(slot) + g * stride;
+// Scales of a tile's slots from slot on to shared memory; zeros where no live row is, unless all are (WHOLE). Those that
+// do not lie side by side are waited for
+template <class S, int STRIDE, bool WHOLE>
+INLINE void copy_scales(u32 to, const Rows& rows, int slot, const Slots& slots, int lane) {
+  constexpr int ALL = TILE * S::BYTES / 4;
+  if constexpr (ALL == 0) return;
+  const char* from = rows.at<STRIDE>(slot);
+  if constexpr (WHOLE && STRIDE > 0) {
 #pragma unroll
-    for (int i = 0; i < TILE / 8; ++i) scales[i / 2][i % 2].load(from + 8 * i * stride, WHOLE || slots.live(slot + 8 * i + g));
+    for (int i = 0; i < (ALL + 31) / 32; ++i) {
+      int e = i * 32 + lane;
+      if (ALL % 32 == 0 || e < ALL) copy_async<4>(to + 4 * e, from + 4 * e);
+    }
+  } else {
+    i64 stride = STRIDE ? STRIDE : rows.slot_stride;
+#pragma unroll 1
+    for (int row = lane; row < TILE; row += 32) {
+      bool live = WHOLE || slots.live(slot + row);
+#pragma unroll
+      for (int i = 0; i < S::COUNT; ++i) {
+        if (S::SIZE == 4) store_shared(to + row * S::BYTES + 4 * i, live ? ((const u32*)(from + row * stride))[i] : 0u);
+        else store_shared_u16(to + row * S::BYTES + 2 * i, live ? ((const u16*)(from + row * stride))[i] : 0u);
+      }
+    }
   }
+}
+
+// of slot 16 i + 8 half + g in scales[i][half]
+template <class S>
+INLINE void load_scales(S (&scales)[TILE / 16][2], u32 at, int g) {
+#pragma unroll
+  for (int i = 0; i < TILE / 8; ++i) scales[i / 2][i % 2].load(at + (8 * i + g) * S::BYTES);
 }
