@@ -212,21 +212,17 @@ def _integers(row: Row, side: str, rows: int) -> bool:
     if row.kind != BYTES:
         return False
     if side == "k":
-        return (row.bits < 4 or row.scales <= 2) and not (row.bits == 2 and rows > 4 and row.dim > 256)
-    return row.bits < 4 and (rows == 4 or (rows == 8 and row.dim == row.span == 128))
+        return _gathered(row) or ((row.bits < 4 or row.scales <= 2) and not (row.bits == 2 and rows > 4 and row.dim > 256))
+    return row.bits < 4 and (rows == 4 or (rows == 8 and row.dim <= 256 and row.span == 128))
 
 
-def _bitwise(row: Row, rows: int) -> bool:
-    """True for keys of 2 bits that are multiplied bit by bit (csrc/bits.cuh): symmetric levels by sign and magnitude, in
-    long rows. Four query rows only: sums of bits cost by the row, lookups do not."""
-    levels = row.low.to_bytes(4, "little")
-    symmetric = levels[2] == 256 - levels[0] and levels[3] == 256 - levels[1]
-    return row.kind == BYTES and row.bits == 2 and row.dim == 512 and row.span == 128 and rows == 4 and symmetric
-
-
-def _gathered(row: Row, rows: int) -> bool:
-    """True for keys of two or four scales whose codes change places, so that a product has one scale."""
-    return False
+def _gathered(row: Row) -> bool:
+    """``K_GATHERED`` in csrc/score.cuh: codes of keys change places, so that a product of bytes meets one of a row's scales."""
+    nibbles, vector = row.planes // 4, _vector(row.words // 2, 4)
+    possible = row.kind == BYTES and (row.scales == 2 or (row.scales == 4 and nibbles > 1))
+    two_units = row.scales == 4 or nibbles == 1
+    whole = row.words % (8 * vector) == 0 and row.span % row.words == 0
+    return possible and whole and not (two_units and vector % 2)
 
 
 def _pairs(problem: Problem) -> bool:
@@ -274,8 +270,7 @@ def _plan(problem: Problem, shared_memory: int) -> Plan:
     k, v = problem.k, problem.v
     rows = 4 if problem.columns <= 4 else 8 if problem.columns <= 8 or v.dim > 256 else 16
     team = _team(problem, rows)
-    k_int = 2 if _bitwise(k, rows) and team == 1 else 3 if _gathered(k, rows) else int(_integers(k, "k", rows))
-    v_int = _integers(v, "v", rows)
+    k_int, v_int = _integers(k, "k", rows), _integers(v, "v", rows)
     # one bfloat16 holds a q of that dtype only; where four rows fill half a product, two terms are free
     rounded = k.kind in (BF16, F32) and (problem.q_type != BF16 or problem.k_turn > 0)
     terms = 2 if problem.two_terms or rounded or k_int or rows == 4 else 1
@@ -288,6 +283,8 @@ def _plan(problem: Problem, shared_memory: int) -> Plan:
     per_warp = 4 * per_lane * columns * v.dim * 4 // team
     tables = TABLE in (k.kind, v.kind)
     whole = problem.page_slots % 32 == 0  # a page holds whole tiles
+    # the longest tiles, of bytes alone, and warps that they suit by measurement
+    longest = problem.page_slots % 64 == 0 and k_int and v_int and v.dim <= 256 and v.span >= min(v.dim, 128)
     # lookups of short rows, and pairs of five bits and six, gain more from registers than from warps, by measurement
     fewer = tables and (v.dim <= 64 or (_pairs(problem) and any(row.kind == TABLE and row.bits >= 5 for row in (k, v))))
 
@@ -309,6 +306,9 @@ def _plan(problem: Problem, shared_memory: int) -> Plan:
             return most, warps - (warps % 4 if warps >= 8 else warps % team)  # alike on the four schedulers
 
         # long tiles cost less per token, unless they leave too few warps; bytes gain more than spilled registers cost
+        warps = min(12 if v.dim <= 128 else 8, (room - fixed) // (64 * slot) // 4 * 4)
+        if longest and warps >= 8:
+            return 64, warps
         most, warps = warps_of(32)
         if whole and warps == most and (v_int or _registers(problem, rows, terms, 32, team) + 24 * tables <= 176):
             return 32, warps
@@ -324,7 +324,7 @@ def _plan(problem: Problem, shared_memory: int) -> Plan:
     shared = max(fixed + warps * (tile * slot + sums(tile)), warps * per_warp)
     defines = {
         "K_KIND": k.kind, "K_BITS": k.bits, "K_SPAN": k.span, "K_SCALE32": int(k.wide_scale),
-        "K_INT": k_int, "DK": k.dim,
+        "K_INT": int(k_int), "DK": k.dim,
         "V_KIND": v.kind, "V_BITS": v.bits, "V_SPAN": v.span, "V_SCALE32": int(v.wide_scale),
         "V_INT": int(v_int), "DV": v.dim,
         "ROWS": rows, "TERMS": terms, "Q_TYPE": problem.q_type, "SOFTCAP": int(problem.softcap), "MASK": problem.mask,
@@ -339,10 +339,8 @@ def _plan(problem: Problem, shared_memory: int) -> Plan:
     return Plan(tuple(defines.items()), rows, tile, warps, shared, team)
 
 
-def _query_bytes(k: Row, k_columns: int, integers: int, team: int = 1) -> int:
+def _query_bytes(k: Row, k_columns: int, integers: bool, team: int = 1) -> int:
     """Shared memory that q takes as operands: ``Q_BYTES`` in csrc/score.cuh. ``integers``: ``K_INT``."""
-    if integers == 2:
-        return k.scales * 7 * 256 + 4 * k.dim * 4
     fold = 1 if integers else k.fold
     mine = k.words // team
     vector = _vector(mine // 2, 4 // fold)
@@ -364,7 +362,7 @@ def _query_bytes(k: Row, k_columns: int, integers: int, team: int = 1) -> int:
         pairs = [(p, p + 1) for p in even] if by_plane else [(p, p) for p in range(planes)]
         count = chunks * (vector if by_plane or vector == 1 else vector // 2) * len(pairs)
     most = max(scale(c, b, True) - scale(c, a, False) + 1 for c in range(chunks) for a, b in pairs)
-    most = 1 if integers == 3 else most
+    most = 1 if integers and _gathered(k) else most
     return team * count * most * k_columns * 256
 
 

@@ -7,7 +7,7 @@
 // memory straight into operands (codec.cuh): the order of dims in a product is free, so no value moves between lanes.
 // Scales never touch elements: K's multiplies scores, V's the weights.
 //
-// The host defines K_KIND, K_BITS, K_SPAN, K_SCALE32, K_INT (and V_; 2: bits.cuh), DK, DV, ROWS, TERMS, Q_TYPE, SOFTCAP, MASK, ALIBI, TILE,
+// The host defines K_KIND, K_BITS, K_SPAN, K_SCALE32, K_INT (and V_), DK, DV, ROWS, TERMS, Q_TYPE, SOFTCAP, MASK, ALIBI, TILE,
 // WARPS, K_TURN and V_TURN (the blocks of rotations that q and the output go through, or 0), OUT_TYPE (finish.cuh), K_PITCH, K_COPY, K_STRIDE, K_SCALE_STRIDE (and V_),
 // SAME_TABLE, LUT_PAIRS, PAGED, TEAM (warps that share the words of each row), SHARED (bytes).
 #include "finish.cuh"
@@ -23,9 +23,6 @@ static_assert(WARPS % TEAM == 0 && TEAM <= 2 && SUMS_AT + (TEAM > 1 ? 2 * WARPS 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_constant__ Attend p) {
   extern __shared__ __align__(128) char memory[];
   __shared__ float norms[ALL_ROWS];
-#if K_INT == 2
-  __shared__ float centres[K::GROUPS][ALL_ROWS];
-#endif
   __shared__ float2 tops[TEAMS][ALL_ROWS], joined[ALL_ROWS];
   touch(p, shared_address(norms));
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -99,16 +96,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
   int tile = begin + team;
   if (tile < end && slots.whole(tile * TILE, TILE)) copy_k(Bool<true>(), tile), copy_v(Bool<true>(), tile);
   else copy_k(Bool<false>(), tile), copy_v(Bool<false>(), tile);
-#if K_INT == 2
-  fill_bits(memory, p, early, norms, centres);
-#else
   fill_queries(memory, p, early, norms);
-#endif
   __syncthreads();
 
-#if K_INT == 2
-  float centre[4] = {centres[0][t], centres[1][t], centres[2][t], centres[3][t]};
-#endif
   Table k_table{p.k_low, p.k_high}, v_table{p.v_low, p.v_high};
   float multiply[COLUMNS][PER_LANE], slope[COLUMNS][PER_LANE];
   int q_position[COLUMNS][PER_LANE];
@@ -119,7 +109,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
     for (int i = 0; i < PER_LANE; ++i) {
       int row = row_of(j, i, t);
       At at = row_at(p, unit, min(row, unit.rows - 1));
-      multiply[j][i] = __fdividef(p.scale * p.k_factor * (K_BITWISE ? 68719476736.0f : K_INT ? 1.0f : K::FACTOR) * (PLAIN ? LOG2E : 1.0f), norms[row]);
+      multiply[j][i] = __fdividef(p.scale * p.k_factor * (K_INT ? 1.0f : K::FACTOR) * (PLAIN ? LOG2E : 1.0f), norms[row]);
       q_position[j][i] = q_first - first + at.token;
       slope[j][i] = ALIBI ? p.slopes[at.head] : 1.0f;
       mask_row[j][i] = unit.batch * p.mask_batch + at.head * p.mask_head + at.token * p.mask_token;
@@ -150,15 +140,11 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
     KScales k_scales[TILES][2];
     load_scales(k_scales, k_scales_at, g);
     float s[TILES][COLUMNS][4];
-#if K_INT == 2
-    score_bits(s, k_at, memory, k_scales, centre, lane);
-#else
     // sums of a row's scales fill registers
     constexpr int PER_TILE = K_SUMS * K_COLUMNS, AT_ONCE = !K_INT || TILES * PER_TILE <= 8 ? TILES : TILES % 2 == 0 && 2 * PER_TILE <= 8 ? 2 : 1;
 #pragma unroll
     for (int i = 0; i < TILES; i += AT_ONCE)
-      score<(K_INT > 0), AT_ONCE>((float(&)[AT_ONCE][COLUMNS][4])s[i], k_at + i * 16 * K_PITCH, memory, rank, (const KScales(&)[AT_ONCE][2])k_scales[i], k_table, lane);
-#endif
+      score<K_INT, AT_ONCE>((float(&)[AT_ONCE][COLUMNS][4])s[i], k_at + i * 16 * K_PITCH, memory, rank, (const KScales(&)[AT_ONCE][2])k_scales[i], k_table, lane);
     __syncwarp();
     copy_k(free, later);
     wait_copies<1>();

@@ -17,9 +17,10 @@ constexpr bool PLAIN = !SOFTCAP && MASK == 0;
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float Q_LARGEST = 32512.0f;  // of q as integers: 127 * 256
 
-constexpr bool K_GATHERED = K_INT == 3;  // bytes of rows of two or four scales, a product of one: codes change places first
-constexpr int K_STEP = K_GATHERED && (K::GROUPS == 4 || K::NIBBLES == 1) ? 2 : 1;  // units that codes change places in
-static_assert(!K_GATHERED || ((K::GROUPS == 2 || (K::GROUPS == 4 && K::NIBBLES > 1)) && K::SPAN % K::WORDS == 0 && KShare::WHOLE && KShare::VEC % K_STEP == 0 && TEAM == 1), "rows of bytes");
+// Bytes of rows of two or four scales: codes change places within a unit, or two units, so that a product meets one scale
+constexpr bool K_BY_TWO = K::GROUPS == 4 || K::NIBBLES == 1;
+constexpr bool K_GATHERED = K_INT && (K::GROUPS == 2 || (K::GROUPS == 4 && K::NIBBLES > 1)) && (!K_BY_TWO || KShare::VEC % 2 == 0) && K::SPAN % K::WORDS == 0 && KShare::WHOLE;
+constexpr int K_STEP = K_GATHERED && K_BY_TWO ? 2 : 1;
 
 // operands of q: integers take four planes of a unit at once, floats pairs of dims
 struct KBytes {
@@ -41,10 +42,9 @@ constexpr int K_PAIRS = K_INT ? KBytes::PAIRS : KShare::PAIRS;
 constexpr int K_MOST = K_INT ? KBytes::most_scales() : KShare::MOST;
 constexpr bool K_KEPT = K::GROUPS <= 9;  // one accumulator per scale; else each product is scaled at once
 constexpr int K_SUMS = K::GROUPS == 1 ? (TILES == 1 && !K_INT ? 2 : 1) : K_KEPT ? K::GROUPS : 1;
-constexpr bool K_BITWISE = K_INT == 2;  // bits.cuh
 constexpr int Q_SHARE = K_PAIRS * K_MOST * K_COLUMNS * 256;  // bytes of q that a warp of a team has
-constexpr int Q_BYTES = K_BITWISE ? 4 * 7 * 256 + 4 * DK * 4 : TEAM * Q_SHARE;
-static_assert(TEAM == 1 || (!K_BITWISE && !K::SPLIT && !V::SPLIT && K::SPAN % K::WORDS == 0 && V::SPAN % V::WORDS == 0), "shares have the same scales");
+constexpr int Q_BYTES = TEAM * Q_SHARE;
+static_assert(TEAM == 1 || (!K::SPLIT && !V::SPLIT && K::SPAN % K::WORDS == 0 && V::SPAN % V::WORDS == 0), "shares have the same scales");
 constexpr bool TWO_TABLES = K_KIND == TABLE && V_KIND == TABLE && !SAME_TABLE;
 static_assert(!TWO_TABLES || !LUT_PAIRS, "pairs are of one table");
 constexpr int V_LUT = TWO_TABLES ? 128 : 0;  // entries of two tables alternate

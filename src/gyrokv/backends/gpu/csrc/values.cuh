@@ -6,9 +6,6 @@
 // planes that come to stand side by side.
 #pragma once
 #include "score.cuh"
-#if K_INT == 2
-#include "bits.cuh"
-#endif
 
 constexpr int V_FOLD = V_INT ? 1 : fold_of<V>();
 constexpr int V_TERMS = V::IS_BF16 ? 2 : 1;
