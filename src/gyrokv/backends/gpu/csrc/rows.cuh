@@ -62,13 +62,20 @@ INLINE void copy_rows(u32 to, const Rows& rows, int slot, const Slots& slots, in
         }
       }
   } else if (WHOLE) {
+    // what lanes differ by is added once
+    constexpr bool ALIKE = 32 % PER_ROW == 0, CLOSE = PITCH == R::BYTES_ROW;
+    if (STRIDE == R::BYTES_ROW) from += lane * COPY;
+    else if (ALIKE) from += lane / PER_ROW * stride + lane % PER_ROW * COPY;
+    from = as_one(from);
+    if (CLOSE) to += lane * COPY;
+    else if (ALIKE) to += lane / PER_ROW * PITCH + lane % PER_ROW * COPY;
 #pragma unroll
     for (int i = 0; i < (ALL + 31) / 32; ++i) {
       int e = i * 32 + lane, row = e / PER_ROW, part = e % PER_ROW;
-      if (32 % PER_ROW == 0) row = i * (32 / PER_ROW) + lane / PER_ROW, part = lane % PER_ROW;
+      if (ALIKE) row = i * (32 / PER_ROW), part = 0;
       if (PER_ROW % 32 == 0) row = i * 32 / PER_ROW, part = i * 32 % PER_ROW + lane;
-      i64 offset = STRIDE == R::BYTES_ROW ? e * COPY : row * stride + part * COPY;
-      if (ALL % 32 == 0 || e < ALL) copy_async<COPY>(to + row * PITCH + part * COPY, from + offset);
+      i64 offset = STRIDE == R::BYTES_ROW ? i * 32 * COPY : row * stride + part * COPY;
+      if (ALL % 32 == 0 || e < ALL) copy_async<COPY>(to + (CLOSE ? i * 32 * COPY : row * PITCH + part * COPY), from + offset);
     }
   } else {
     for (int e = lane; e < ALL; e += 32) {
@@ -113,11 +120,10 @@ INLINE void copy_scales(u32 to, const Rows& rows, int slot, const Slots& slots, 
   if constexpr (ALL == 0) return;
   const char* from = rows.at<STRIDE>(slot);
   if constexpr (WHOLE && STRIDE > 0) {
+    from = as_one(from + 4 * lane);
 #pragma unroll
-    for (int i = 0; i < (ALL + 31) / 32; ++i) {
-      int e = i * 32 + lane;
-      if (ALL % 32 == 0 || e < ALL) copy_async<4>(to + 4 * e, from + 4 * e);
-    }
+    for (int i = 0; i < (ALL + 31) / 32; ++i)
+      if (ALL % 32 == 0 || i * 32 + lane < ALL) copy_async<4>(to + 4 * (i * 32 + lane), from + 128 * i);
   } else {
     i64 stride = STRIDE ? STRIDE : rows.slot_stride;
 #pragma unroll 1
