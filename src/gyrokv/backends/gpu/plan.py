@@ -217,7 +217,7 @@ def _integers(row: Row, side: str, rows: int) -> bool:
 
 
 def _gathered(row: Row) -> bool:
-    """``K_GATHERED`` in csrc/score.cuh: codes of keys change places, so that a product of bytes meets one of a row's scales."""
+    """Do codes of keys change places, so that a product of bytes meets one scale? ``K_GATHERED`` in csrc/score.cuh."""
     nibbles, vector = row.planes // 4, _vector(row.words // 2, 4)
     possible = row.kind == BYTES and (row.scales == 2 or (row.scales == 4 and nibbles > 1))
     two_units = row.scales == 4 or nibbles == 1
