@@ -73,7 +73,7 @@ INLINE void copy_rows(u32 to, const Rows& rows, int slot, const Slots& slots, in
     for (int i = 0; i < (ALL + 31) / 32; ++i) {
       int e = i * 32 + lane, row = e / PER_ROW, part = e % PER_ROW;
       if (ALIKE) row = i * (32 / PER_ROW), part = 0;
-      if (PER_ROW % 32 == 0) row = i * 32 / PER_ROW, part = i * 32 % PER_ROW + lane;
+      if (!ALIKE && PER_ROW % 32 == 0) row = i * 32 / PER_ROW, part = i * 32 % PER_ROW + lane;
       i64 offset = STRIDE == R::BYTES_ROW ? i * 32 * COPY : row * stride + part * COPY;
       if (ALL % 32 == 0 || e < ALL) copy_async<COPY>(to + (CLOSE ? i * 32 * COPY : row * PITCH + part * COPY), from + offset);
     }
