@@ -213,7 +213,7 @@ def _integers(row: Row, side: str, rows: int) -> bool:
         return False
     if side == "k":
         return _gathered(row) or ((row.bits < 4 or row.scales <= 2) and not (row.bits == 2 and rows > 4 and row.dim > 256))
-    return row.bits < 4 and (rows == 4 or (rows == 8 and row.dim <= 256 and row.span == 128))
+    return row.bits < 4 and (rows == 4 or (rows == 8 and row.dim <= 256 and row.span >= min(row.dim, 128)))
 
 
 def _gathered(row: Row) -> bool:
@@ -284,7 +284,8 @@ def _plan(problem: Problem, shared_memory: int) -> Plan:
     tables = TABLE in (k.kind, v.kind)
     whole = problem.page_slots % 32 == 0  # a page holds whole tiles
     # the longest tiles, of bytes alone, and warps that they suit by measurement
-    longest = problem.page_slots % 64 == 0 and k_int and v_int and v.dim <= 256 and v.span >= min(v.dim, 128)
+    short = v.dim <= (256 if k.bits == v.bits == 2 else 128) and v.span >= min(v.dim, 128)
+    longest = problem.page_slots % 64 == 0 and k_int and v_int and k.bits < 4 and short
     # lookups of short rows, and pairs of five bits and six, gain more from registers than from warps, by measurement
     fewer = tables and (v.dim <= 64 or (_pairs(problem) and any(row.kind == TABLE and row.bits >= 5 for row in (k, v))))
 
@@ -306,7 +307,7 @@ def _plan(problem: Problem, shared_memory: int) -> Plan:
             return most, warps - (warps % 4 if warps >= 8 else warps % team)  # alike on the four schedulers
 
         # long tiles cost less per token, unless they leave too few warps; bytes gain more than spilled registers cost
-        warps = min(12 if v.dim <= 128 else 8, (room - fixed) // (64 * slot) // 4 * 4)
+        warps = min(12 if v.dim * rows <= 512 else 8, (room - fixed) // (64 * slot) // 4 * 4)
         if longest and warps >= 8:
             return 64, warps
         most, warps = warps_of(32)

@@ -15,8 +15,7 @@
 
 constexpr int TEAMS = WARPS / TEAM;  // each takes tiles of its own; its warps share the words of rows
 constexpr int TILE_BYTES = TILE * (K_PITCH + V_PITCH + KScales::BYTES + VScales::BYTES);
-constexpr float SLACK = 3.0f;      // log2 by which scores may pass the reference before everything is rescaled
-constexpr float MOST = 1024.0f;    // of a lane's weights in a tile: bytes are relative to their own largest, so sums tell
+constexpr float MOST = 32.0f;  // of a lane's weights in a tile before everything is rescaled: times 4 WEIGHT they are half precision
 constexpr int SUMS = TILES * COLUMNS * 2 * PER_LANE, SUMS_AT = RING_AT + WARPS * TILE_BYTES;  // of a team, by lane
 static_assert(WARPS % TEAM == 0 && TEAM <= 2 && SUMS_AT + (TEAM > 1 ? 2 * WARPS * SUMS * 128 : 0) <= SHARED && TEAMS * ALL_ROWS * DV * 4 <= SHARED, "shared memory");
 
@@ -201,20 +200,13 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
     }
     auto relative = [&](float x, int j, int e) { return AS_IS ? fmaf(x, multiply[j][e], -run.top[j][e]) : x - run.top[j][e]; };
     float widest = 0.0f;
-    bool grown = false;
 #pragma unroll
-    for (int i = 0; i < TILES; ++i)
+    for (int i = 0; i < (V::SCALED && !V_INT ? TILES : 0); ++i)
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        if (V::SCALED && !V_INT)
+      for (int half = 0; half < 2; ++half)
 #pragma unroll
-          for (int group = 0; group < V::GROUPS; ++group) widest = fmaxf(widest, fabsf(v_scales[i][half].at(group)));
-#pragma unroll
-        for (int j = 0; j < COLUMNS; ++j)
-#pragma unroll
-          for (int e = 0; e < PER_LANE; ++e)
-            if (!V_INT) grown |= relative(s[i][j][2 * half + e], j, e) > SLACK;
-      }
+        for (int group = 0; group < V::GROUPS; ++group) widest = fmaxf(widest, fabsf(v_scales[i][half].at(group)));
+    bool grown = widest > 4.0f * run.unit;
     float weights[TILES][COLUMNS][4], sums[COLUMNS][PER_LANE];
     auto weigh = [&] {
 #pragma unroll
@@ -226,15 +218,14 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
           for (int i = 0; i < TILES; ++i)
 #pragma unroll
             for (int half = 0; half < 2; ++half) sums[j][e] += weights[i][j][2 * half + e] = exp2_fast(relative(s[i][j][2 * half + e], j, e));
-          if (V_INT) grown |= sums[j][e] > MOST;
+          grown |= sums[j][e] > MOST;
         }
     };
-    if (V_INT) weigh();
-    if (__any_sync(~0u, grown || widest > 4.0f * run.unit)) {
+    weigh();
+    if (__any_sync(~0u, grown)) {
       rescale(run, s, AS_IS, multiply, widest);
-      if (V_INT) weigh();
+      weigh();
     }
-    if (!V_INT) weigh();
 #pragma unroll
     for (int j = 0; j < COLUMNS; ++j)
 #pragma unroll
