@@ -330,8 +330,8 @@ INLINE void score(float (&s)[TILES][COLUMNS][4], u32 tile_at, const char* memory
             for (int tile = 0; tile < TILES; ++tile) {
 #pragma unroll
               for (int i = 0; i < 4; ++i) {  // register i: row 8 (i % 2) + g; the second half of the dims from 2 on
-                u32 x = codes[tile][i % 2][K_GATHERED ? n / 2 * 2 + i / 2 : n];
-                a[tile][i] = bytes_of(tables, pass, of_pass(pass, (K_GATHERED ? n % 2 : i / 2) ? upper<K>(x) : x));
+                u32 x = of_pass(pass, codes[tile][i % 2][K_GATHERED ? n / 2 * 2 + i / 2 : n]);
+                a[tile][i] = bytes_of(tables, pass, (K_GATHERED ? n % 2 : i / 2) ? upper<K>(x) : x);
               }
             }
 #pragma unroll

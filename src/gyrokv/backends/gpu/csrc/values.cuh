@@ -294,8 +294,8 @@ INLINE void add_values_bytes(Running& r, const float (&s)[TILES][COLUMNS][4], u3
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
               int tile = 2 * pair + i;
-              u32 x = codes[m % 2][tile % TILES][m / 4 * 2 + half];
-              a[half][i] = tile < TILES ? bytes_of(tables, pass, of_pass(pass, m / 2 % 2 ? upper<V>(x) : x)) : 0;
+              u32 x = of_pass(pass, codes[m % 2][tile % TILES][m / 4 * 2 + half]);
+              a[half][i] = tile < TILES ? bytes_of(tables, pass, m / 2 % 2 ? upper<V>(x) : x) : 0;
             }
 #pragma unroll
           for (int group = 0; group < V::GROUPS; ++group) {
