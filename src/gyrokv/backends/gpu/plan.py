@@ -207,8 +207,8 @@ def _pitch(row: Row, copy: int, side: str, team: int = 1) -> int:
 def _integers(row: Row, side: str, rows: int) -> bool:
     """True when a side is multiplied as bytes, which takes two terms of q and of the weights: free on K, and on V while
     four query rows fill half of a product. Two lookups per code, for either sign, pay for themselves on K alone, and
-    while a product meets few scales; not for long rows of 2 bits and many query rows, by measurement. Eight query rows take
-    two products on V, which pays for itself in rows of 128 values."""
+    while a product meets few scales; not for long rows of 2 bits and many query rows, by measurement, unless codes are
+    gathered. Eight query rows take two products on V, which pays for itself in rows of up to 256 values."""
     if row.kind != BYTES:
         return False
     if side == "k":

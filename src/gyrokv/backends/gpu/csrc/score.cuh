@@ -285,15 +285,15 @@ INLINE void codes_of(const u32 (&z)[K::NREG][KShare::VEC], int vec, u32 (&codes)
   }
 }
 
-// s[tile][product][2 * (token / 8) + i] of TILES tiles of slots. rank: of the warp in its team
-template <bool INTEGERS, int TILES>
-INLINE void score(float (&s)[TILES][COLUMNS][4], u32 tile_at, const char* memory, int rank, const KScales (&scales)[TILES][2], Table table, int lane) {
+// s[tile][product][2 * (token / 8) + i] of COUNT tiles of slots. rank: of the warp in its team
+template <bool INTEGERS, int COUNT>
+INLINE void score(float (&s)[COUNT][COLUMNS][4], u32 tile_at, const char* memory, int rank, const KScales (&scales)[COUNT][2], Table table, int lane) {
   using Sum = typename Choose<INTEGERS, int, float>::type;
   int g = lane / 4, t = lane % 4;
   u32 q_at = shared_address(memory + Q_AT) + rank * Q_SHARE + lane * 8;
-  Sum sums[TILES][K_SUMS][K_COLUMNS][4];
+  Sum sums[COUNT][K_SUMS][K_COLUMNS][4];
 #pragma unroll
-  for (int tile = 0; tile < TILES; ++tile) {
+  for (int tile = 0; tile < COUNT; ++tile) {
 #pragma unroll
     for (int j = 0; j < COLUMNS; ++j) s[tile][j][0] = s[tile][j][1] = s[tile][j][2] = s[tile][j][3] = 0.0f;
 #pragma unroll
@@ -306,17 +306,17 @@ INLINE void score(float (&s)[TILES][COLUMNS][4], u32 tile_at, const char* memory
   for (int chunk = 0; chunk < KShare::CHUNKS; ++chunk) {
     int j = chunk * KShare::SIZE + t % KShare::LANES * 2 * KShare::VEC;
     if (!KShare::WHOLE) j = min(j, K::MINE - 2 * KShare::VEC);
-    u32 z[TILES][2][K::NREG][KShare::VEC];
+    u32 z[COUNT][2][K::NREG][KShare::VEC];
 #pragma unroll
-    for (int tile = 0; tile < TILES; ++tile)
+    for (int tile = 0; tile < COUNT; ++tile)
 #pragma unroll
       for (int i = 0; i < 2; ++i) load_pairs<K, KShare::VEC>(tile_at + (tile * 16 + i * 8 + g) * K_PITCH, j, z[tile][i]);
     if constexpr (INTEGERS) {
 #pragma unroll
       for (int vec = 0; vec < KShare::VEC; vec += K_STEP) {
-        u32 codes[TILES][2][K_STEP * K::NIBBLES];
+        u32 codes[COUNT][2][K_STEP * K::NIBBLES];
 #pragma unroll
-        for (int tile = 0; tile < TILES; ++tile)
+        for (int tile = 0; tile < COUNT; ++tile)
 #pragma unroll
           for (int i = 0; i < 2; ++i) codes_of(z[tile][i], vec, codes[tile][i]);
 #pragma unroll
@@ -325,9 +325,9 @@ INLINE void score(float (&s)[TILES][COLUMNS][4], u32 tile_at, const char* memory
           if (K_GATHERED) low = high = K::GROUPS == 4 ? n / K::NIBBLES + n % 2 * 2 : n % 2;
 #pragma unroll
           for (int pass = 0; pass < K::PASSES; ++pass) {
-            u32 a[TILES][4];
+            u32 a[COUNT][4];
 #pragma unroll
-            for (int tile = 0; tile < TILES; ++tile) {
+            for (int tile = 0; tile < COUNT; ++tile) {
 #pragma unroll
               for (int i = 0; i < 4; ++i) {  // register i: row 8 (i % 2) + g; the second half of the dims from 2 on
                 u32 x = of_pass(pass, codes[tile][i % 2][K_GATHERED ? n / 2 * 2 + i / 2 : n]);
@@ -341,7 +341,7 @@ INLINE void score(float (&s)[TILES][COLUMNS][4], u32 tile_at, const char* memory
                 u32 b[2];
                 load_shared<2>(q_at + ((pair * K_MOST + group - low) * K_COLUMNS + column) * 256, b);
 #pragma unroll
-                for (int tile = 0; tile < TILES; ++tile)
+                for (int tile = 0; tile < COUNT; ++tile)
                   mma_8<false>(sums[tile][K::GROUPS > 1 ? group : 0][column], a[tile][0], a[tile][1], a[tile][2], a[tile][3], b[0], b[1]);
               }
           }
@@ -352,9 +352,9 @@ INLINE void score(float (&s)[TILES][COLUMNS][4], u32 tile_at, const char* memory
       for (int step = 0; step < KShare::STEPS; ++step) {
         constexpr int U = KShare::UNITS_TOGETHER - 1;
         constexpr bool BOTH = KShare::BY_PLANE || KShare::BY_UNIT;
-        u32 h[TILES][2][KShare::UNITS_TOGETHER][K::PLANES];
+        u32 h[COUNT][2][KShare::UNITS_TOGETHER][K::PLANES];
 #pragma unroll
-        for (int tile = 0; tile < TILES; ++tile)
+        for (int tile = 0; tile < COUNT; ++tile)
 #pragma unroll
           for (int i = 0; i < 2; ++i)
 #pragma unroll
@@ -374,7 +374,7 @@ INLINE void score(float (&s)[TILES][COLUMNS][4], u32 tile_at, const char* memory
               u32 b[2];
               load_shared<2>(q_at + ((pair * K_MOST + group - KShare::low(chunk, w)) * K_COLUMNS + column) * 256, b);
 #pragma unroll
-              for (int tile = 0; tile < TILES; ++tile) {
+              for (int tile = 0; tile < COUNT; ++tile) {
                 auto& x = h[tile][0];
                 auto& y = h[tile][1];
                 auto& c = sums[tile][K::GROUPS > 1 ? (K_KEPT ? group : 0) : pair % K_SUMS][column];
@@ -391,7 +391,7 @@ INLINE void score(float (&s)[TILES][COLUMNS][4], u32 tile_at, const char* memory
   }
   if (K_KEPT)
 #pragma unroll
-    for (int tile = 0; tile < TILES; ++tile)
+    for (int tile = 0; tile < COUNT; ++tile)
 #pragma unroll
       for (int i = 0; i < K_SUMS; ++i)
 #pragma unroll
