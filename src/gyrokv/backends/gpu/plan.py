@@ -131,7 +131,8 @@ def why_not_row(fmt: KVFormat, head_dim: int) -> str:
 class Problem:
     """Everything that changes the code. ``stride``s: bytes from slot to slot where rows lie side by side, else 0.
 
-    ``columns``: query rows per KV head. ``copy``: alignment of rows in bytes (16, 8 or 4). ``page_slots``: slots of a
+    ``columns``: query rows per KV head. ``copy``: alignment of rows in bytes (16, 8 or 4), and of
+    scales (4 or 2). ``page_slots``: slots of a
     page, a multiple of 16, or 0 without pages. ``k_turn``, ``v_turn``: the blocks of rotations that the kernel applies to q
     and to the output, or 0.
     """
@@ -152,6 +153,8 @@ class Problem:
     v_stride: int = 0
     k_scale_stride: int = 0
     v_scale_stride: int = 0
+    k_scale_copy: int = 4
+    v_scale_copy: int = 4
     k_turn: int = 0
     v_turn: int = 0
     out_type: int = F32
@@ -278,6 +281,7 @@ def _plan(problem: Problem, shared_memory: int) -> Plan:
     k_columns = columns if terms == 1 else 1 if rows == 4 else 2 * columns
     k_pitch, v_pitch = _pitch(k, problem.k_copy, "k", team), _pitch(v, problem.v_copy, "v", team)
     slot = k_pitch + v_pitch + k.scale_bytes + v.scale_bytes
+    skew = 16 * ((problem.k_scale_copy == 2) + (problem.v_scale_copy == 2))
     room = shared_memory - _STATIC
     per_lane = 1 if rows == 4 and terms == 2 else 2
     per_warp = 4 * per_lane * columns * v.dim * 4 // team
@@ -303,11 +307,11 @@ def _plan(problem: Problem, shared_memory: int) -> Plan:
                 most = 20
             else:
                 most = 16 if registers <= (150 if v_int else 136) and not fewer else 12 if registers <= 184 else 8
-            warps = max(1, min(most, (room - fixed) // (tile * slot + sums(tile)), room // per_warp))
+            warps = max(1, min(most, (room - fixed) // (tile * slot + skew + sums(tile)), room // per_warp))
             return most, warps - (warps % 4 if warps >= 8 else warps % team)  # alike on the four schedulers
 
         # long tiles cost less per token, unless they leave too few warps; bytes gain more than spilled registers cost
-        warps = min(12 if v.dim * rows <= 512 else 8, (room - fixed) // (64 * slot) // 4 * 4)
+        warps = min(12 if v.dim * rows <= 512 else 8, (room - fixed) // (64 * slot + skew) // 4 * 4)
         if longest and warps >= 8:
             return 64, warps
         most, warps = warps_of(32)
@@ -322,7 +326,7 @@ def _plan(problem: Problem, shared_memory: int) -> Plan:
     tile, warps = cut(fixed)
     pairs = _pairs(problem) and cut(pair_fixed) == (tile, warps)
     fixed = pair_fixed if pairs else fixed
-    shared = max(fixed + warps * (tile * slot + sums(tile)), warps * per_warp)
+    shared = max(fixed + warps * (tile * slot + skew + sums(tile)), warps * per_warp)
     defines = {
         "K_KIND": k.kind, "K_BITS": k.bits, "K_SPAN": k.span, "K_SCALE32": int(k.wide_scale),
         "K_INT": int(k_int), "DK": k.dim,
@@ -335,7 +339,7 @@ def _plan(problem: Problem, shared_memory: int) -> Plan:
         "K_PITCH": k_pitch, "V_PITCH": v_pitch,
         "K_COPY": problem.k_copy, "V_COPY": problem.v_copy, "K_STRIDE": problem.k_stride, "V_STRIDE": problem.v_stride,
         "K_SCALE_STRIDE": problem.k_scale_stride, "V_SCALE_STRIDE": problem.v_scale_stride,
-        "SHARED": shared,
+        "K_SCALE_COPY": problem.k_scale_copy, "V_SCALE_COPY": problem.v_scale_copy, "SHARED": shared,
     }  # fmt: skip
     return Plan(tuple(defines.items()), rows, tile, warps, shared, team)
 

@@ -8,13 +8,14 @@
 // Scales never touch elements: K's multiplies scores, V's the weights.
 //
 // The host defines K_KIND, K_BITS, K_SPAN, K_SCALE32, K_INT (and V_), DK, DV, ROWS, TERMS, Q_TYPE, SOFTCAP, MASK, ALIBI, TILE,
-// WARPS, K_TURN and V_TURN (the blocks of rotations that q and the output go through, or 0), OUT_TYPE (finish.cuh), K_PITCH, K_COPY, K_STRIDE, K_SCALE_STRIDE (and V_),
+// WARPS, K_TURN and V_TURN (the blocks of rotations that q and the output go through, or 0), OUT_TYPE (finish.cuh), K_PITCH, K_COPY, K_STRIDE, K_SCALE_COPY, K_SCALE_STRIDE (and V_),
 // SAME_TABLE, LUT_PAIRS, PAGED, TEAM (warps that share the words of each row), SHARED (bytes).
 #include "finish.cuh"
 #include "values.cuh"
 
 constexpr int TEAMS = WARPS / TEAM;  // each takes tiles of its own; its warps share the words of rows
-constexpr int TILE_BYTES = TILE * (K_PITCH + V_PITCH + KScales::BYTES + VScales::BYTES);
+constexpr int K_SCALES = TILE * KScales::BYTES + (K_SCALE_COPY == 2 ? 16 : 0), V_SCALES = TILE * VScales::BYTES + (V_SCALE_COPY == 2 ? 16 : 0);  // bytes
+constexpr int TILE_BYTES = TILE * (K_PITCH + V_PITCH) + K_SCALES + V_SCALES;
 constexpr float MOST = 32.0f;  // of a lane's weights in a tile before everything is rescaled: times 4 WEIGHT they are half precision
 constexpr int SUMS = TILES * COLUMNS * 2 * PER_LANE, SUMS_AT = RING_AT + WARPS * TILE_BYTES;  // of a team, by lane
 static_assert(WARPS % TEAM == 0 && TEAM <= 2 && SUMS_AT + (TEAM > 1 ? 2 * WARPS * SUMS * 128 : 0) <= SHARED && TEAMS * ALL_ROWS * DV * 4 <= SHARED, "shared memory");
@@ -70,20 +71,21 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
   Rows v_rows = rows_at(p.v.words, p.v.words_batch, p.v.words_head, p.v.words_slot);
   Rows k_scale_rows = rows_at(p.k.scale, p.k.scale_batch, p.k.scale_head, p.k.scale_slot);
   Rows v_scale_rows = rows_at(p.v.scale, p.v.scale_batch, p.v.scale_head, p.v.scale_slot);
-  u32 k_at = shared + RING_AT + warp * TILE_BYTES, v_at = k_at + TILE * K_PITCH, k_scales_at = v_at + TILE * V_PITCH, v_scales_at = k_scales_at + TILE * KScales::BYTES;
+  u32 k_at = shared + RING_AT + warp * TILE_BYTES, v_at = k_at + TILE * K_PITCH, k_scales_at = v_at + TILE * V_PITCH, v_scales_at = k_scales_at + K_SCALES;
+  u32 k_skew = K_SCALE_COPY == 2 ? (u32)(u64)k_scale_rows.base & 2 : 0, v_skew = V_SCALE_COPY == 2 ? (u32)(u64)v_scale_rows.base & 2 : 0;
 
   // a warp takes its next tile as soon as one has been used: groups of copies alternate between K and V
   auto copy_k = [&](auto whole, int tile) {
     if (decltype(whole)::value || tile < end) {
       copy_rows<K, TILE, K_PITCH, K_COPY, K_STRIDE, decltype(whole)::value>(k_at, k_rows, tile * TILE, slots, rank, lane);
-      copy_scales<KScales, K_SCALE_STRIDE, decltype(whole)::value>(k_scales_at, k_scale_rows, tile * TILE, slots, lane);
+      copy_scales<KScales, K_SCALE_STRIDE, K_SCALE_COPY, decltype(whole)::value>(k_scales_at, k_skew, k_scale_rows, tile * TILE, slots, lane);
     }
     commit_copies();
   };
   auto copy_v = [&](auto whole, int tile) {
     if (decltype(whole)::value || tile < end) {
       copy_rows<V, TILE, V_PITCH, V_COPY, V_STRIDE, decltype(whole)::value>(v_at, v_rows, tile * TILE, slots, rank, lane);
-      copy_scales<VScales, V_SCALE_STRIDE, decltype(whole)::value>(v_scales_at, v_scale_rows, tile * TILE, slots, lane);
+      copy_scales<VScales, V_SCALE_STRIDE, V_SCALE_COPY, decltype(whole)::value>(v_scales_at, v_skew, v_scale_rows, tile * TILE, slots, lane);
     }
     commit_copies();
   };
@@ -137,7 +139,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
     wait_copies<1>();
     __syncwarp();
     KScales k_scales[TILES][2];
-    load_scales(k_scales, k_scales_at, g);
+    load_scales(k_scales, k_scales_at + k_skew, g);
     float s[TILES][COLUMNS][4];
     // sums of a row's scales fill registers
     constexpr int PER_TILE = K_SUMS * K_COLUMNS, AT_ONCE = !K_INT || TILES * PER_TILE <= 8 ? TILES : TILES % 2 == 0 && 2 * PER_TILE <= 8 ? 2 : 1;
@@ -149,7 +151,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
     wait_copies<1>();
     __syncwarp();
     VScales v_scales[TILES][2];
-    load_scales(v_scales, v_scales_at, g);
+    load_scales(v_scales, v_scales_at + v_skew, g);
     if constexpr (TEAM > 1) {
       u32 mine = shared + SUMS_AT + ((warp + turn * WARPS) * SUMS * 32 + lane) * 4, theirs = shared + SUMS_AT + (((warp ^ 1) + turn * WARPS) * SUMS * 32 + lane) * 4;
       turn ^= 1;

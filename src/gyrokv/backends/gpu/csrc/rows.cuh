@@ -113,19 +113,22 @@ struct Scales {
 };
 
 // Scales of a tile's slots from slot on to shared memory; zeros where no live row is, unless all are (WHOLE). Those that
-// do not lie side by side are waited for
-template <class S, int STRIDE, bool WHOLE>
-INLINE void copy_scales(u32 to, const Rows& rows, int slot, const Slots& slots, int lane) {
+// do not lie side by side are waited for. skew: bytes from a word's start to the first scale; the word after the last
+// that is whole holds scales of the row, too, for a tile's slots are an even number
+template <class S, int STRIDE, int COPY, bool WHOLE>
+INLINE void copy_scales(u32 to, u32 skew, const Rows& rows, int slot, const Slots& slots, int lane) {
   constexpr int ALL = TILE * S::BYTES / 4;
   if constexpr (ALL == 0) return;
   const char* from = rows.at<STRIDE>(slot);
   if constexpr (WHOLE && STRIDE > 0) {
-    from = as_one(from + 4 * lane);
+    from = as_one(from - skew + 4 * lane);
 #pragma unroll
     for (int i = 0; i < (ALL + 31) / 32; ++i)
       if (ALL % 32 == 0 || i * 32 + lane < ALL) copy_async<4>(to + 4 * (i * 32 + lane), from + 128 * i);
+    if (COPY == 2 && skew && lane == 0) copy_async<4>(to + 4 * ALL, from + 4 * ALL);
   } else {
     i64 stride = STRIDE ? STRIDE : rows.slot_stride;
+    to += skew;
 #pragma unroll 1
     for (int row = lane; row < TILE; row += 32) {
       bool live = WHOLE || slots.live(slot + row);
