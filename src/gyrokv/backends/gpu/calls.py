@@ -174,7 +174,8 @@ class _Part:
             k.row, v.row, columns, Q_TYPES[q.dtype], spec.dtype == torch.float32, spec.softcap > 0,
             MASKS[mask.dtype] if mask is not None else 0, spec.alibi > 0, segment.page_slots,
             k.row.kind == plan.TABLE and segment.k_format is segment.v_format, k.copy, v.copy, k.stride, v.stride,
-            k.scale_stride, v.scale_stride, k.scale_copy, v.scale_copy, turn.block(k_codec) if turns else 0, v_turn, out_type,
+            k.scale_stride, v.scale_stride, k.scale_copy, v.scale_copy, turn.block(k_codec) if turns else 0, v_turn,
+            out_type,
         )  # fmt: skip
         self.plan = plan.plan(problem, _shared_memory(device.index))
         self.kernel = kernel("attend", self.plan.defines, device.index, self.plan.shared)

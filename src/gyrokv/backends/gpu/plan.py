@@ -288,10 +288,12 @@ def _plan(problem: Problem, shared_memory: int) -> Plan:
     tables = TABLE in (k.kind, v.kind)
     whole = problem.page_slots % 32 == 0  # a page holds whole tiles
     # the longest tiles, of bytes alone, and warps that they suit by measurement
-    short = v.dim <= (256 if k.bits == v.bits == 2 else 128) and v.span >= min(v.dim, 128)
+    short = v.dim <= (256 if rows == 8 or k.bits == v.bits == 2 else 128) and v.span >= min(v.dim, 128)
     longest = problem.page_slots % 64 == 0 and k_int and v_int and k.bits < 4 and short
-    # lookups of short rows, and pairs of five bits and six, gain more from registers than from warps, by measurement
-    fewer = tables and (v.dim <= 64 or (_pairs(problem) and any(row.kind == TABLE and row.bits >= 5 for row in (k, v))))
+    by_two = k_int and k.bits == 4 and k.scales == 2 and v.kind == BYTES and rows <= 8  # two units change places
+    two_bits = k_int and k.bits == v.bits == 2 and rows == 8  # long rows
+    # lookups of short rows, and pairs of six bits, gain more from registers than from warps, by measurement
+    fewer = tables and (v.dim <= 64 or (_pairs(problem) and any(row.kind == TABLE and row.bits == 6 for row in (k, v))))
 
     def sums(tile: int) -> int:
         """Bytes of a warp for the scores of its share of rows, twice"""
@@ -303,8 +305,10 @@ def _plan(problem: Problem, shared_memory: int) -> Plan:
         def warps_of(tile: int) -> tuple[int, int]:
             """(as many as registers allow, as many as there are)"""
             registers = _registers(problem, rows, terms, tile, team)
-            if k_int and v_int and registers <= 124:
+            if k_int and v_int and k.bits < 4 and registers <= 124:
                 most = 20
+            elif by_two:
+                most = 8
             else:
                 most = 16 if registers <= (150 if v_int else 136) and not fewer else 12 if registers <= 184 else 8
             warps = max(1, min(most, (room - fixed) // (tile * slot + skew + sums(tile)), room // per_warp))
@@ -315,7 +319,8 @@ def _plan(problem: Problem, shared_memory: int) -> Plan:
         if longest and warps >= 8:
             return 64, warps
         most, warps = warps_of(32)
-        if whole and warps == most and (v_int or _registers(problem, rows, terms, 32, team) + 24 * tables <= 176):
+        fits = v_int or two_bits or _registers(problem, rows, terms, 32, team) + 24 * tables <= 176
+        if whole and warps == most and fits:
             return 32, warps
         return 16, warps_of(16)[1]
 
