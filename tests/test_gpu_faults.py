@@ -137,8 +137,9 @@ FAULTS = (
           attend("k_scale_rows, tile * TILE", "k_scale_rows, max(tile - TEAMS, begin) * TILE"), splits=1),
     Fault("scales_of_the_last_slots_are_not_copied", lambda c: long(c.spec) and row(c.spec.k_format, c.spec.head_dim).scales,
           rows("if (ALL % 32 == 0 || i * 32 + lane < ALL) copy_async<4>", "if (i * 32 + lane < ALL - 1) copy_async<4>")),
-    Fault("scales_of_a_part_of_a_tile_are_those_of_even_slots", v_rows(lambda r: r.scales > 0 and not r.wide_scale),
-          rows("((const u16*)(from + row * stride))[i]", "((const u16*)(from + (row & ~1) * stride))[i]")),
+    Fault("scales_of_a_part_of_a_tile_are_those_of_its_first_slot",
+          lambda c: v_rows(lambda r: r.scales > 0 and not r.wide_scale)(c) and c.spec.kv_len == 31,
+          rows("((const u16*)(from + row * stride))[i]", "((const u16*)from)[i]")),
     Fault("scales_in_the_middle_of_a_word_begin_with_it", lambda c: k_rows(lambda r: r.scale_bytes == 2)(c)
           and c.spec.kv_heads > 1 and c.spec.kv_len % 2 == 1,
           attend("load_scales(k_scales, k_scales_at + k_skew, g);", "load_scales(k_scales, k_scales_at, g);")),

@@ -291,7 +291,9 @@ def _plan(problem: Problem, shared_memory: int) -> Plan:
     short = v.dim <= (256 if rows == 8 or k.bits == v.bits == 2 else 128) and v.span >= min(v.dim, 128)
     longest = problem.page_slots % 64 == 0 and k_int and v_int and k.bits < 4 and short
     by_two = k_int and k.bits == 4 and k.scales == 2 and v.kind == BYTES and rows <= 8  # two units change places
-    two_bits = k_int and k.bits == v.bits == 2 and rows == 8  # long rows
+    # registers that spill cost less here than short tiles: many query rows, and long rows of 2 bits
+    many = rows == 16 and k.scales <= 2 and k.bits * v.dim < 1024
+    spills = k_int and v.kind == BYTES and (many or (rows == 8 and k.bits == v.bits == 2))
     # lookups of short rows, and pairs of six bits, gain more from registers than from warps, by measurement
     fewer = tables and (v.dim <= 64 or (_pairs(problem) and any(row.kind == TABLE and row.bits == 6 for row in (k, v))))
 
@@ -319,7 +321,7 @@ def _plan(problem: Problem, shared_memory: int) -> Plan:
         if longest and warps >= 8:
             return 64, warps
         most, warps = warps_of(32)
-        fits = v_int or two_bits or _registers(problem, rows, terms, 32, team) + 24 * tables <= 176
+        fits = v_int or spills or _registers(problem, rows, terms, 32, team) + 24 * tables <= 176
         if whole and warps == most and fits:
             return 32, warps
         return 16, warps_of(16)[1]
