@@ -61,7 +61,7 @@ class Merge(ctypes.Structure):
 class Rows:
     """One side of a segment: tensors that kernels can address, and how."""
 
-    def __init__(self, packed: Packed, row: plan.Row) -> None:
+    def __init__(self, packed: Packed, row: plan.Row, paged: bool = False) -> None:
         self.row = row
         words, scale = packed
         self.copy = _alignment(words, row.bytes)
@@ -75,6 +75,11 @@ class Rows:
         self.word_strides, self.scale_strides = _byte_strides(words), _byte_strides(scale) if row.span else (0, 0, 0)
         self.stride = row.bytes if self.word_strides[2] == row.bytes else 0
         self.scale_stride = row.scale_bytes if self.scale_strides[2] == row.scale_bytes else 0
+        # copied by words: where heads have an odd number of them, every other head's begin in the middle of one
+        heads = [n for size, n in zip(scale.shape[:2], self.scale_strides) if size > 1]
+        self.scale_copy = 4 if all(n % 4 == 0 for n in heads) else 2
+        if row.span and (scale.data_ptr() % 4 or (paged and self.scale_copy == 2)):
+            self.scale_stride, self.scale_copy = 0, 4
 
     @property
     def side(self) -> Side:
@@ -162,14 +167,15 @@ class _Part:
         v_turn: int, out_type: int,
     ) -> None:  # fmt: skip
         k_codec, v_codec, device = view.k_codec, view.v_codec, q.device
-        k = Rows(segment.k, plan.row_of(segment.k_format, k_codec.head_dim, k_codec.padded))
-        v = Rows(segment.v, plan.row_of(segment.v_format, v_codec.head_dim, v_codec.padded))
+        k = Rows(segment.k, plan.row_of(segment.k_format, k_codec.head_dim, k_codec.padded), segment.pages is not None)
+        v = Rows(segment.v, plan.row_of(segment.v_format, v_codec.head_dim, v_codec.padded), segment.pages is not None)
         columns = spec.groups * spec.q_len
         problem = plan.Problem(
             k.row, v.row, columns, Q_TYPES[q.dtype], spec.dtype == torch.float32, spec.softcap > 0,
             MASKS[mask.dtype] if mask is not None else 0, spec.alibi > 0, segment.page_slots,
             k.row.kind == plan.TABLE and segment.k_format is segment.v_format, k.copy, v.copy, k.stride, v.stride,
-            k.scale_stride, v.scale_stride, turn.block(k_codec) if turns else 0, v_turn, out_type,
+            k.scale_stride, v.scale_stride, k.scale_copy, v.scale_copy, turn.block(k_codec) if turns else 0, v_turn,
+            out_type,
         )  # fmt: skip
         self.plan = plan.plan(problem, _shared_memory(device.index))
         self.kernel = kernel("attend", self.plan.defines, device.index, self.plan.shared)

@@ -131,7 +131,8 @@ def why_not_row(fmt: KVFormat, head_dim: int) -> str:
 class Problem:
     """Everything that changes the code. ``stride``s: bytes from slot to slot where rows lie side by side, else 0.
 
-    ``columns``: query rows per KV head. ``copy``: alignment of rows in bytes (16, 8 or 4). ``page_slots``: slots of a
+    ``columns``: query rows per KV head. ``copy``: alignment of rows in bytes (16, 8 or 4), and of
+    scales (4 or 2). ``page_slots``: slots of a
     page, a multiple of 16, or 0 without pages. ``k_turn``, ``v_turn``: the blocks of rotations that the kernel applies to q
     and to the output, or 0.
     """
@@ -152,6 +153,8 @@ class Problem:
     v_stride: int = 0
     k_scale_stride: int = 0
     v_scale_stride: int = 0
+    k_scale_copy: int = 4
+    v_scale_copy: int = 4
     k_turn: int = 0
     v_turn: int = 0
     out_type: int = F32
@@ -207,21 +210,22 @@ def _pitch(row: Row, copy: int, side: str, team: int = 1) -> int:
 def _integers(row: Row, side: str, rows: int) -> bool:
     """True when a side is multiplied as bytes, which takes two terms of q and of the weights: free on K, and on V while
     four query rows fill half of a product. Two lookups per code, for either sign, pay for themselves on K alone, and
-    while a product meets few scales; not for long rows of 2 bits and many query rows, by measurement. Eight query rows take
-    two products on V, which pays for itself in rows of 128 values."""
+    while a product meets few scales; not for long rows of 2 bits and many query rows, by measurement, unless codes are
+    gathered. Eight query rows take two products on V, which pays for itself in rows of up to 256 values."""
     if row.kind != BYTES:
         return False
     if side == "k":
-        return (row.bits < 4 or row.scales <= 2) and not (row.bits == 2 and rows > 4 and row.dim > 256)
-    return row.bits < 4 and (rows == 4 or (rows == 8 and row.dim == row.span == 128))
+        return _gathered(row) or ((row.bits < 4 or row.scales <= 2) and not (row.bits == 2 and rows > 4 and row.dim > 256))
+    return row.bits < 4 and (rows == 4 or (rows == 8 and row.dim <= 256 and row.span >= min(row.dim, 128)))
 
 
-def _bitwise(row: Row, rows: int) -> bool:
-    """True for keys of 2 bits that are multiplied bit by bit (csrc/bits.cuh): symmetric levels by sign and magnitude, in
-    long rows. Four query rows only: sums of bits cost by the row, lookups do not."""
-    levels = row.low.to_bytes(4, "little")
-    symmetric = levels[2] == 256 - levels[0] and levels[3] == 256 - levels[1]
-    return row.kind == BYTES and row.bits == 2 and row.dim == 512 and row.span == 128 and rows == 4 and symmetric
+def _gathered(row: Row) -> bool:
+    """Do codes of keys change places, so that a product of bytes meets one scale? ``K_GATHERED`` in csrc/score.cuh."""
+    nibbles, vector = row.planes // 4, _vector(row.words // 2, 4)
+    possible = row.kind == BYTES and (row.scales == 2 or (row.scales == 4 and nibbles > 1))
+    two_units = row.scales == 4 or nibbles == 1
+    whole = row.words % (8 * vector) == 0 and row.span % row.words == 0
+    return possible and whole and not (two_units and vector % 2)
 
 
 def _pairs(problem: Problem) -> bool:
@@ -269,21 +273,29 @@ def _plan(problem: Problem, shared_memory: int) -> Plan:
     k, v = problem.k, problem.v
     rows = 4 if problem.columns <= 4 else 8 if problem.columns <= 8 or v.dim > 256 else 16
     team = _team(problem, rows)
-    k_int = 2 if _bitwise(k, rows) and team == 1 else int(_integers(k, "k", rows))
-    v_int = _integers(v, "v", rows)
+    k_int, v_int = _integers(k, "k", rows), _integers(v, "v", rows)
     # one bfloat16 holds a q of that dtype only; where four rows fill half a product, two terms are free
     rounded = k.kind in (BF16, F32) and (problem.q_type != BF16 or problem.k_turn > 0)
     terms = 2 if problem.two_terms or rounded or k_int or rows == 4 else 1
     columns = -(-rows // 8)
     k_columns = columns if terms == 1 else 1 if rows == 4 else 2 * columns
     k_pitch, v_pitch = _pitch(k, problem.k_copy, "k", team), _pitch(v, problem.v_copy, "v", team)
+    slot = k_pitch + v_pitch + k.scale_bytes + v.scale_bytes
+    skew = 16 * ((problem.k_scale_copy == 2) + (problem.v_scale_copy == 2))
     room = shared_memory - _STATIC
     per_lane = 1 if rows == 4 and terms == 2 else 2
     per_warp = 4 * per_lane * columns * v.dim * 4 // team
     tables = TABLE in (k.kind, v.kind)
     whole = problem.page_slots % 32 == 0  # a page holds whole tiles
-    # lookups of short rows, and pairs of five bits and six, gain more from registers than from warps, by measurement
-    fewer = tables and (v.dim <= 64 or (_pairs(problem) and any(row.kind == TABLE and row.bits >= 5 for row in (k, v))))
+    # the longest tiles, of bytes alone, and warps that they suit by measurement
+    short = v.dim <= (256 if rows == 8 or k.bits == v.bits == 2 else 128) and v.span >= min(v.dim, 128)
+    longest = problem.page_slots % 64 == 0 and k_int and v_int and k.bits < 4 and short
+    by_two = k_int and k.bits == 4 and k.scales == 2 and v.kind == BYTES and rows <= 8  # two units change places
+    # registers that spill cost less here than short tiles: many query rows, and long rows of 2 bits
+    many = rows == 16 and k.scales <= 2 and k.bits * v.dim < 1024
+    spills = k_int and v.kind == BYTES and (many or (rows == 8 and k.bits == v.bits == 2))
+    # lookups of short rows, and pairs of six bits, gain more from registers than from warps, by measurement
+    fewer = tables and (v.dim <= 64 or (_pairs(problem) and any(row.kind == TABLE and row.bits == 6 for row in (k, v))))
 
     def sums(tile: int) -> int:
         """Bytes of a warp for the scores of its share of rows, twice"""
@@ -295,16 +307,22 @@ def _plan(problem: Problem, shared_memory: int) -> Plan:
         def warps_of(tile: int) -> tuple[int, int]:
             """(as many as registers allow, as many as there are)"""
             registers = _registers(problem, rows, terms, tile, team)
-            if k_int and v_int and registers <= 124:
+            if k_int and v_int and k.bits < 4 and registers <= 124:
                 most = 20
+            elif by_two:
+                most = 8
             else:
                 most = 16 if registers <= (150 if v_int else 136) and not fewer else 12 if registers <= 184 else 8
-            warps = max(1, min(most, (room - fixed) // (tile * (k_pitch + v_pitch) + sums(tile)), room // per_warp))
+            warps = max(1, min(most, (room - fixed) // (tile * slot + skew + sums(tile)), room // per_warp))
             return most, warps - (warps % 4 if warps >= 8 else warps % team)  # alike on the four schedulers
 
         # long tiles cost less per token, unless they leave too few warps; bytes gain more than spilled registers cost
+        warps = min(12 if v.dim * rows <= 512 else 8, (room - fixed) // (64 * slot + skew) // 4 * 4)
+        if longest and warps >= 8:
+            return 64, warps
         most, warps = warps_of(32)
-        if whole and warps == most and (v_int or _registers(problem, rows, terms, 32, team) + 24 * tables <= 176):
+        fits = v_int or spills or _registers(problem, rows, terms, 32, team) + 24 * tables <= 176
+        if whole and warps == most and fits:
             return 32, warps
         return 16, warps_of(16)[1]
 
@@ -315,10 +333,10 @@ def _plan(problem: Problem, shared_memory: int) -> Plan:
     tile, warps = cut(fixed)
     pairs = _pairs(problem) and cut(pair_fixed) == (tile, warps)
     fixed = pair_fixed if pairs else fixed
-    shared = max(fixed + warps * (tile * (k_pitch + v_pitch) + sums(tile)), warps * per_warp)
+    shared = max(fixed + warps * (tile * slot + skew + sums(tile)), warps * per_warp)
     defines = {
         "K_KIND": k.kind, "K_BITS": k.bits, "K_SPAN": k.span, "K_SCALE32": int(k.wide_scale),
-        "K_INT": k_int, "DK": k.dim,
+        "K_INT": int(k_int), "DK": k.dim,
         "V_KIND": v.kind, "V_BITS": v.bits, "V_SPAN": v.span, "V_SCALE32": int(v.wide_scale),
         "V_INT": int(v_int), "DV": v.dim,
         "ROWS": rows, "TERMS": terms, "Q_TYPE": problem.q_type, "SOFTCAP": int(problem.softcap), "MASK": problem.mask,
@@ -328,15 +346,13 @@ def _plan(problem: Problem, shared_memory: int) -> Plan:
         "K_PITCH": k_pitch, "V_PITCH": v_pitch,
         "K_COPY": problem.k_copy, "V_COPY": problem.v_copy, "K_STRIDE": problem.k_stride, "V_STRIDE": problem.v_stride,
         "K_SCALE_STRIDE": problem.k_scale_stride, "V_SCALE_STRIDE": problem.v_scale_stride,
-        "SHARED": shared,
+        "K_SCALE_COPY": problem.k_scale_copy, "V_SCALE_COPY": problem.v_scale_copy, "SHARED": shared,
     }  # fmt: skip
     return Plan(tuple(defines.items()), rows, tile, warps, shared, team)
 
 
-def _query_bytes(k: Row, k_columns: int, integers: int, team: int = 1) -> int:
+def _query_bytes(k: Row, k_columns: int, integers: bool, team: int = 1) -> int:
     """Shared memory that q takes as operands: ``Q_BYTES`` in csrc/score.cuh. ``integers``: ``K_INT``."""
-    if integers == 2:
-        return k.scales * 7 * 256 + 4 * k.dim * 4
     fold = 1 if integers else k.fold
     mine = k.words // team
     vector = _vector(mine // 2, 4 // fold)
@@ -358,6 +374,7 @@ def _query_bytes(k: Row, k_columns: int, integers: int, team: int = 1) -> int:
         pairs = [(p, p + 1) for p in even] if by_plane else [(p, p) for p in range(planes)]
         count = chunks * (vector if by_plane or vector == 1 else vector // 2) * len(pairs)
     most = max(scale(c, b, True) - scale(c, a, False) + 1 for c in range(chunks) for a, b in pairs)
+    most = 1 if integers and _gathered(k) else most
     return team * count * most * k_columns * 256
 
 

@@ -7,24 +7,22 @@
 // memory straight into operands (codec.cuh): the order of dims in a product is free, so no value moves between lanes.
 // Scales never touch elements: K's multiplies scores, V's the weights.
 //
-// The host defines K_KIND, K_BITS, K_SPAN, K_SCALE32, K_INT (and V_; 2: bits.cuh), DK, DV, ROWS, TERMS, Q_TYPE, SOFTCAP, MASK, ALIBI, TILE,
-// WARPS, K_TURN and V_TURN (the blocks of rotations that q and the output go through, or 0), OUT_TYPE (finish.cuh), K_PITCH, K_COPY, K_STRIDE, K_SCALE_STRIDE (and V_),
+// The host defines K_KIND, K_BITS, K_SPAN, K_SCALE32, K_INT (and V_), DK, DV, ROWS, TERMS, Q_TYPE, SOFTCAP, MASK, ALIBI, TILE,
+// WARPS, K_TURN and V_TURN (the blocks of rotations that q and the output go through, or 0), OUT_TYPE (finish.cuh), K_PITCH, K_COPY, K_STRIDE, K_SCALE_COPY, K_SCALE_STRIDE (and V_),
 // SAME_TABLE, LUT_PAIRS, PAGED, TEAM (warps that share the words of each row), SHARED (bytes).
 #include "finish.cuh"
 #include "values.cuh"
 
 constexpr int TEAMS = WARPS / TEAM;  // each takes tiles of its own; its warps share the words of rows
-constexpr int TILE_BYTES = TILE * (K_PITCH + V_PITCH);
-constexpr float SLACK = 3.0f;  // log2 by which scores may pass the reference before everything is rescaled
+constexpr int K_SCALES = TILE * KScales::BYTES + (K_SCALE_COPY == 2 ? 16 : 0), V_SCALES = TILE * VScales::BYTES + (V_SCALE_COPY == 2 ? 16 : 0);  // bytes
+constexpr int TILE_BYTES = TILE * (K_PITCH + V_PITCH) + K_SCALES + V_SCALES;
+constexpr float MOST = 32.0f;  // of a lane's weights in a tile before everything is rescaled: times 4 WEIGHT they are half precision
 constexpr int SUMS = TILES * COLUMNS * 2 * PER_LANE, SUMS_AT = RING_AT + WARPS * TILE_BYTES;  // of a team, by lane
 static_assert(WARPS % TEAM == 0 && TEAM <= 2 && SUMS_AT + (TEAM > 1 ? 2 * WARPS * SUMS * 128 : 0) <= SHARED && TEAMS * ALL_ROWS * DV * 4 <= SHARED, "shared memory");
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_constant__ Attend p) {
   extern __shared__ __align__(128) char memory[];
   __shared__ float norms[ALL_ROWS];
-#if K_INT == 2
-  __shared__ float centres[K::GROUPS][ALL_ROWS];
-#endif
   __shared__ float2 tops[TEAMS][ALL_ROWS], joined[ALL_ROWS];
   touch(p, shared_address(norms));
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -73,35 +71,23 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
   Rows v_rows = rows_at(p.v.words, p.v.words_batch, p.v.words_head, p.v.words_slot);
   Rows k_scale_rows = rows_at(p.k.scale, p.k.scale_batch, p.k.scale_head, p.k.scale_slot);
   Rows v_scale_rows = rows_at(p.v.scale, p.v.scale_batch, p.v.scale_head, p.v.scale_slot);
-  u32 k_at = shared + RING_AT + warp * TILE_BYTES, v_at = k_at + TILE * K_PITCH;
+  u32 k_at = shared + RING_AT + warp * TILE_BYTES, v_at = k_at + TILE * K_PITCH, k_scales_at = v_at + TILE * V_PITCH, v_scales_at = k_scales_at + K_SCALES;
+  u32 k_skew = K_SCALE_COPY == 2 ? (u32)(u64)k_scale_rows.base & 2 : 0, v_skew = V_SCALE_COPY == 2 ? (u32)(u64)v_scale_rows.base & 2 : 0;
 
   // a warp takes its next tile as soon as one has been used: groups of copies alternate between K and V
   auto copy_k = [&](auto whole, int tile) {
-    if (decltype(whole)::value || tile < end)
+    if (decltype(whole)::value || tile < end) {
       copy_rows<K, TILE, K_PITCH, K_COPY, K_STRIDE, decltype(whole)::value>(k_at, k_rows, tile * TILE, slots, rank, lane);
+      copy_scales<KScales, K_SCALE_STRIDE, K_SCALE_COPY, decltype(whole)::value>(k_scales_at, k_skew, k_scale_rows, tile * TILE, slots, lane);
+    }
     commit_copies();
   };
   auto copy_v = [&](auto whole, int tile) {
-    if (decltype(whole)::value || tile < end)
+    if (decltype(whole)::value || tile < end) {
       copy_rows<V, TILE, V_PITCH, V_COPY, V_STRIDE, decltype(whole)::value>(v_at, v_rows, tile * TILE, slots, rank, lane);
+      copy_scales<VScales, V_SCALE_STRIDE, V_SCALE_COPY, decltype(whole)::value>(v_scales_at, v_skew, v_scale_rows, tile * TILE, slots, lane);
+    }
     commit_copies();
-  };
-  KScales k_next[TILES][2];
-  VScales v_next[TILES][2];
-  auto fetch_scales = [&](auto whole, int tile) {
-    constexpr bool WHOLE = decltype(whole)::value;
-    if (!(K::SCALED || V::SCALED) || (!WHOLE && tile >= end)) return;
-    const char* k_from = k_scale_rows.at<K_SCALE_STRIDE>(tile * TILE) + g * (K_SCALE_STRIDE ? K_SCALE_STRIDE : k_scale_rows.slot_stride);
-    const char* v_from = v_scale_rows.at<V_SCALE_STRIDE>(tile * TILE) + g * (V_SCALE_STRIDE ? V_SCALE_STRIDE : v_scale_rows.slot_stride);
-#pragma unroll
-    for (int i = 0; i < TILES; ++i)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        int row = i * 16 + half * 8;
-        bool live = WHOLE || slots.live(tile * TILE + row + g);
-        k_next[i][half].load(k_from + row * (K_SCALE_STRIDE ? K_SCALE_STRIDE : k_scale_rows.slot_stride), live);
-        v_next[i][half].load(v_from + row * (V_SCALE_STRIDE ? V_SCALE_STRIDE : v_scale_rows.slot_stride), live);
-      }
   };
 
   Early early(p, unit);
@@ -111,17 +97,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
   int tile = begin + team;
   if (tile < end && slots.whole(tile * TILE, TILE)) copy_k(Bool<true>(), tile), copy_v(Bool<true>(), tile);
   else copy_k(Bool<false>(), tile), copy_v(Bool<false>(), tile);
-  fetch_scales(Bool<false>(), tile);
-#if K_INT == 2
-  fill_bits(memory, p, early, norms, centres);
-#else
   fill_queries(memory, p, early, norms);
-#endif
   __syncthreads();
 
-#if K_INT == 2
-  float centre[4] = {centres[0][t], centres[1][t], centres[2][t], centres[3][t]};
-#endif
   Table k_table{p.k_low, p.k_high}, v_table{p.v_low, p.v_high};
   float multiply[COLUMNS][PER_LANE], slope[COLUMNS][PER_LANE];
   int q_position[COLUMNS][PER_LANE];
@@ -132,7 +110,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
     for (int i = 0; i < PER_LANE; ++i) {
       int row = row_of(j, i, t);
       At at = row_at(p, unit, min(row, unit.rows - 1));
-      multiply[j][i] = __fdividef(p.scale * p.k_factor * (K_BITWISE ? 68719476736.0f : K_INT ? 1.0f : K::FACTOR) * (PLAIN ? LOG2E : 1.0f), norms[row]);
+      multiply[j][i] = __fdividef(p.scale * p.k_factor * (K_INT ? 1.0f : K::FACTOR) * (PLAIN ? LOG2E : 1.0f), norms[row]);
       q_position[j][i] = q_first - first + at.token;
       slope[j][i] = ALIBI ? p.slopes[at.head] : 1.0f;
       mask_row[j][i] = unit.batch * p.mask_batch + at.head * p.mask_head + at.token * p.mask_token;
@@ -144,7 +122,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
   for (int j = 0; j < COLUMNS; ++j) {
 #pragma unroll
     for (int i = 0; i < PER_LANE; ++i) {
-      run.top[j][i] = -INFINITY, run.total[j][i] = 0.0f;
+      run.top[j][i] = UNSEEN, run.total[j][i] = 0.0f;
       for (float& x : run.offset[j][i]) x = 0.0f;
     }
 #pragma unroll
@@ -161,21 +139,19 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
     wait_copies<1>();
     __syncwarp();
     KScales k_scales[TILES][2];
-    VScales v_scales[TILES][2];
-#pragma unroll
-    for (int i = 0; i < TILES; ++i)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) k_scales[i][half] = k_next[i][half], v_scales[i][half] = v_next[i][half];
-    fetch_scales(free, later);
-
+    load_scales(k_scales, k_scales_at + k_skew, g);
     float s[TILES][COLUMNS][4];
-#if K_INT == 2
-    score_bits(s, k_at, memory, k_scales, centre, lane);
-#else
-    score<K_INT>(s, k_at, memory, rank, k_scales, k_table, lane);
-#endif
+    // sums of a row's scales fill registers
+    constexpr int PER_TILE = K_SUMS * K_COLUMNS, AT_ONCE = !K_INT || TILES * PER_TILE <= 8 ? TILES : TILES % 2 == 0 && 2 * PER_TILE <= 8 ? 2 : 1;
+#pragma unroll
+    for (int i = 0; i < TILES; i += AT_ONCE)
+      score<K_INT, AT_ONCE>((float(&)[AT_ONCE][COLUMNS][4])s[i], k_at + i * 16 * K_PITCH, memory, rank, (const KScales(&)[AT_ONCE][2])k_scales[i], k_table, lane);
     __syncwarp();
     copy_k(free, later);
+    wait_copies<1>();
+    __syncwarp();
+    VScales v_scales[TILES][2];
+    load_scales(v_scales, v_scales_at + v_skew, g);
     if constexpr (TEAM > 1) {
       u32 mine = shared + SUMS_AT + ((warp + turn * WARPS) * SUMS * 32 + lane) * 4, theirs = shared + SUMS_AT + (((warp ^ 1) + turn * WARPS) * SUMS * 32 + lane) * 4;
       turn ^= 1;
@@ -186,8 +162,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
       for (int i = 0; i < SUMS; ++i) s[i / (SUMS / TILES)][i / (2 * PER_LANE) % COLUMNS][i % (2 * PER_LANE) * (2 / PER_LANE)] += load_shared_f32(theirs + i * 128);
     }
 
+    constexpr bool AS_IS = PLAIN && SEEN;  // scores are multiplied on their way to weights
 #pragma unroll
-    for (int i = 0; i < TILES; ++i)
+    for (int i = 0; i < (AS_IS ? 0 : TILES); ++i)
 #pragma unroll
       for (int j = 0; j < COLUMNS; ++j)
 #pragma unroll
@@ -221,42 +198,42 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
               }
               if (!seen) x = -INFINITY;
             }
-          if (!live) v_scales[i][half].load(nullptr, false);
         }
     }
+    auto relative = [&](float x, int j, int e) { return AS_IS ? fmaf(x, multiply[j][e], -run.top[j][e]) : x - run.top[j][e]; };
     float widest = 0.0f;
-    bool grown = false;
 #pragma unroll
-    for (int i = 0; i < TILES; ++i)
+    for (int i = 0; i < (V::SCALED && !V_INT ? TILES : 0); ++i)
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        if (V::SCALED && !V_INT)
+      for (int half = 0; half < 2; ++half)
 #pragma unroll
-          for (int group = 0; group < V::GROUPS; ++group) widest = fmaxf(widest, fabsf(v_scales[i][half].at(group)));
+        for (int group = 0; group < V::GROUPS; ++group) widest = fmaxf(widest, fabsf(v_scales[i][half].at(group)));
+    bool grown = widest > 4.0f * run.unit;
+    float weights[TILES][COLUMNS][4], sums[COLUMNS][PER_LANE];
+    auto weigh = [&] {
 #pragma unroll
-        for (int j = 0; j < COLUMNS; ++j)
+      for (int j = 0; j < COLUMNS; ++j)
 #pragma unroll
-          for (int e = 0; e < PER_LANE; ++e) grown |= s[i][j][2 * half + e] > run.top[j][e] + SLACK;
-      }
-    if (__any_sync(~0u, grown || widest > 4.0f * run.unit)) rescale(run, s, widest);
+        for (int e = 0; e < PER_LANE; ++e) {
+          sums[j][e] = 0.0f;
+#pragma unroll
+          for (int i = 0; i < TILES; ++i)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) sums[j][e] += weights[i][j][2 * half + e] = exp2_fast(relative(s[i][j][2 * half + e], j, e));
+          grown |= sums[j][e] > MOST;
+        }
+    };
+    weigh();
+    if (__any_sync(~0u, grown)) {
+      rescale(run, s, AS_IS, multiply, widest);
+      weigh();
+    }
 #pragma unroll
     for (int j = 0; j < COLUMNS; ++j)
 #pragma unroll
-      for (int e = 0; e < PER_LANE; ++e) {
-        float top = run.top[j][e] == -INFINITY ? 0.0f : run.top[j][e];
-#pragma unroll
-        for (int i = 0; i < TILES; ++i)
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            float& x = s[i][j][2 * half + e];
-            x = exp2_fast(x - top);
-            run.total[j][e] += x;
-          }
-      }
-    wait_copies<1>();
-    __syncwarp();
-    if constexpr (V_INT) add_values_bytes(run, s, v_at, v_scales, v_table, lane);
-    else add_values_floats(run, s, v_at, memory, v_scales, v_table, lane);
+      for (int e = 0; e < PER_LANE; ++e) run.total[j][e] += sums[j][e];
+    if constexpr (V_INT) add_values_bytes(run, weights, v_at, v_scales, v_table, lane);
+    else add_values_floats(run, weights, v_at, memory, v_scales, v_table, lane);
     __syncwarp();
     copy_v(free, later);
   };
@@ -265,7 +242,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
   struct Range {
     int low;
     u32 count;
-    INLINE bool holds(int tile) const { return (u32)(tile - low) < count; }
+    INLINE int stop(int tile) const { return (u32)(tile - low) < count ? low + count : 0; }  // if it holds this one
   };
   auto free_tiles = [&](int shift, int low, int high) {  // of offsets low .. high - 1, in slots that are `shift` further
     int from = (max(low, free_low) + shift + TILE - 1) / TILE, stop = min((high + shift) / TILE, end) - TEAMS;
@@ -274,9 +251,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
   int ahead = slots.capacity - slots.first_slot;  // slots before the ring wraps
   Range free = free_tiles(slots.first_slot, 0, min(slots.count, ahead)), wrapped = free_tiles(-ahead, ahead, slots.count);
 
+  // a loop of their own, or what the others keep in registers would go to memory and back here
   for (; tile < end; tile += TEAMS) {
-    if (MASK == 0 && (free.holds(tile) || wrapped.holds(tile))) step(Bool<true>(), tile);
-    else step(Bool<false>(), tile);
+    int stop = free.stop(tile) + wrapped.stop(tile);  // they hold no tile both
+#pragma unroll 1
+    for (; MASK == 0 && tile < stop; tile += TEAMS) step(Bool<true>(), tile);
+    step(Bool<false>(), tile);
   }
 
   let_later_kernels_start();
@@ -287,7 +267,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
 #pragma unroll
     for (int e = 0; e < PER_LANE; ++e) {
       float total = sum_over_tokens(run.total[j][e]);
-      if (g == 0 && rank == 0) tops[team][row_of(j, e, t)] = make_float2(run.top[j][e], total);
+      if (g == 0 && rank == 0) tops[team][row_of(j, e, t)] = make_float2(total > 0.0f ? run.top[j][e] : -INFINITY, total);
     }
   auto place = [&](int row) {  // of a row in the results
     if (row >= unit.rows) return (i64)-1;
@@ -316,7 +296,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
         i64 at = place(row);
         if (g == 0 && at >= 0) (p.finish.out ? &joined[row] : &p.top[at])[0] = make_float2(most, total);
       }
-      float factor = run.top[j][e] == -INFINITY ? 0.0f : exp2_fast(run.top[j][e] - most);
+      float factor = most == -INFINITY ? 0.0f : exp2_fast(run.top[j][e] - most);
       factor *= p.v_factor;
       if (!V_INT) factor *= V::FACTOR * (V::SCALED ? run.unit / WEIGHT : V::IS_BF16 ? 1.0f : 1.0f / WEIGHT);
       float offset[V::GROUPS];

@@ -160,10 +160,10 @@ INLINE u32 bytes_of(const ByteTables<R>& tables, int pass, u32 nibbles) {
   return prmt(table.low, table.high, nibbles);
 }
 
-// the upper four codes: of 2 or 3 bits, they are finite as half precision
+// the upper four codes: of 2 or 3 bits, they are finite as half precision; others are multiplied by one
 template <class R>
 INLINE u32 upper(u32 nibbles) {
-  return R::BITS == 4 ? nibbles >> 16 : upper_f16(nibbles);
+  return R::BITS == 4 ? dot_low(nibbles, 0x0100, 0) : upper_f16(nibbles);
 }
 
 // entry of a lookup table in shared memory: entries are 256 bytes apart, or 128 where they are pairs; one copy per lane
@@ -252,18 +252,20 @@ INLINE void expand(const u32* z, u32* h, Table table, const char* lut, u32 lane4
     h[2] = add_f16x2((x & 0x000F000F) | 0x64006400, 0xE408E408);
     h[3] = fma_f16x2((x & 0x00F000F0) | 0x64006400, 0x2C002C00, 0xD480D480);
   } else if constexpr (R::BITS == 4 && R::KIND == BYTES) {  // magnitudes as denormals, signs as their high bytes
-    u32 m = z[0] & 0x77777777, odd = z[0] & 0x80808080, even = (z[0] << 4) & 0x80808080;
-    u32 x = prmt(table.low, table.high, prmt(m, 0, 0x0020)), y = prmt(table.low, table.high, prmt(m, 0, 0x0031));
+    u32 m = prmt(z[0], 0, 0x3120) & 0x77777777, odd = z[0] & 0x80808080, even = (z[0] << 4) & 0x80808080;
+    u32 x = prmt(table.low, table.high, m), y = prmt(table.low, table.high, upper_f16(m));
     h[0] = prmt(x, even, 0x6240);
     h[1] = prmt(x, odd, 0x6341);
     h[2] = prmt(y, even, 0x7250);
     h[3] = prmt(y, odd, 0x7351);
   } else if constexpr (R::KIND == BYTES) {  // 1024 + 128 + level as bits, less 1152
-    u32 nibbles[R::NIBBLES], low = table.low ^ 0x80808080, high = table.high ^ 0x80808080;
-    nibbles_of<R>(z, nibbles);
+    u32 both[R::NREG], nibbles[R::NIBBLES], low = table.low ^ 0x80808080, high = table.high ^ 0x80808080;
+#pragma unroll
+    for (int r = 0; r < R::NREG; ++r) both[r] = prmt(z[r], 0, 0x3120);
+    nibbles_of<R>(both, nibbles);
 #pragma unroll
     for (int n = 0; n < R::NIBBLES; ++n) {
-      u32 x = prmt(low, high, prmt(nibbles[n], 0, 0x0020)), y = prmt(low, high, prmt(nibbles[n], 0, 0x0031));
+      u32 x = prmt(low, high, nibbles[n]), y = prmt(low, high, upper<R>(nibbles[n]));
       h[n] = add_f16x2(prmt(x, 0x64646464, 0x4240), 0xE480E480);
       h[n + R::NIBBLES] = add_f16x2(prmt(x, 0x64646464, 0x4341), 0xE480E480);
       h[n + 2 * R::NIBBLES] = add_f16x2(prmt(y, 0x64646464, 0x4240), 0xE480E480);

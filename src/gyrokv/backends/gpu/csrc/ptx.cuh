@@ -174,12 +174,6 @@ INLINE void mma_8(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
         : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-// the same for bits: c[16 x 8] += the number of common ones of a[16 x 256] and b[256 x 8], 32 of either in a register
-INLINE void mma_b1(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-  asm("mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
 // 8 x 8 matrices of 16-bit values, each transposed; lane 8 i + r gives the address of row r of matrix i
 INLINE void load_transposed(u32 address, u32 (&x)[2]) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];" : "=r"(x[0]), "=r"(x[1]) : "r"(address));
@@ -223,6 +217,7 @@ INLINE void store_zeros(u32 address) {
 
 INLINE void store_shared(u32 address, float x) { asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(x) : "memory"); }
 
+INLINE void store_shared_u16(u32 address, u32 x) { asm volatile("st.shared.u16 [%0], %1;" ::"r"(address), "h"((u16)x) : "memory"); }
 INLINE void store_shared(u32 address, u32 x) { asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(x) : "memory"); }
 INLINE void store_shared(u32 address, const u32 (&x)[4]) {
   asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]) : "memory");
@@ -260,6 +255,12 @@ INLINE u32 load_now(const char* from, i64 at) {
   u16 x;
   asm volatile("ld.global.u16 %0, [%1];" : "=h"(x) : "l"(from + at * 2));
   return x;
+}
+
+// a pointer that others are constants away from: the compiler would add up each of them
+INLINE const char* as_one(const char* p) {
+  asm("" : "+l"(p));
+  return p;
 }
 
 // SIZE bytes from global to shared memory, asynchronously

@@ -17,6 +17,11 @@ constexpr bool PLAIN = !SOFTCAP && MASK == 0;
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float Q_LARGEST = 32512.0f;  // of q as integers: 127 * 256
 
+// Bytes of rows of two or four scales: codes change places within a unit, or two units, so that a product meets one scale
+constexpr bool K_BY_TWO = K::GROUPS == 4 || K::NIBBLES == 1;
+constexpr bool K_GATHERED = K_INT && (K::GROUPS == 2 || (K::GROUPS == 4 && K::NIBBLES > 1)) && (!K_BY_TWO || KShare::VEC % 2 == 0) && K::SPAN % K::WORDS == 0 && KShare::WHOLE;
+constexpr int K_STEP = K_GATHERED && K_BY_TWO ? 2 : 1;
+
 // operands of q: integers take four planes of a unit at once, floats pairs of dims
 struct KBytes {
   static constexpr int PAIRS = KShare::CHUNKS * KShare::VEC * K::NIBBLES;
@@ -27,7 +32,7 @@ struct KBytes {
   }
   static constexpr int most_scales() {
     int most = 1;
-    for (int i = 0; i < KShare::CHUNKS; ++i)
+    for (int i = 0; i < (K_GATHERED ? 0 : KShare::CHUNKS); ++i)
       for (int n = 0; n < K::NIBBLES; ++n)
         if (high(i, n) - low(i, n) + 1 > most) most = high(i, n) - low(i, n) + 1;
     return most;
@@ -37,10 +42,9 @@ constexpr int K_PAIRS = K_INT ? KBytes::PAIRS : KShare::PAIRS;
 constexpr int K_MOST = K_INT ? KBytes::most_scales() : KShare::MOST;
 constexpr bool K_KEPT = K::GROUPS <= 9;  // one accumulator per scale; else each product is scaled at once
 constexpr int K_SUMS = K::GROUPS == 1 ? (TILES == 1 && !K_INT ? 2 : 1) : K_KEPT ? K::GROUPS : 1;
-constexpr bool K_BITWISE = K_INT == 2;  // bits.cuh
 constexpr int Q_SHARE = K_PAIRS * K_MOST * K_COLUMNS * 256;  // bytes of q that a warp of a team has
-constexpr int Q_BYTES = K_BITWISE ? 4 * 7 * 256 + 4 * DK * 4 : TEAM * Q_SHARE;
-static_assert(TEAM == 1 || (!K_BITWISE && !K::SPLIT && !V::SPLIT && K::SPAN % K::WORDS == 0 && V::SPAN % V::WORDS == 0), "shares have the same scales");
+constexpr int Q_BYTES = TEAM * Q_SHARE;
+static_assert(TEAM == 1 || (!K::SPLIT && !V::SPLIT && K::SPAN % K::WORDS == 0 && V::SPAN % V::WORDS == 0), "shares have the same scales");
 constexpr bool TWO_TABLES = K_KIND == TABLE && V_KIND == TABLE && !SAME_TABLE;
 static_assert(!TWO_TABLES || !LUT_PAIRS, "pairs are of one table");
 constexpr int V_LUT = TWO_TABLES ? 128 : 0;  // entries of two tables alternate
@@ -169,7 +173,12 @@ struct Place {
   INLINE Place(int d, int copy) {
     int word = d % K::WORDS % K::MINE, plane = K::SPLIT ? copy : d / K::WORDS;
     int chunk = word / KShare::SIZE, unit = word % KShare::SIZE / 2, t = unit / KShare::VEC, vec = unit % KShare::VEC, pair;
-    if constexpr (K_INT) {
+    if constexpr (K_GATHERED) {  // as `codes_of` has them
+      int n = plane % K::NIBBLES, nibble = plane / K::NIBBLES;
+      int from = (K::GROUPS == 4 ? nibble % 2 : vec % K_STEP) * K::NIBBLES + n;
+      pair = (chunk * KShare::VEC + vec / K_STEP * K_STEP) * K::NIBBLES + from / 2 * 2 + nibble / 2, low = 0;
+      at = from % 2 * 4 + word % 2 * 2 + (K::GROUPS == 4 ? vec : nibble) % 2;
+    } else if constexpr (K_INT) {
       int n = plane % K::NIBBLES;
       pair = (chunk * KShare::VEC + vec) * K::NIBBLES + n, low = KBytes::low(chunk, n);
       at = word % 2 * 4 + plane / K::NIBBLES;
@@ -256,15 +265,35 @@ INLINE void add_scores(float (&s)[COLUMNS][4], const C (&c)[4], const KScales (&
   }
 }
 
-// s[tile][product][2 * (token / 8) + i] of a tile of slots. rank: of the warp in its team
-template <bool INTEGERS>
-INLINE void score(float (&s)[TILES][COLUMNS][4], u32 tile_at, const char* memory, int rank, const KScales (&scales)[TILES][2], Table table, int lane) {
+// Codes of K_STEP units from the one at `vec` on, in halves of registers, four each. Gathered: of one scale each, of units
+// side by side; two registers have the same ones
+INLINE void codes_of(const u32 (&z)[K::NREG][KShare::VEC], int vec, u32 (&codes)[K_STEP * K::NIBBLES]) {
+  if constexpr (K_GATHERED && K::GROUPS == 4) {
+    u32 four[2][K::NREG];
+#pragma unroll
+    for (int r = 0; r < K::NREG; ++r) four_tokens(z[r][vec], z[r][vec + 1], four[0][r], four[1][r]);
+    nibbles_of<K>(four[0], codes);
+    nibbles_of<K>(four[1], codes + K::NIBBLES);
+  } else {
+#pragma unroll
+    for (int i = 0; i < K_STEP; ++i) {
+      u32 unit[K::NREG];
+#pragma unroll
+      for (int r = 0; r < K::NREG; ++r) unit[r] = K_GATHERED ? prmt(z[r][vec + i], 0, 0x3120) : z[r][vec + i];
+      nibbles_of<K>(unit, codes + i * K::NIBBLES);
+    }
+  }
+}
+
+// s[tile][product][2 * (token / 8) + i] of COUNT tiles of slots. rank: of the warp in its team
+template <bool INTEGERS, int COUNT>
+INLINE void score(float (&s)[COUNT][COLUMNS][4], u32 tile_at, const char* memory, int rank, const KScales (&scales)[COUNT][2], Table table, int lane) {
   using Sum = typename Choose<INTEGERS, int, float>::type;
   int g = lane / 4, t = lane % 4;
   u32 q_at = shared_address(memory + Q_AT) + rank * Q_SHARE + lane * 8;
-  Sum sums[TILES][K_SUMS][K_COLUMNS][4];
+  Sum sums[COUNT][K_SUMS][K_COLUMNS][4];
 #pragma unroll
-  for (int tile = 0; tile < TILES; ++tile) {
+  for (int tile = 0; tile < COUNT; ++tile) {
 #pragma unroll
     for (int j = 0; j < COLUMNS; ++j) s[tile][j][0] = s[tile][j][1] = s[tile][j][2] = s[tile][j][3] = 0.0f;
 #pragma unroll
@@ -277,35 +306,33 @@ INLINE void score(float (&s)[TILES][COLUMNS][4], u32 tile_at, const char* memory
   for (int chunk = 0; chunk < KShare::CHUNKS; ++chunk) {
     int j = chunk * KShare::SIZE + t % KShare::LANES * 2 * KShare::VEC;
     if (!KShare::WHOLE) j = min(j, K::MINE - 2 * KShare::VEC);
-    u32 z[TILES][2][K::NREG][KShare::VEC];
+    u32 z[COUNT][2][K::NREG][KShare::VEC];
 #pragma unroll
-    for (int tile = 0; tile < TILES; ++tile)
+    for (int tile = 0; tile < COUNT; ++tile)
 #pragma unroll
       for (int i = 0; i < 2; ++i) load_pairs<K, KShare::VEC>(tile_at + (tile * 16 + i * 8 + g) * K_PITCH, j, z[tile][i]);
     if constexpr (INTEGERS) {
 #pragma unroll
-      for (int vec = 0; vec < KShare::VEC; ++vec) {
-        u32 nibbles[TILES][2][K::NIBBLES];
+      for (int vec = 0; vec < KShare::VEC; vec += K_STEP) {
+        u32 codes[COUNT][2][K_STEP * K::NIBBLES];
 #pragma unroll
-        for (int tile = 0; tile < TILES; ++tile)
+        for (int tile = 0; tile < COUNT; ++tile)
 #pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            u32 unit[K::NREG];
+          for (int i = 0; i < 2; ++i) codes_of(z[tile][i], vec, codes[tile][i]);
 #pragma unroll
-            for (int r = 0; r < K::NREG; ++r) unit[r] = z[tile][i][r][vec];
-            nibbles_of<K>(unit, nibbles[tile][i]);
-          }
-#pragma unroll
-        for (int n = 0; n < K::NIBBLES; ++n) {
+        for (int n = 0; n < K_STEP * K::NIBBLES; ++n) {
           int pair = (chunk * KShare::VEC + vec) * K::NIBBLES + n, low = KBytes::low(chunk, n), high = KBytes::high(chunk, n);
+          if (K_GATHERED) low = high = K::GROUPS == 4 ? n / K::NIBBLES + n % 2 * 2 : n % 2;
 #pragma unroll
           for (int pass = 0; pass < K::PASSES; ++pass) {
-            u32 a[TILES][4];
+            u32 a[COUNT][4];
 #pragma unroll
-            for (int tile = 0; tile < TILES; ++tile) {
-              u32 x = of_pass(pass, nibbles[tile][0][n]), y = of_pass(pass, nibbles[tile][1][n]);
-              a[tile][0] = bytes_of(tables, pass, x), a[tile][2] = bytes_of(tables, pass, upper<K>(x));
-              a[tile][1] = bytes_of(tables, pass, y), a[tile][3] = bytes_of(tables, pass, upper<K>(y));
+            for (int tile = 0; tile < COUNT; ++tile) {
+#pragma unroll
+              for (int i = 0; i < 4; ++i) {  // register i: row 8 (i % 2) + g; the second half of the dims from 2 on
+                u32 x = of_pass(pass, codes[tile][i % 2][K_GATHERED ? n / 2 * 2 + i / 2 : n]);
+                a[tile][i] = bytes_of(tables, pass, (K_GATHERED ? n % 2 : i / 2) ? upper<K>(x) : x);
+              }
             }
 #pragma unroll
             for (int group = low; group <= high; ++group)
@@ -314,7 +341,7 @@ INLINE void score(float (&s)[TILES][COLUMNS][4], u32 tile_at, const char* memory
                 u32 b[2];
                 load_shared<2>(q_at + ((pair * K_MOST + group - low) * K_COLUMNS + column) * 256, b);
 #pragma unroll
-                for (int tile = 0; tile < TILES; ++tile)
+                for (int tile = 0; tile < COUNT; ++tile)
                   mma_8<false>(sums[tile][K::GROUPS > 1 ? group : 0][column], a[tile][0], a[tile][1], a[tile][2], a[tile][3], b[0], b[1]);
               }
           }
@@ -325,9 +352,9 @@ INLINE void score(float (&s)[TILES][COLUMNS][4], u32 tile_at, const char* memory
       for (int step = 0; step < KShare::STEPS; ++step) {
         constexpr int U = KShare::UNITS_TOGETHER - 1;
         constexpr bool BOTH = KShare::BY_PLANE || KShare::BY_UNIT;
-        u32 h[TILES][2][KShare::UNITS_TOGETHER][K::PLANES];
+        u32 h[COUNT][2][KShare::UNITS_TOGETHER][K::PLANES];
 #pragma unroll
-        for (int tile = 0; tile < TILES; ++tile)
+        for (int tile = 0; tile < COUNT; ++tile)
 #pragma unroll
           for (int i = 0; i < 2; ++i)
 #pragma unroll
@@ -347,7 +374,7 @@ INLINE void score(float (&s)[TILES][COLUMNS][4], u32 tile_at, const char* memory
               u32 b[2];
               load_shared<2>(q_at + ((pair * K_MOST + group - KShare::low(chunk, w)) * K_COLUMNS + column) * 256, b);
 #pragma unroll
-              for (int tile = 0; tile < TILES; ++tile) {
+              for (int tile = 0; tile < COUNT; ++tile) {
                 auto& x = h[tile][0];
                 auto& y = h[tile][1];
                 auto& c = sums[tile][K::GROUPS > 1 ? (K_KEPT ? group : 0) : pair % K_SUMS][column];
@@ -364,7 +391,7 @@ INLINE void score(float (&s)[TILES][COLUMNS][4], u32 tile_at, const char* memory
   }
   if (K_KEPT)
 #pragma unroll
-    for (int tile = 0; tile < TILES; ++tile)
+    for (int tile = 0; tile < COUNT; ++tile)
 #pragma unroll
       for (int i = 0; i < K_SUMS; ++i)
 #pragma unroll

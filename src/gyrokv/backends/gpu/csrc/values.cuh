@@ -6,9 +6,6 @@
 // planes that come to stand side by side.
 #pragma once
 #include "score.cuh"
-#if K_INT == 2
-#include "bits.cuh"
-#endif
 
 constexpr int V_FOLD = V_INT ? 1 : fold_of<V>();
 constexpr int V_TERMS = V::IS_BF16 ? 2 : 1;
@@ -33,8 +30,8 @@ constexpr int V_TILES = (EIGHTS + STEP - 1) / STEP * PER_STEP;  // of 16 dims
 // half `half` of a tile: its eight and plane, and lane g's dim, if there is one
 INLINE constexpr int eight_of(int tile, int half) { return tile / PER_STEP * STEP + (V_BY_EIGHTS ? half : 0); }
 INLINE constexpr int kind_of(int tile, int half) {
-  int at = tile % PER_STEP;  // bytes: [nibbles][plane 0 or 1 of four], with the planes 2 further in the other half
-  return V_INT ? at / 2 + V::NIBBLES * (at % 2 + 2 * half) : V_BY_EIGHTS ? at : 2 * at + half;
+  int at = tile % PER_STEP;  // bytes: [two registers of nibbles, one per half][planes 2, 3 of four][1, 3]: of one scale
+  return V_INT ? at / 4 * 2 + half + V::NIBBLES * (at / 2 % 2 * 2 + at % 2) : V_BY_EIGHTS ? at : 2 * at + half;
 }
 INLINE constexpr int word_of(int tile, int half, int g) { return 8 * eight_of(tile, half) + (V_FOLD > 1 ? g % 4 : g); }
 INLINE constexpr int dim_of(int tile, int half, int g) {
@@ -58,6 +55,8 @@ INLINE bool of_group(int tile, int half, int group, int g) {
   int low = dim_of(tile, half, 0) / V::SPAN, high = dim_of(tile, half, (V_FOLD > 1 ? 4 : 0) + last_of(tile, half)) / V::SPAN;
   return low == high || dim_of(tile, half, g) / V::SPAN == group;
 }
+
+constexpr float UNSEEN = -3e38f;  // the reference of a row that has seen no key: any score has grown beyond it
 
 struct Running {  // of a warp: the softmax so far
   float top[COLUMNS][PER_LANE], total[COLUMNS][PER_LANE];
@@ -88,18 +87,19 @@ INLINE float sum_over_tokens(float x) {
   return x;
 }
 
-// new references for the scores and for V's scales; rare, because both may pass them by a factor
-INLINE void rescale(Running& r, const float (&s)[TILES][COLUMNS][4], float widest) {
+// New references for the scores and for V's scales; rare, because both may pass them by a factor.
+// as_is: scores have not been multiplied yet
+INLINE void rescale(Running& r, const float (&s)[TILES][COLUMNS][4], bool as_is, const float (&multiply)[COLUMNS][PER_LANE], float widest) {
 #pragma unroll
   for (int j = 0; j < COLUMNS; ++j) {
     float factor[2] = {1.0f, 1.0f};
 #pragma unroll
     for (int i = 0; i < PER_LANE; ++i) {
-      float most = r.top[j][i];
+      float most = r.top[j][i], scale = as_is ? multiply[j][i] : 1.0f;
 #pragma unroll
-      for (int tile = 0; tile < TILES; ++tile) most = fmaxf(most, fmaxf(s[tile][j][i], s[tile][j][2 + i]));
+      for (int tile = 0; tile < TILES; ++tile) most = fmaxf(most, fmaxf(s[tile][j][i] * scale, s[tile][j][2 + i] * scale));
       most = over_tokens(most);
-      factor[i] = r.top[j][i] == -INFINITY ? 0.0f : exp2_fast(r.top[j][i] - most);
+      factor[i] = exp2_fast(r.top[j][i] - most);
       r.total[j][i] *= factor[i];
       if constexpr (V_INT)
 #pragma unroll
@@ -231,9 +231,11 @@ INLINE void add_values_floats(R& r, const float (&s)[TILES][COLUMNS][4], u32 til
 // are 128 larger, so that sums are positive: their bits are those of tiny floats, which need no conversion
 INLINE void add_values_bytes(Running& r, const float (&s)[TILES][COLUMNS][4], u32 tile_at, const VScales (&scales)[TILES][2],
                              Table table, int lane) {
+  constexpr int PAIRS = (TILES + 1) / 2;  // of tiles: a product has 32 tokens
+  static_assert(TILE * 255 * 255 < 1 << 23, "sums are tiny floats");
   ByteTables<V> tables(Table{table.low ^ 0x80808080, table.high ^ 0x80808080});
   float unit[COLUMNS][PER_LANE];           // of a weight
-  u32 b[2][V::GROUPS][COLUMNS][PER_LANE];  // of a row's term (lane / 4) and four tokens
+  u32 b[PAIRS][2][V::GROUPS][COLUMNS][PER_LANE];  // of a row's term (lane / 4) and four tokens
 #pragma unroll
   for (int j = 0; j < COLUMNS; ++j)
 #pragma unroll
@@ -255,17 +257,16 @@ INLINE void add_values_bytes(Running& r, const float (&s)[TILES][COLUMNS][4], u3
 #pragma unroll
       for (int group = 0; group < V::GROUPS; ++group)
 #pragma unroll
-        for (int tile = 0; tile < 2; ++tile) {
-          u32 w[2];  // two tokens: bytes 0 and 2
+        for (int tile = 0; tile < 2 * PAIRS; ++tile) {
+          u32 w[2];  // of two tokens, in the lower half: they change places with other rows' as one
 #pragma unroll
-          for (int i = 0; i < 2; ++i)
-            w[i] = tile < TILES ? transpose8(prmt(__float_as_uint(fmaf(x[tile % TILES][i][group], inverse, 8388608.0f)), 0, 0x4041)) : 0;
-          b[tile][group][j][e] = prmt(w[0], w[1], 0x6240);
+          for (int i = 0; i < 2; ++i) w[i] = __float_as_uint(fmaf(x[tile % TILES][i][group], inverse, 8388608.0f));
+          b[tile / 2][tile % 2][group][j][e] = tile < TILES ? transpose8(prmt(w[0], w[1], 0x4051)) : 0;
         }
     }
 #pragma unroll
   for (int u = 0; u < EIGHTS; ++u) {
-    u32 z[TILES * 2][V::NREG], codes[2][2][V::NIBBLES];  // [plane 0 or 1 of four][tile]
+    u32 z[TILES * 2][V::NREG], codes[2][TILES][V::NIBBLES];  // [plane 0 or 1 of four][tile]
     load_units(tile_at, u, lane, z);
 #pragma unroll
     for (int tile = 0; tile < TILES; ++tile) {
@@ -285,25 +286,30 @@ INLINE void add_values_bytes(Running& r, const float (&s)[TILES][COLUMNS][4], u3
           sums[j][e][0] = sums[j][e][1] = sums[j][e][2] = sums[j][e][3] = 0;
 #pragma unroll
       for (int pass = 0; pass < V::PASSES; ++pass) {
-        u32 a[2][2];  // [half][tile]
 #pragma unroll
-        for (int tile = 0; tile < 2; ++tile) {
-          u32 x = tile < TILES ? of_pass(pass, codes[m % 2][tile][m / 2]) : 0;
-          a[0][tile] = tile < TILES ? bytes_of(tables, pass, x) : 0, a[1][tile] = tile < TILES ? bytes_of(tables, pass, upper<V>(x)) : 0;
-        }
+        for (int pair = 0; pair < PAIRS; ++pair) {
+          u32 a[2][2];  // [half][tile]
 #pragma unroll
-        for (int group = 0; group < V::GROUPS; ++group) {
-          if (!touches(at, 0, group) && !touches(at, 1, group)) continue;
-          bool first = of_group(at, 0, group, lane / 4), second = of_group(at, 1, group, lane / 4);
+          for (int half = 0; half < 2; ++half)
 #pragma unroll
-          for (int j = 0; j < COLUMNS; ++j)
+            for (int i = 0; i < 2; ++i) {
+              int tile = 2 * pair + i;
+              u32 x = of_pass(pass, codes[m % 2][tile % TILES][m / 4 * 2 + half]);
+              a[half][i] = tile < TILES ? bytes_of(tables, pass, m / 2 % 2 ? upper<V>(x) : x) : 0;
+            }
 #pragma unroll
-            for (int e = 0; e < PER_LANE; ++e)
-              mma_8<true>(sums[j][e], first ? a[0][0] : 0, second ? a[1][0] : 0, first ? a[0][1] : 0, second ? a[1][1] : 0,
-                           b[0][group][j][e], b[1][group][j][e]);
+          for (int group = 0; group < V::GROUPS; ++group) {
+            if (!touches(at, 0, group) && !touches(at, 1, group)) continue;
+            bool first = of_group(at, 0, group, lane / 4), second = of_group(at, 1, group, lane / 4);
+#pragma unroll
+            for (int j = 0; j < COLUMNS; ++j)
+#pragma unroll
+              for (int e = 0; e < PER_LANE; ++e)
+                mma_8<true>(sums[j][e], first ? a[0][0] : 0, second ? a[1][0] : 0, first ? a[0][1] : 0, second ? a[1][1] : 0,
+                            b[pair][0][group][j][e], b[pair][1][group][j][e]);
+          }
         }
       }
-      // at most 32 * 255 * 255 < 2**23
 #pragma unroll
       for (int j = 0; j < COLUMNS; ++j)
 #pragma unroll
