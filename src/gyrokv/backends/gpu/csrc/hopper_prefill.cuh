@@ -21,6 +21,22 @@ INLINE void each_tile(const Prefill& p, F f) {
     }
 }
 
+// f(tile, look_ahead): it calls look_ahead() once, while it waits for something: to find the next tile takes a thousand cycles.
+template <class F>
+INLINE void each_tile_ahead(const Prefill& p, F f) {
+  int all = p.pairs * (p.groups / PACK) * p.tiles, many = gridDim.x / BLOCKS, mine = blockIdx.x / BLOCKS, first = 0;
+  Tile tile, next;
+  bool found;
+  auto look_ahead = [&] {
+    for (found = false; first < all && !found; first += many, mine = many - 1 - mine)
+      if (first + mine < all) next = Tile(p, first + mine), found = !next.leaves_results(p);
+  };
+  for (look_ahead(); found;) {
+    tile = next;
+    f(tile, look_ahead);
+  }
+}
+
 // x[i] of thread t of a quad becomes x[t] of its thread i
 INLINE void turn_quad(u32 (&x)[4], int t) {
 #pragma unroll

@@ -80,7 +80,7 @@ INLINE void attend_role(const Prefill& p, u32 shared, int group) {
   Ring<K_STAGES> k_ring;
   Ring<V_STAGES> v_ring;
   if (group == GROUPS - 1) go_by(1);
-  each_tile(p, [&](const Tile& tile) {
+  each_tile_ahead(p, [&](const Tile& tile, auto look_ahead) {
     const Rows rows = rows_of(tile, group, warp, lane);
     Softmax softmax;
     float s[SCORES], o[DV / 2];
@@ -155,10 +155,11 @@ INLINE void attend_role(const Prefill& p, u32 shared, int group) {
         weigh();
       }
       values(before);
-      products_wait<0>();
-      settle(o);
-      release_v();
     }
+    look_ahead();
+    products_wait<0>();
+    settle(o);
+    if (tile.block >= 0) release_v();
     float last[2], share[2];  // share: of the result before
     softmax.finish(last, share, p, tile.batch, rows, lane % 4);
 #pragma unroll
