@@ -61,7 +61,7 @@ FAULTS = (
     Fault("the_denominator_is_not_rescaled", shared("      total[r] *= factor[r];\n", ""), dict(kv_len=2000)),
     Fault("the_output_is_not_rescaled", (("prefill.cu", "      rescale(false);\n", ""),), dict(kv_len=2000), 512),
     Fault("sinks_are_not_in_the_denominator",
-          shared("sum * exp2_fast(reached - most) + exp2_fast(sink - most), m", "sum * exp2_fast(reached - most), m"),
+          shared("all = __fmaf_rn(sum, here, there);", "all = sum * here;"),
           dict(sinks=True)),
     Fault("rounded_sums_are_not_rescaled",
           shared("      if (ROUNDED) rounded[r] *= factor[r];\n", ""), dict(kv_len=2000), 512),

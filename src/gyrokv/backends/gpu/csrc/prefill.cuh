@@ -218,7 +218,7 @@ struct Sums {
   }
 
   // after the last block: what the output is multiplied by, and the result that it joins; lse. A result over other keys is
-  // a sink that has a value.
+  // a sink that has a value. Without branches, for nothing else may be left to do meanwhile.
   INLINE void finish(float (&last)[2], float (&before)[2], const Prefill& p, int batch, const Rows& rows, int t) {
     float *lse[2], old[2];
 #pragma unroll
@@ -231,20 +231,19 @@ struct Sums {
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float sum = total[r], sink = joins ? old[r] : p.sinks ? p.sinks[rows.head[r]] * LOG2E : -INFINITE;
-      sum += __shfl_xor_sync(~0u, sum, 1);
-      sum += __shfl_xor_sync(~0u, sum, 2);
-      float reached = sum > 0.0f ? top[r] : -INFINITE, most = fmaxf(reached, sink);
-      float all = most == -INFINITE ? 0.0f : sum * exp2_fast(reached - most) + exp2_fast(sink - most), multiplied = all;
-      if (ROUNDED) {
-        float own = rounded[r];
-        own += __shfl_xor_sync(~0u, own, 1);
-        own += __shfl_xor_sync(~0u, own, 2);
-        multiplied = most == -INFINITE ? 0.0f : own * exp2_fast(reached - most) + exp2_fast(sink - most);
+      float sum = total[r], own = rounded[r], sink = joins ? old[r] : p.sinks ? p.sinks[rows.head[r]] * LOG2E : -INFINITE;
+#pragma unroll
+      for (int lanes = 1; lanes < 4; lanes *= 2) {
+        sum += __shfl_xor_sync(~0u, sum, lanes);
+        if (ROUNDED) own += __shfl_xor_sync(~0u, own, lanes);
       }
-      last[r] = sum > 0.0f ? exp2_fast(reached - most) / multiplied * p.v_scale : 0.0f;
-      before[r] = joins && all > 0.0f ? exp2_fast(sink - most) / multiplied : 0.0f;
-      if (t == 0 && rows.row[r] < p.q_len) *lse[r] = all > 0.0f ? (most + log2f(all)) * LN2 : -INFINITE;
+      float reached = sum > 0.0f ? top[r] : -INFINITE, most = fmaxf(reached, sink);
+      most = most == -INFINITE ? 0.0f : most;
+      float here = exp2_fast(reached - most), there = exp2_fast(sink - most), all = __fmaf_rn(sum, here, there);
+      float inverse = inverse_fast(ROUNDED ? __fmaf_rn(own, here, there) : all);
+      last[r] = sum > 0.0f ? here * inverse * p.v_scale : 0.0f;
+      before[r] = joins && all > 0.0f ? there * inverse : 0.0f;
+      if (t == 0 && rows.row[r] < p.q_len) *lse[r] = all > 0.0f ? (most + log2_fast(all)) * LN2 : -INFINITE;
     }
   }
 };
