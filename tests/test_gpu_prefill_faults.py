@@ -62,6 +62,8 @@ FAULTS = (
           shared("min(end, position) :", "min(end, position + 1) :"), dict(causal=True)),
     Fault("the_first_key_of_a_window_is_dropped",
           shared("position - p.window + 1 - key", "position - p.window + 2 - key"), dict(causal=True, window=40)),
+    Fault("blocks_of_keys_begin_with_multiples", narrow("k_map, c * 64, token,", "k_map, c * 64, token - tile.shift,"),
+          dict(causal=True, window=40), 64),
     Fault("the_denominator_is_not_rescaled", shared("      total[r] *= factor[r];\n", ""), dict(kv_len=2000)),
     Fault("the_output_is_not_rescaled", (("prefill.cu", "      rescale(false);\n", ""),), dict(kv_len=2000), 512),
     Fault("sinks_are_not_in_the_denominator",

@@ -3,6 +3,11 @@
 // the next, so that a thread's two rows are two heads at one position: what it reads of a mask serves both.
 #pragma once
 #include "hopper.cuh"
+// Not where tiles are parts of a block, or blocks of a tile: then neighbours have blocks in common, which L2 serves faster. Nor where
+// boxes, of masks and pages, have places of their own, or copies of what a sequence does not have are zeros only up to a multiple
+// of KEYS.
+constexpr bool UNEVEN = KEYS % (ROWS / PACK) && ROWS / PACK % KEYS;
+constexpr bool SHIFTS = UNEVEN && MASK == 0 && K_PAGED == 0 && V_PAGED == 0 && RAGGED == CLEARS;
 #include "prefill.cuh"
 
 constexpr bool BOUNDED = SOFTCAP == 2;  // scores are so small that exponents need no reference

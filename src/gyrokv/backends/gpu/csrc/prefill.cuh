@@ -1,7 +1,8 @@
 // What the prefill kernels share: arguments, the order of tiles, which keys a row sees, the running softmax.
 // They define ROWS (of a tile), BLOCKS (that share one), SPAN (keys of a block that one warp scores), ROUNDED (normalise by the
-// sum of the weights that values are multiplied by: a weight that stands alone need not be 1, and rounding it would count) and
-// PACK (1, 2 or 4 heads of one KV head): a tile holds the queries of POSITIONS positions in each of PACK heads.
+// sum of the weights that values are multiplied by: a weight that stands alone need not be 1, and rounding it would count),
+// SHIFTS (the blocks of a tile begin with the first key that it sees, not with a multiple of KEYS) and PACK (1, 2 or 4 heads of
+// one KV head): a tile holds the queries of POSITIONS positions in each of PACK heads.
 #pragma once
 #include "ptx.cuh"
 
@@ -51,8 +52,8 @@ INLINE int quotient(int a, int b) {
 
 struct Tile {
   int batch, head, kv_head, row, block;  // head, row: first of the tile; block: last that is seen, or -1
-  int stop;
-  int own_first, own_begin, own_end;  // RAGGED
+  int stop, shift;                       // the first block, key 0 of block 0
+  int own_first, own_begin, own_end;     // RAGGED
   const u8* map;
   i64 map_head;
 
@@ -72,10 +73,10 @@ struct Tile {
     int last = end(p) - 1, low = begin();
     if (p.causal || p.window) last = min(last, min(row + POSITIONS, p.q_len) - 1 + first(p));
     if (p.window) low = max(low, row + first(p) - p.window + 1);
-    stop = low / KEYS;
+    stop = SHIFTS ? 0 : low / KEYS, shift = SHIFTS ? low : 0;
     map = MASK && p.map ? p.map + batch * p.map_batch + head * p.map_head + tile * p.map_row : nullptr;
     map_head = p.map_head;
-    block = seen(last < low ? -1 : last / KEYS);
+    block = seen(last < low ? -1 : (last - shift) / KEYS);
   }
   // Key 0 has position origin. In a sequence that is shorter than length by `missing`, queries lie that much earlier, and so do
   // keys that are relative to the end: what a window sees is then in the same keys for all sequences.
@@ -86,6 +87,7 @@ struct Tile {
     own_first = p.relative ? p.first : p.first - missing;
     own_begin = max(0, start - origin), own_end = min(p.kv_len, tokens - origin);
   }
+  INLINE int key(int block) const { return block * KEYS + shift; }
   INLINE int first(const Prefill& p) const { return RAGGED ? own_first : p.first; }  // position of query 0 among the keys
   INLINE int begin() const { return RAGGED ? own_begin : 0; }                        // keys of the sequence: from here
   INLINE int end(const Prefill& p) const { return RAGGED ? own_end : p.kv_len; }     // to before here
@@ -154,7 +156,7 @@ struct Range {
   int low[2], high[2];
 
   INLINE Range(const Prefill& p, const Tile& tile, int block, const Rows& rows, int t) {
-    int key = block * KEYS + 2 * t, end = tile.end(p) - 1;
+    int key = tile.key(block) + 2 * t, end = tile.end(p) - 1;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       int position = rows.row[r] + tile.first(p);

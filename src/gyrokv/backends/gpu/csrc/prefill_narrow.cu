@@ -42,7 +42,7 @@ INLINE void load_keys(const Prefill& p, const TensorMap* q_map, const TensorMap*
       if (elected()) {
         arrive_expect(full, K_BYTES);
         for (int c = 0; c < CHUNKS; ++c)
-          each_box<KEYS, K_PAGED>(p, tile, block * KEYS, [&](int before, int token, int batch) {
+          each_box<KEYS, K_PAGED>(p, tile, tile.key(block), [&](int before, int token, int batch) {
             load_box(to + c * CHUNK_BYTES + before * 128, k_map, c * 64, token, tile.kv_head, batch, full);
           });
       }
@@ -66,7 +66,7 @@ INLINE void load_values(const Prefill& p, const TensorMap* v_map, u32 shared) {
       if (elected()) {
         arrive_expect(full, V_BYTES);
         for (int c = 0; c < COLUMNS; ++c)
-          each_box<KEYS, V_PAGED>(p, tile, block * KEYS, [&](int before, int token, int batch) {
+          each_box<KEYS, V_PAGED>(p, tile, tile.key(block), [&](int before, int token, int batch) {
             load_box(to + c * CHUNK_BYTES + before * 128, v_map, c * 64, token, tile.kv_head, batch, full);
           });
       }
@@ -128,7 +128,7 @@ INLINE void attend_role(const Prefill& p, const TensorMap* out_map, u32 shared, 
     };
     auto values = [&](int block) {
       wait(barrier(shared, V_FULL + v_ring.stage), v_ring.parity);
-      if (CLEARS) clear_values<KEYS, DV>(p, tile, shared + V_AT + v_ring.stage * V_BYTES, block * KEYS, 1 + GROUPS + group);
+      if (CLEARS) clear_values<KEYS, DV>(p, tile, shared + V_AT + v_ring.stage * V_BYTES, tile.key(block), 1 + GROUPS + group);
       Operand v(shared + V_AT + v_ring.stage * V_BYTES, CHUNK_BYTES);
       products_begin();
 #pragma unroll
