@@ -130,8 +130,9 @@ def _from_pages(call: prefill.Prefill, pool: Tensor, page: int, batch: int) -> T
 
 
 def _prefill(
-    call: prefill.Prefill, d: dict, grid: tuple[int, int, int], q: Tensor, k: Tensor, v: Tensor, boxes: Tensor
-) -> None:
+    call: prefill.Prefill, d: dict, grid: tuple[int, int, int], q: Tensor, k: Tensor, v: Tensor, boxes: Tensor,
+    stored: Tensor | None = None,
+) -> None:  # fmt: skip
     k, v = _from_pages(call, k, d["K_PAGED"], q.shape[0]), _from_pages(call, v, d["V_PAGED"], q.shape[0])
     assert q.shape[1:3] == (call.q_heads, call.q_len) and k.shape[2] == v.shape[2] == call.kv_len
     assert k.shape[0] * k.shape[1] == call.pairs and q.shape[1] == k.shape[1] * call.groups
@@ -140,6 +141,9 @@ def _prefill(
     queries, keys = torch.arange(call.q_len), torch.arange(call.kv_len)
     types = {0: torch.float16, 1: torch.bfloat16, 2: torch.float32}
     assert (q.dtype, k.dtype, v.dtype) == (types[d["Q_TYPE"]], types[d["Q_TYPE"]], types[d["V_TYPE"]])
+    if d.get("STAGED"):
+        assert stored.data_ptr() == call.out and stored.stride()[:3] == tuple(call.out_strides)
+        assert stored.shape == (*q.shape[:3], call.dv) and stored.dtype == types[d["OUT_TYPE"]]
     for b, h in np.ndindex(*q.shape[:2]):
         first, begin, end = call.first, 0, call.kv_len
         if d["RAGGED"]:

@@ -71,6 +71,8 @@ def cases() -> list[Case]:
             )
     for window, dim in product((1, 32, 40, 100, 1024), (64, 256, 512)):
         found.append(case("bf16", "q8_0", (dim, dim), dtype=BF16, causal=True, window=window, **(SIZES | dict(kv_len=1300))))
+    for window, dim in product((17, 81, 82, 209, 210), (64, 128)):  # 48 queries see 64, 128, 129, 256, 257 keys
+        found.append(case("bf16", "bf16", (dim, dim), dtype=BF16, causal=True, window=window, **(SIZES | dict(q_heads=8))))
     for groups, dim in product((1, 2, 4, 5, 8), (64, 128, 512)):
         found.append(case("bf16", "bf16", (dim, dim), dtype=BF16, causal=True, **(SIZES | dict(q_heads=2 * groups))))
     for softcap, dim in product((2.0, 9.0, 30.0), (64, 128, 256)):

@@ -47,6 +47,10 @@ def hopper(old: str, new: str) -> tuple[tuple[str, str, str], ...]:
     return (("hopper_prefill.cuh", old, new),)
 
 
+def narrow(old: str, new: str) -> tuple[tuple[str, str, str], ...]:
+    return (("prefill_narrow.cu", old, new),)
+
+
 FAULTS = (
     Fault("all_rows_are_the_first_head's", hopper("tile.head + head_of(2 * warp + r);", "tile.head;"), {}),
     Fault("rows_of_a_head_follow_each_other",
@@ -58,10 +62,12 @@ FAULTS = (
           shared("min(end, position) :", "min(end, position + 1) :"), dict(causal=True)),
     Fault("the_first_key_of_a_window_is_dropped",
           shared("position - p.window + 1 - key", "position - p.window + 2 - key"), dict(causal=True, window=40)),
+    Fault("blocks_of_keys_begin_with_multiples", narrow("k_map, c * 64, token,", "k_map, c * 64, token - tile.shift,"),
+          dict(causal=True, window=40), 64),
     Fault("the_denominator_is_not_rescaled", shared("      total[r] *= factor[r];\n", ""), dict(kv_len=2000)),
     Fault("the_output_is_not_rescaled", (("prefill.cu", "      rescale(false);\n", ""),), dict(kv_len=2000), 512),
     Fault("sinks_are_not_in_the_denominator",
-          shared("sum * exp2_fast(reached - most) + exp2_fast(sink - most), m", "sum * exp2_fast(reached - most), m"),
+          shared("all = __fmaf_rn(sum, here, there);", "all = sum * here;"),
           dict(sinks=True)),
     Fault("rounded_sums_are_not_rescaled",
           shared("      if (ROUNDED) rounded[r] *= factor[r];\n", ""), dict(kv_len=2000), 512),
@@ -93,7 +99,11 @@ FAULTS = (
     Fault("a_head_takes_another_slope", hopper("p.slopes[rows.head[r]]", "p.slopes[0]"), ADDITIVE | dict(alibi=8.0)),
     Fault("a_tile_to_look_at_counts_as_visible", shared("state(at) == 1); }", "state(at) == 2); }"),
           ADDITIVE | dict(block_map=True)),
-    Fault("threads_of_a_quad_do_not_trade_columns", hopper("      turn_quad(x, t);\n", ""), {}),
+    Fault("threads_of_a_quad_do_not_trade_columns", hopper("      turn_quad(x, t);\n", ""), {}, 256),
+    Fault("stored_columns_are_not_swizzled", narrow("((column ^ lane % 8) << 4)", "(column << 4)"), {}),
+    Fault("all_columns_are_stored_in_the_first_ones_place", narrow("map, c * 64, row, head,", "map, 0, row, head,"), {}),
+    Fault("warps_store_in_the_first_one's_place", narrow("(PACK > 1 ? position_of(2 * warp) : 16 * warp), h", "0, h"), {}),
+    Fault("warps_store_in_the_first_head's_place", narrow("head = tile.head + head_of(2 * warp);", "head = tile.head;"), {}),
     Fault("a_row_ends_with_the_columns_of_its_begin", hopper("int column = 8 * (j + t);", "int column = 8 * t;"), {}, 512),
     Fault("boxes_of_a_mask_are_those_of_the_first_keys", hopper("block * KEYS + part * (", "part * ("), BOXES),
     Fault("the_second_box_of_a_mask_is_the_first",

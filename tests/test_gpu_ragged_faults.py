@@ -105,7 +105,7 @@ FAULTS = (
     Fault("results before have no weight", joined, "prefill.cuh",
           "sink = joins ? old[r] : p.sinks", "sink = p.sinks", joined=True),
     Fault("the share of results before is not normalised", joined, "prefill.cuh",
-          "exp2_fast(sink - most) / multiplied : 0.0f;", "exp2_fast(sink - most) : 0.0f;", joined=True),
+          "before[r] = joins && all > 0.0f ? there * inverse", "before[r] = joins && all > 0.0f ? there", joined=True),
     Fault("sinks are counted in each piece", lambda s: s.sinks and joined(s), "prefill.cuh",
           "sink = joins ? old[r] :", "sink = joins && !p.sinks ? old[r] :", joined=True),
     Fault("rows take the share of the row eight before", joined, "prefill.cu",

@@ -244,6 +244,9 @@ class _Call:
                 parts = (slice(i, i + n) if s else slice(1) for i, n, s in zip(at, sizes, calls.strides(self.mask)))
                 own = (64 // made.pack, made.pack) if made.head_mask else (made.rows, 1)
                 where[3] = _tensor_map(self.mask[tuple(parts)], *own)
+            if made.groups:
+                many = min(2, made.pack)  # heads in the 16 rows of a warp
+                where.append(_tensor_map(out, 16 // many, many) if made.out_bytes else where[0])
             # tiles of one length, or all of one section: dealt out among as many blocks as run at once. Else, and where
             # that many clusters might not, the hardware deals them out.
             even = not rows.ragged and (not spec.causal or spec.window or call.section == pairs)

@@ -93,11 +93,20 @@ class Shape:
         return max(1, min(2, room // self.mask_bytes)) if self.mask else 0
 
     @property
+    def out_bytes(self) -> int:
+        """Of the 16-bit output of a tile in the narrow kernel, where two stages of k and v fit beside it. Else 0: results
+        go to memory from registers."""
+        before, k, v, _ = self._parts
+        size = self.groups * 128 * self.dv
+        staged = size and not self.mask and self.out_type != Q_TYPES[torch.float32]
+        return size if staged and before + size + 2 * (k + v) + _BARRIERS <= _SHARED else 0
+
+    @property
     def stages(self) -> tuple[int, int]:
         """Stages of k and of v, as many as fit. In the wide kernel each of two warpgroups has its own stages of v, and keeps
         one until it has asked for the products of the next."""
         before, k, v, after = self._parts
-        left = _SHARED - before - after - self.mask_stages * self.mask_bytes - _BARRIERS
+        left = _SHARED - before - after - self.out_bytes - self.mask_stages * self.mask_bytes - _BARRIERS
         if self.groups:
             many = min(4, left // (k + v))
             return min(4, (left - many * v) // k), many
@@ -108,12 +117,13 @@ class Shape:
     def shared(self) -> int:
         (before, k, v, after), (many_k, many_v) = self._parts, self.stages
         masks = self.mask_stages
-        return before + many_k * k + many_v * v + masks * self.mask_bytes + after + 8 * (2 + 2 * (many_k + many_v + masks))
+        rings = many_k * k + many_v * v + masks * self.mask_bytes
+        return before + rings + self.out_bytes + after + 8 * (2 + 2 * (many_k + many_v + masks))
 
     @property
     def defines(self) -> tuple[tuple[str, int], ...]:
         k, v = self.stages
-        own = {"GROUPS": self.groups} if self.groups else {"CLUSTER": self.cluster}
+        own = {"GROUPS": self.groups, "STAGED": int(self.out_bytes > 0)} if self.groups else {"CLUSTER": self.cluster}
         names = {
             "DK": self.dk, "DV": self.dv, "KEYS": self.keys, "K_STAGES": k, "V_STAGES": v, "Q_TYPE": self.q_type,
             "V_TYPE": self.v_type, "OUT_TYPE": self.out_type, "PACK": self.pack, "MASK": self.mask,

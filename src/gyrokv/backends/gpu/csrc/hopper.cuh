@@ -102,6 +102,20 @@ INLINE void load_box(u32 to, const TensorMap* map, int dim, int token, int head,
       : "memory");
 }
 
+// A box from shared memory, which nobody waits for but its thread: until all that it committed has been read (and the memory
+// may be written), or is done.
+INLINE void store_box(u32 from, const TensorMap* map, int dim, int token, int head, int batch) {
+  asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%1, {%2, %3, %4, %5}], [%0];" ::"r"(from), "l"(map), "r"(dim),
+               "r"(token), "r"(head), "r"(batch)
+               : "memory");
+}
+INLINE void stores_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+template <bool READ>
+INLINE void stores_wait() {
+  if (READ) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+  else asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+}
+
 // four 8 x 8 matrices of 16-bit values; lane l gives the address of row l % 8 of matrix l / 8
 INLINE void store_matrices(u32 address, u32 a, u32 b, u32 c, u32 d) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c), "r"(d)

@@ -3,6 +3,11 @@
 // the next, so that a thread's two rows are two heads at one position: what it reads of a mask serves both.
 #pragma once
 #include "hopper.cuh"
+// Not where tiles are parts of a block, or blocks of a tile: then neighbours have blocks in common, which L2 serves faster. Nor where
+// boxes, of masks and pages, have places of their own, or copies of what a sequence does not have are zeros only up to a multiple
+// of KEYS.
+constexpr bool UNEVEN = KEYS % (ROWS / PACK) && ROWS / PACK % KEYS;
+constexpr bool SHIFTS = UNEVEN && MASK == 0 && K_PAGED == 0 && V_PAGED == 0 && RAGGED == CLEARS;
 #include "prefill.cuh"
 
 constexpr bool BOUNDED = SOFTCAP == 2;  // scores are so small that exponents need no reference
@@ -19,6 +24,22 @@ INLINE void each_tile(const Prefill& p, F f) {
       const Tile tile(p, first + mine);
       if (!tile.leaves_results(p)) f(tile);
     }
+}
+
+// f(tile, look_ahead): it calls look_ahead() once, while it waits for something: to find the next tile takes a thousand cycles.
+template <class F>
+INLINE void each_tile_ahead(const Prefill& p, F f) {
+  int all = p.pairs * (p.groups / PACK) * p.tiles, many = gridDim.x / BLOCKS, mine = blockIdx.x / BLOCKS, first = 0;
+  Tile tile, next;
+  bool found;
+  auto look_ahead = [&] {
+    for (found = false; first < all && !found; first += many, mine = many - 1 - mine)
+      if (first + mine < all) next = Tile(p, first + mine), found = !next.leaves_results(p);
+  };
+  for (look_ahead(); found;) {
+    tile = next;
+    f(tile, look_ahead);
+  }
 }
 
 // x[i] of thread t of a quad becomes x[t] of its thread i

@@ -51,6 +51,7 @@ static_assert(K_STAGES >= 2, "a product runs while the next operand arrives");
 static_assert(V_STAGES % 2 == 0, "a stage always serves the same warpgroup: it may be two rounds ahead of the other");
 static_assert(V_STAGES >= 2 * VALUE_GROUPS, "a warpgroup waits for a stage before it releases the one before");
 static_assert(!MASK || MASK_STAGES >= 1, "a mask has a stage");
+static_assert(!SHIFTS, "block b of keys begins with key b * KEYS");
 
 // registers of a thread, by role: all that is left goes to the scores
 constexpr int LOAD_REGISTERS = MASK ? 40 : 24;

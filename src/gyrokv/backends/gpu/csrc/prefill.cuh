@@ -1,7 +1,8 @@
 // What the prefill kernels share: arguments, the order of tiles, which keys a row sees, the running softmax.
 // They define ROWS (of a tile), BLOCKS (that share one), SPAN (keys of a block that one warp scores), ROUNDED (normalise by the
-// sum of the weights that values are multiplied by: a weight that stands alone need not be 1, and rounding it would count) and
-// PACK (1, 2 or 4 heads of one KV head): a tile holds the queries of POSITIONS positions in each of PACK heads.
+// sum of the weights that values are multiplied by: a weight that stands alone need not be 1, and rounding it would count),
+// SHIFTS (the blocks of a tile begin with the first key that it sees, not with a multiple of KEYS) and PACK (1, 2 or 4 heads of
+// one KV head): a tile holds the queries of POSITIONS positions in each of PACK heads.
 #pragma once
 #include "ptx.cuh"
 
@@ -41,30 +42,41 @@ constexpr int POSITIONS = ROWS / PACK;
 
 constexpr bool JOINS = OUT_TYPE == 2;
 
+// a / b of numbers that are not negative: an estimate, which is mostly right, and half of the time of a division
+INLINE int quotient(int a, int b) {
+  int q = (int)((float)a * inverse_fast((float)b)), rest = a - q * b;
+  while (rest < 0) --q, rest += b;
+  while (rest >= b) ++q, rest -= b;
+  return q;
+}
+
 struct Tile {
   int batch, head, kv_head, row, block;  // head, row: first of the tile; block: last that is seen, or -1
-  int stop;
-  int own_first, own_begin, own_end;  // RAGGED
+  int stop, shift;                       // the first block, key 0 of block 0
+  int own_first, own_begin, own_end;     // RAGGED
   const u8* map;
   i64 map_head;
 
+  Tile() = default;
   INLINE Tile(const Prefill& p, int index) {
     int packs = p.groups / PACK, per_section = p.section * p.tiles * packs;  // packs: of a KV head
-    int section = index / per_section, rest = index - section * per_section;
+    int section = quotient(index, per_section), rest = index - section * per_section;
     int heads = min(p.section, p.pairs - section * p.section) * packs;
-    int order = rest / heads, inner = rest - order * heads, pair = section * p.section + inner / packs;
-    int kv_heads = p.q_heads / p.groups;
-    batch = pair / kv_heads, kv_head = pair - batch * kv_heads, head = kv_head * p.groups + inner % packs * PACK;
+    int order = quotient(rest, heads), inner = rest - order * heads;
+    int own = quotient(inner, packs), pair = section * p.section + own;
+    int kv_heads = quotient(p.q_heads, p.groups);
+    batch = quotient(pair, kv_heads), kv_head = pair - batch * kv_heads;
+    head = kv_head * p.groups + (inner - own * packs) * PACK;
     int tile = p.tiles - 1 - order;  // the longest rows of a causal problem first
     row = tile * POSITIONS;
     if (RAGGED) own_keys(p);
     int last = end(p) - 1, low = begin();
     if (p.causal || p.window) last = min(last, min(row + POSITIONS, p.q_len) - 1 + first(p));
     if (p.window) low = max(low, row + first(p) - p.window + 1);
-    stop = low / KEYS;
+    stop = SHIFTS ? 0 : low / KEYS, shift = SHIFTS ? low : 0;
     map = MASK && p.map ? p.map + batch * p.map_batch + head * p.map_head + tile * p.map_row : nullptr;
     map_head = p.map_head;
-    block = seen(last < low ? -1 : last / KEYS);
+    block = seen(last < low ? -1 : (last - shift) / KEYS);
   }
   // Key 0 has position origin. In a sequence that is shorter than length by `missing`, queries lie that much earlier, and so do
   // keys that are relative to the end: what a window sees is then in the same keys for all sequences.
@@ -75,6 +87,7 @@ struct Tile {
     own_first = p.relative ? p.first : p.first - missing;
     own_begin = max(0, start - origin), own_end = min(p.kv_len, tokens - origin);
   }
+  INLINE int key(int block) const { return block * KEYS + shift; }
   INLINE int first(const Prefill& p) const { return RAGGED ? own_first : p.first; }  // position of query 0 among the keys
   INLINE int begin() const { return RAGGED ? own_begin : 0; }                        // keys of the sequence: from here
   INLINE int end(const Prefill& p) const { return RAGGED ? own_end : p.kv_len; }     // to before here
@@ -143,7 +156,7 @@ struct Range {
   int low[2], high[2];
 
   INLINE Range(const Prefill& p, const Tile& tile, int block, const Rows& rows, int t) {
-    int key = block * KEYS + 2 * t, end = tile.end(p) - 1;
+    int key = tile.key(block) + 2 * t, end = tile.end(p) - 1;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       int position = rows.row[r] + tile.first(p);
@@ -207,7 +220,7 @@ struct Sums {
   }
 
   // after the last block: what the output is multiplied by, and the result that it joins; lse. A result over other keys is
-  // a sink that has a value.
+  // a sink that has a value. Without branches, for nothing else may be left to do meanwhile.
   INLINE void finish(float (&last)[2], float (&before)[2], const Prefill& p, int batch, const Rows& rows, int t) {
     float *lse[2], old[2];
 #pragma unroll
@@ -220,20 +233,19 @@ struct Sums {
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float sum = total[r], sink = joins ? old[r] : p.sinks ? p.sinks[rows.head[r]] * LOG2E : -INFINITE;
-      sum += __shfl_xor_sync(~0u, sum, 1);
-      sum += __shfl_xor_sync(~0u, sum, 2);
-      float reached = sum > 0.0f ? top[r] : -INFINITE, most = fmaxf(reached, sink);
-      float all = most == -INFINITE ? 0.0f : sum * exp2_fast(reached - most) + exp2_fast(sink - most), multiplied = all;
-      if (ROUNDED) {
-        float own = rounded[r];
-        own += __shfl_xor_sync(~0u, own, 1);
-        own += __shfl_xor_sync(~0u, own, 2);
-        multiplied = most == -INFINITE ? 0.0f : own * exp2_fast(reached - most) + exp2_fast(sink - most);
+      float sum = total[r], own = rounded[r], sink = joins ? old[r] : p.sinks ? p.sinks[rows.head[r]] * LOG2E : -INFINITE;
+#pragma unroll
+      for (int lanes = 1; lanes < 4; lanes *= 2) {
+        sum += __shfl_xor_sync(~0u, sum, lanes);
+        if (ROUNDED) own += __shfl_xor_sync(~0u, own, lanes);
       }
-      last[r] = sum > 0.0f ? exp2_fast(reached - most) / multiplied * p.v_scale : 0.0f;
-      before[r] = joins && all > 0.0f ? exp2_fast(sink - most) / multiplied : 0.0f;
-      if (t == 0 && rows.row[r] < p.q_len) *lse[r] = all > 0.0f ? (most + log2f(all)) * LN2 : -INFINITE;
+      float reached = sum > 0.0f ? top[r] : -INFINITE, most = fmaxf(reached, sink);
+      most = most == -INFINITE ? 0.0f : most;
+      float here = exp2_fast(reached - most), there = exp2_fast(sink - most), all = __fmaf_rn(sum, here, there);
+      float inverse = inverse_fast(ROUNDED ? __fmaf_rn(own, here, there) : all);
+      last[r] = sum > 0.0f ? here * inverse * p.v_scale : 0.0f;
+      before[r] = joins && all > 0.0f ? there * inverse : 0.0f;
+      if (t == 0 && rows.row[r] < p.q_len) *lse[r] = all > 0.0f ? (most + log2_fast(all)) * LN2 : -INFINITE;
     }
   }
 };

@@ -5,8 +5,10 @@
 // runs while the tensor cores have work of its own and of the others. One more warpgroup loads.
 //
 // The host defines what prefill.cu asks for, but for CLUSTER; DV at most 256, KEYS 128 (64 for DV > 128, or where 128 do not
-// fit), K_STAGES, V_STAGES (blocks of keys), GROUPS (2; 3 for DV 64). Launch: grid at most the number of tiles, block
-// 128 * (GROUPS + 1), shared memory BYTES. Tensor maps as there, with boxes of KEYS keys for k and v.
+// fit), K_STAGES, V_STAGES (blocks of keys), GROUPS (2; 3 for DV 64), STAGED (1: there is room for the 16-bit output of a tile, and
+// no mask). Launch: grid at most the number of tiles, block 128 * (GROUPS + 1), shared memory BYTES. Tensor maps as there, with
+// boxes of KEYS keys for k and v; with STAGED of the output too: dims (dim, token, head, batch), true sizes and strides, swizzle
+// of 128 bytes, boxes (64, 8, 2, 1) or, with PACK 1, (64, 16, 1, 1); any map without.
 constexpr int ROWS = 64 * GROUPS, BLOCKS = 1, SPAN = KEYS;
 constexpr bool ROUNDED = SOFTCAP && MASK > 0;  // elsewhere issue slots are what limits
 #include "hopper_prefill.cuh"
@@ -14,8 +16,8 @@ constexpr bool ROUNDED = SOFTCAP && MASK > 0;  // elsewhere issue slots are what
 constexpr int CHUNKS = DK / 64, COLUMNS = DV / 64;
 constexpr int CHUNK_BYTES = KEYS * 128, K_BYTES = CHUNKS * CHUNK_BYTES, V_BYTES = COLUMNS * CHUNK_BYTES;
 constexpr int Q_BYTES = CHUNKS * 8192;  // of a warpgroup
-constexpr int K_AT = GROUPS * Q_BYTES, V_AT = K_AT + K_STAGES * K_BYTES, MASK_AT = V_AT + V_STAGES * V_BYTES;
-constexpr int BARRIERS_AT = MASK_AT + MASK_STAGES * MaskTile::BYTES;
+constexpr int K_AT = GROUPS * Q_BYTES, V_AT = K_AT + K_STAGES * K_BYTES, O_AT = V_AT + V_STAGES * V_BYTES;
+constexpr int MASK_AT = O_AT + (STAGED ? ROWS * DV * 2 : 0), BARRIERS_AT = MASK_AT + MASK_STAGES * MaskTile::BYTES;
 constexpr int Q_FULL = 0, Q_EMPTY = 1, K_FULL = 2, K_EMPTY = K_FULL + K_STAGES, V_FULL = K_EMPTY + K_STAGES;
 constexpr int V_EMPTY = V_FULL + V_STAGES, MASK_FULL = V_EMPTY + V_STAGES;
 constexpr int MASK_EMPTY = MASK_FULL + MASK_STAGES, BARRIERS = MASK_EMPTY + MASK_STAGES;
@@ -40,7 +42,7 @@ INLINE void load_keys(const Prefill& p, const TensorMap* q_map, const TensorMap*
       if (elected()) {
         arrive_expect(full, K_BYTES);
         for (int c = 0; c < CHUNKS; ++c)
-          each_box<KEYS, K_PAGED>(p, tile, block * KEYS, [&](int before, int token, int batch) {
+          each_box<KEYS, K_PAGED>(p, tile, tile.key(block), [&](int before, int token, int batch) {
             load_box(to + c * CHUNK_BYTES + before * 128, k_map, c * 64, token, tile.kv_head, batch, full);
           });
       }
@@ -64,7 +66,7 @@ INLINE void load_values(const Prefill& p, const TensorMap* v_map, u32 shared) {
       if (elected()) {
         arrive_expect(full, V_BYTES);
         for (int c = 0; c < COLUMNS; ++c)
-          each_box<KEYS, V_PAGED>(p, tile, block * KEYS, [&](int before, int token, int batch) {
+          each_box<KEYS, V_PAGED>(p, tile, tile.key(block), [&](int before, int token, int batch) {
             load_box(to + c * CHUNK_BYTES + before * 128, v_map, c * 64, token, tile.kv_head, batch, full);
           });
       }
@@ -72,7 +74,33 @@ INLINE void load_values(const Prefill& p, const TensorMap* v_map, u32 shared) {
   });
 }
 
-INLINE void attend_role(const Prefill& p, u32 shared, int group) {
+// 16 rows of a warp: to shared memory once the rows before have left it, and from there without waiting.
+template <class F>
+INLINE void store_rows(const TensorMap* map, const Tile& tile, u32 shared, int group, int warp, int lane, F value) {
+  u32 from = shared + O_AT + (4 * group + warp) * (COLUMNS * 2048);
+  stores_wait<true>();
+  __syncwarp();
+#pragma unroll
+  for (int j = 0; j < DV / 16; ++j) {
+    u32 x[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float a = value(8 * j + 2 * i), b = value(8 * j + 2 * i + 1);
+      x[i] = OUT_TYPE == 1 ? bf16x2(a, b) : f16x2(a, b);
+    }
+    int column = 2 * (j % 4) + lane / 16;
+    store_matrices(from + j / 4 * 2048 + lane % 16 * 128 + ((column ^ lane % 8) << 4), x[0], x[1], x[2], x[3]);
+  }
+  fence_async();
+  __syncwarp();
+  if (lane == 0) {
+    int row = tile.row + group * TURN + (PACK > 1 ? position_of(2 * warp) : 16 * warp), head = tile.head + head_of(2 * warp);
+    for (int c = 0; c < COLUMNS; ++c) store_box(from + c * 2048, map, c * 64, row, head, tile.batch);
+    stores_commit();
+  }
+}
+
+INLINE void attend_role(const Prefill& p, const TensorMap* out_map, u32 shared, int group) {
   int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
   const float scale = Softmax::unit(p);
   Mask mask(shared + MASK_AT, barrier(shared, MASK_FULL), barrier(shared, MASK_EMPTY), group, warp, lane);
@@ -80,7 +108,7 @@ INLINE void attend_role(const Prefill& p, u32 shared, int group) {
   Ring<K_STAGES> k_ring;
   Ring<V_STAGES> v_ring;
   if (group == GROUPS - 1) go_by(1);
-  each_tile(p, [&](const Tile& tile) {
+  each_tile_ahead(p, [&](const Tile& tile, auto look_ahead) {
     const Rows rows = rows_of(tile, group, warp, lane);
     Softmax softmax;
     float s[SCORES], o[DV / 2];
@@ -100,7 +128,7 @@ INLINE void attend_role(const Prefill& p, u32 shared, int group) {
     };
     auto values = [&](int block) {
       wait(barrier(shared, V_FULL + v_ring.stage), v_ring.parity);
-      if (CLEARS) clear_values<KEYS, DV>(p, tile, shared + V_AT + v_ring.stage * V_BYTES, block * KEYS, 1 + GROUPS + group);
+      if (CLEARS) clear_values<KEYS, DV>(p, tile, shared + V_AT + v_ring.stage * V_BYTES, tile.key(block), 1 + GROUPS + group);
       Operand v(shared + V_AT + v_ring.stage * V_BYTES, CHUNK_BYTES);
       products_begin();
 #pragma unroll
@@ -155,21 +183,28 @@ INLINE void attend_role(const Prefill& p, u32 shared, int group) {
         weigh();
       }
       values(before);
-      products_wait<0>();
-      settle(o);
-      release_v();
     }
+    look_ahead();
+    products_wait<0>();
+    settle(o);
+    if (tile.block >= 0) release_v();
     float last[2], share[2];  // share: of the result before
     softmax.finish(last, share, p, tile.batch, rows, lane % 4);
+    if constexpr (STAGED) {
+      store_rows(out_map, tile, shared, group, warp, lane, [&](int i) { return o[i] * last[i / 2 % 2]; });
+    } else {
 #pragma unroll
-    for (int r = 0; r < 2; ++r)
-      write_row<DV>(p, tile, rows, r, 0, lane % 4, share[r], [&](int i) { return o[i] * last[r]; });
+      for (int r = 0; r < 2; ++r)
+        write_row<DV>(p, tile, rows, r, 0, lane % 4, share[r], [&](int i) { return o[i] * last[r]; });
+    }
   });
+  if (STAGED) stores_wait<false>();
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     prefill_narrow(const __grid_constant__ Prefill p, const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
-            const __grid_constant__ TensorMap v_map, const __grid_constant__ TensorMap mask_map) {
+            const __grid_constant__ TensorMap v_map, const __grid_constant__ TensorMap mask_map,
+            const __grid_constant__ TensorMap out_map) {
   wait_for_earlier_kernels();
   let_later_kernels_start();
   u32 shared = shared_address(memory);
@@ -199,6 +234,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     if (MASK && warp >= 2) load_mask(p, &mask_map, shared + MASK_AT, barrier(shared, MASK_FULL), barrier(shared, MASK_EMPTY));
   } else {
     registers<REGISTERS, ENTRY>();
-    attend_role(p, shared, warp / 4 - 1);
+    attend_role(p, &out_map, shared, warp / 4 - 1);
   }
 }

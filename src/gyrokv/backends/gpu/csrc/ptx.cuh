@@ -126,6 +126,12 @@ INLINE float exp2_fast(float x) {
   return d;
 }
 
+INLINE float log2_fast(float x) {
+  float d;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(d) : "f"(x));
+  return d;
+}
+
 INLINE float inverse_fast(float x) {
   float d;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(d) : "f"(x));
