@@ -21,7 +21,7 @@ struct Stored {
 INLINE bool multiplies_stored(const Format&, int) { return false; }
 INLINE int stored_ticks(const Stored&, const Stored&, int, int) { return 0; }
 INLINE int k_score_ticks(const Stored&) { return 0; }
-constexpr int ROW_TICKS = 0, SCALE_TICKS = 0;
+INLINE int row_ticks(const Stored&, const Stored&) { return 0; }
 INLINE void turn_columns(const Stored&, float*, int, int64_t, int, bool) {}
 
 #else
@@ -217,6 +217,30 @@ inline void float8_lines(int dim, const char* from, int64_t stride, char* to) {
         }
 }
 
+// Ticks of Ahead, of some 8 cycles. K: to make a line of 16 tokens, to multiply a line of 32 tokens with the query rows of a
+// product, and to join products of 16. V: to make a line of 16 tokens; of bfloat16 also to multiply it, and to spread the weights
+// of 64 tokens. Where lines of codes are made there are few, all alike, because branches that nobody can foretell cost more
+// than what is asked for.
+INLINE bool made_codes(const Stored& s, bool keys) { return s.element == INT8 && !(keys && s.in_place); }
+INLINE int k_make_ticks(const Stored& s) { return s.in_place ? 0 : 8 * s.planes; }
+INLINE int k_tile_ticks(const Stored& s) { return s.in_place ? 16 : 8; }
+INLINE int k_join_ticks(const Stored& s) {
+    return made_codes(s, true) ? 4 * s.planes * s.lines : 2 + 2 * s.rows + (s.split ? 8 * s.sums : 0);
+}
+INLINE int k_score_ticks(const Stored& s) {
+    return k_tile_ticks(s) * s.lines * std::max(s.planes, s.sums) + 2 * k_join_ticks(s);
+}
+INLINE int v_make_ticks(const Stored& s) { return s.element == INT8 ? 16 * s.planes : s.in_place ? 0 : 8; }
+constexpr int V_TILE_TICKS = 5, V_SUM_TICKS = 4 * V_TILE_TICKS + 4, V_SPREAD_TICKS = 8;
+INLINE int row_ticks(const Stored& k, const Stored& v) { return made_codes(k, true) || made_codes(v, false) ? 0 : 6; }
+// From the beginning of a block to its end.
+INLINE int stored_ticks(const Stored& k, const Stored& v, int rows, int tokens) {
+    const int k_passes = (rows + k.rows - 1) / k.rows, v_passes = (rows + STORED_ROWS - 1) / STORED_ROWS, steps = tokens / 64;
+    const int keys = 2 * steps * (2 * k.lines * k_make_ticks(k) + k_passes * k_score_ticks(k));
+    const int sums = made_codes(v, false) ? 0 : v_passes * (v.lines * V_SUM_TICKS + V_SPREAD_TICKS);
+    return keys + rows * steps * row_ticks(k, v) + steps * (4 * v.lines * v_make_ticks(v) + sums);
+}
+
 // Rows of a block in groups of 16 tokens.
 struct StoredRows {
     const Format& format;
@@ -231,39 +255,20 @@ struct StoredRows {
     int64_t step(int g) const { return g < groups ? stride : g == groups ? bytes : 0; }
 
     // Group g as operand A of scores or, of bfloat16, B of values; made in `to` if rows are not lines.
-    Lines lines(int g, char* to) const {
+    Lines lines(int g, char* to, int ticks, Ahead& ahead) const {
         if (stored.in_place) return {at(g), step(g), LINE, 0};
         if (stored.element != INT8) {
             float8_lines(format.dim, at(g), step(g), to);
+            ahead.tick(ticks * stored.lines);
             return {to, 2 * int64_t(format.dim), LINE, 0};
         }
-        for (int j = 0; j < stored.lines; ++j) stored.make.keys(stored, tables, j, at(g), step(g), to + j * TILE);
+        for (int j = 0; j < stored.lines; ++j) {
+            stored.make.keys(stored, tables, j, at(g), step(g), to + j * TILE);
+            ahead.tick(ticks);
+        }
         return {to, LINE, TILE, stored.lines * TILE};
     }
 };
-// Ticks of Ahead, of some 8 cycles. K: to make lines of 16 tokens, to multiply a line of 32 tokens with the query rows of a
-// product, and to join products of 16. V: to make a line of 16 tokens, for a row of weights, and to multiply a line of
-// 64 tokens with a few query rows; of bfloat16 a line of 16 tokens, and to spread the weights of 64 tokens.
-INLINE int k_make_ticks(const Stored& s) { return s.in_place ? 0 : 5 * s.lines * s.planes; }
-INLINE int k_tile_ticks(const Stored& s) { return s.in_place ? 16 : 8; }
-INLINE int k_join_ticks(const Stored& s) { return 2 + 2 * s.rows + (s.split ? 8 * s.sums : 0); }
-INLINE int k_score_ticks(const Stored& s) {
-    return k_tile_ticks(s) * s.lines * std::max(s.planes, s.sums) + 2 * k_join_ticks(s);
-}
-INLINE int v_make_ticks(const Stored& s) { return s.element != INT8 && s.in_place ? 0 : 8 * s.planes; }
-constexpr int V_TILE_TICKS = 5, V_SPREAD_TICKS = 8;
-INLINE int v_sum_ticks(const Stored& s) { return s.element == INT8 ? 40 : 4 * V_TILE_TICKS + 4; }
-constexpr int V_ROW_TICKS = 4, ROW_TICKS = 6, SCALE_TICKS = 10;
-// From the beginning of a block to its end.
-INLINE int stored_ticks(const Stored& k, const Stored& v, int rows, int tokens) {
-    const int k_passes = (rows + k.rows - 1) / k.rows, steps = tokens / 64;
-    const int v_most = v.element == INT8 ? 16 / v.parts : STORED_ROWS, v_passes = (rows + v_most - 1) / v_most;
-    const int keys = 2 * steps * (2 * k_make_ticks(k) + k_passes * k_score_ticks(k));
-    const int shares = v.element == INT8 ? v.units * (v.split ? 2 : 1) * rows * V_ROW_TICKS : v_passes * V_SPREAD_TICKS;
-    const int values = v.lines * (4 * v_make_ticks(v) + v_passes * v_sum_ticks(v)) + shares;
-    return keys + rows * steps * ROW_TICKS + steps * values + 3 * SCALE_TICKS;
-}
-
 INLINE int64_t lines_bytes(const Stored& s) { return s.in_place ? 0 : s.lines * s.planes * TILE; }  // of 16 tokens
 
 // `count` rows of a block of `tokens`; `rest`: room for 17.

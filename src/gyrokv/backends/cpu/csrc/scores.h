@@ -218,10 +218,7 @@ inline void score_many_rows(MatrixUnit& unit, const StoredRows& k, char* q_memor
     Lines lines[2];
     auto make = [&](int step) {
         char* to = made + step % 2 * 2 * size;
-        for (int i = 0; i < 2; ++i) {
-            lines[i] = k.lines(2 * step + i, to + i * size);
-            ahead.tick(k_make_ticks(s));
-        }
+        for (int i = 0; i < 2; ++i) lines[i] = k.lines(2 * step + i, to + i * size, k_make_ticks(s), ahead);
     };
     auto join = [&](int item) {
         const int row = item % passes * s.rows, first = item / passes * 32;

@@ -204,10 +204,7 @@ inline void score_rows_stored(MatrixUnit& unit, const StoredRows& k, char* q_mem
     Lines lines[2];
     auto make = [&](int step) {
         char* to = made + step % 2 * 2 * size;
-        lines[0] = k.lines(2 * step, to);
-        ahead.tick(k_make_ticks(s));
-        lines[1] = k.lines(2 * step + 1, to + size);
-        ahead.tick(k_make_ticks(s));
+        for (int i = 0; i < 2; ++i) lines[i] = k.lines(2 * step + i, to + i * size, k_make_ticks(s), ahead);
     };
     auto join = [&](int item) {
         const int row = item % passes * STORED_ROWS, own = std::min(STORED_ROWS, rows - row);
@@ -326,7 +323,7 @@ INLINE void as_bytes(const Stored& s, int tokens, Body body) {
 // Scores [row][stride] of all tokens of a block to weights exp2(score * scale - top) times V's only scale, as bytes in `room`, and
 // their sums, without the scale, to `total`.
 inline void soften_bytes(const Stored& s, int tokens, const float* scores, int64_t stride, float scale, int rows,
-                         const float* scales, const float* top, float* total, char* room, int ticks, Ahead& ahead) {
+                         const float* scales, const float* top, float* total, char* room) {
     as_bytes(s, tokens, [&]<int planes, int steps, int parts>() __attribute__((always_inline)) {
         constexpr int most_rows = MOST_WEIGHT_ROWS<parts>;
         for (int row = 0; row < rows; ++row, scores += stride) {
@@ -347,7 +344,6 @@ inline void soften_bytes(const Stored& s, int tokens, const float* scores, int64
                 write_weights<planes, parts>(x + 4 * i, splat(inverse),
                                              to.at + i * weight_bytes_size<planes, parts>(own) + (row - first) * LINE, own * LINE);
             total[row] += reduce_add(added);
-            ahead.tick(ticks + V_ROW_TICKS * steps);
         }
     });
 }
@@ -501,10 +497,8 @@ inline void add_stored_bytes(const StoredValues& w, MatrixUnit& unit, Ahead& ahe
                 const int group = side ? s.odd[u] : s.even[u];
                 weight_bytes<planes, steps, parts>(w.weights + row * w.stride, w.stride, rows, w.scales + group * w.scale_stride,
                                                    w.first, w.stop, sides[side].at, sides[side].factors);
-                ahead.tick(V_ROW_TICKS * steps * rows);
             }
             sum_bytes<planes, parts>(a, rows, w.made, steps, w.products);
-            ahead.tick(v_sum_ticks(s) * steps);
             add_sums<planes, parts>(w.products, rows, sides[0].factors, sides[1].factors, by, w.rescale + row, s.lanes / 2,
                                     w.out + row * w.out_stride + j * 2 * s.lanes, w.out_stride);
         }
@@ -516,8 +510,7 @@ inline void add_stored_bfloats(const StoredValues& w, MatrixUnit& unit, Ahead& a
     const int groups = (w.stop - w.first) / 16;
     Lines v[MOST_STORED_TOKENS / 16];
     for (int g = 0; g < groups; ++g) {
-        v[g] = w.rows.lines(w.first / 16 + g, w.made + g * lines_bytes(s));
-        ahead.tick(v_make_ticks(s) * s.lines);
+        v[g] = w.rows.lines(w.first / 16 + g, w.made + g * lines_bytes(s), v_make_ticks(s), ahead);
     }
     for (int row = 0; row < w.count; row += STORED_ROWS) {
         const int rows = std::min(STORED_ROWS, w.count - row);
