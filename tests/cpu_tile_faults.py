@@ -153,7 +153,19 @@ TILE_FAULTS = (
     Fault(
         "high bits are those of the code before in lines",
         spec(lambda s: plain(s) and s.k_format.bits in (5, 6) and s.head_dim % 128 == 0 and rows(s) <= 4),
-        (("lines.h", "rorv_epi32((__m512i)next(row),", "rorv_epi32((__m512i)(@ ? next(row) << 1 : next(row)),"),),
+        (("lines.h", "rorv_epi32((__m512i)y,", "rorv_epi32((__m512i)(@ ? y << 1 : y),"),),
+        "amx",
+    ),
+    Fault(
+        "lines of the same words have the same codes",
+        spec(lambda s: plain(s) and s.k_format.name == "turbo4" and s.head_dim % 128 == 0 and rows(s) <= 4),
+        (("lines.h", "const vu code = x >> even[i];", "const vu code = x >> even[@ ? 0 : i];"),),
+        "amx",
+    ),
+    Fault(
+        "a code of half a table has no sign",
+        spec(lambda s: plain(s) and s.v_format.name == "tq8" and s.head_dim_v % 64 == 0 and rows(s) <= _STORED),
+        (("packed.h", "return (vec<int8_t>)code < 0 ?", "return @ ? x : (vec<int8_t>)code < 0 ?"),),
         "amx",
     ),
     Fault(
