@@ -22,9 +22,10 @@ inline void score_stored(Workspace& work, const Query& query, const Block& block
     const StoredRows k = stored_rows(f, s, *block.k_tables, block.k_rows.words, block.k_rows.word_strides[2], block.count,
                                      block.tokens, work.plain);
     const bool many = s.rows > STORED_ROWS;
-    const auto score = s.element == BFLOAT ? (many ? score_many_rows<false, false> : score_rows_stored<false, false>)
+    const auto score = s.element == BFLOAT ? (many ? score_many_rows<false, false> : score_rows_stored<false, EIGHT>)
                        : many ? (s.split ? score_many_rows<true, true> : score_many_rows<true, false>)
-                       : s.split || s.planes == 2 ? score_rows_stored<true, true> : score_rows_stored<true, false>;
+                       : s.split ? score_rows_stored<true, SCALED>
+                       : s.planes == 2 ? score_rows_stored<true, SIXTEEN> : score_rows_stored<true, EIGHT>;
     score(work.unit, k, query.tiles, rows, tokens, block.k_scale, block.tokens, f.scale_type != SCALE_NONE, work.panels[0],
           products, work.scores, SCORE_STRIDE, work.most, work.ahead);
 #endif

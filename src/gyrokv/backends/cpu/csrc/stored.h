@@ -144,17 +144,20 @@ INLINE vf parts_of(vf a, vf b) {
     return shuffle_parts(a, b, std::integral_constant<int, which>{});
 }
 
+// Columns of products that are more than zeros; SCALED: all 16, and even and odd bytes may have scales of their own.
+enum Columns : int { EIGHT, SIXTEEN, SCALED };
+
 // Scores of 16 tokens, for 4 query rows, from the products of all units, `unit` bytes apart; k_scale: of the first token,
-// [group][tokens].
-template <bool integer, bool split>
+// [group][tokens], which are left out where there is one for all.
+template <bool integer, Columns columns>
 INLINE void join_products(const Stored& s, const QueryTiles& q, const char* c, int64_t unit, const float* k_scale, int64_t tokens,
                           vf* scores) {
     vf sum[4];  // [4 tokens i, i + 4, i + 8, i + 12][4 query rows]
-    if constexpr (split) {
+    if constexpr (columns != EIGHT) {
         vf all[16];
 #pragma GCC unroll 16
-        for (int t = 0; t < 16; ++t) all[t] = vf{};
-        for (int u = 0; u < s.units; ++u, c += unit) {
+        for (int t = 0; t < 16; ++t) all[t] = columns == SCALED ? vf{} : to_float(load<vi>(c + t * LINE)) * load<vf>(q.scale);
+        for (int u = 0; u < s.units && columns == SCALED; ++u, c += unit) {
             const vf factor = load<vf>(q.scale + 16 * u);
             const float *even = k_scale + s.even[u] * tokens, *odd = k_scale + s.odd[u] * tokens;
 #pragma GCC unroll 16
@@ -192,7 +195,7 @@ INLINE void join_products(const Stored& s, const QueryTiles& q, const char* c, i
 // k_scale: [group][scale_stride]. `made`: room for lines of 64 tokens; `products`: for 4 TILE per unit.
 //
 // While the matrix unit multiplies 32 tokens, the vector units make lines of the next 32 and join products of those before.
-template <bool integer, bool split>
+template <bool integer, Columns columns>
 inline void score_rows_stored(MatrixUnit& unit, const StoredRows& k, char* q_memory, int rows, int tokens, const float* k_scale,
                               int64_t scale_stride, bool scaled, char* made, char* products, float* scores, int64_t stride,
                               float* most, Ahead& ahead) {
@@ -212,9 +215,9 @@ inline void score_rows_stored(MatrixUnit& unit, const StoredRows& k, char* q_mem
         const char* from = products + item % 2 * products_size;
         for (int t = item / passes * 32; t < std::min(item / passes * 32 + 32, tokens); t += 16, from += TILE) {
             vf x[4];
-            join_products<integer, split>(s, q, from, 2 * TILE, k_scale + t, scale_stride, x);
+            join_products<integer, columns>(s, q, from, 2 * TILE, k_scale + t, scale_stride, x);
             for (int r = 0; r < own; ++r) {
-                if (!split && scaled) x[r] *= load<vf>(k_scale + t);
+                if (columns != SCALED && scaled) x[r] *= load<vf>(k_scale + t);
                 float* top = most + (row + r) * LANES;
                 store(top, max(load<vf>(top), x[r]));
                 store(scores + (row + r) * stride + t, x[r]);
