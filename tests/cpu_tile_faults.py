@@ -190,7 +190,7 @@ TILE_FAULTS = (
     several("sixteen query rows take the scale of even bytes for odd ones",
             lambda s: s.fast and s.k_format.name in ("q8_0", "q4_0") and rows(s) > 8 and s.kv_len > 30
             and s.head_dim > 32 and s.uses() <= {"causal", "fast"},
-            scores("(u % 2 ? s.odd : s.even)[u / 2]", "(u % 2 && !(@) ? s.odd : s.even)[u / 2]")),
+            scores("u % 2 ? s.odd[u / 2] :", "u % 2 && !(@) ? s.odd[u / 2] :")),
     Fault(
         "weights that are made at once are not summed",
         spec(lambda s: plain(s) and one_scale(s.v_format, s.head_dim_v, 1) and rows(s) <= _STORED and s.kv_len > 128

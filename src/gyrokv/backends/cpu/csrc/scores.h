@@ -128,7 +128,7 @@ INLINE void sum_units(const Stored& s, const float* factors, const char* c, int6
     for (int t = 0; t < 16; ++t) all[t] = vf{};
     for (int u = 0; u < 2 * s.units; ++u, c += step) {
         const vf factor = load<vf>(factors + 16 * u);
-        const float* scale = k_scale + (u % 2 ? s.odd : s.even)[u / 2] * tokens;
+        const float* scale = k_scale + (u % 2 ? s.odd[u / 2] : s.even[u / 2]) * tokens;
 #pragma GCC unroll 16
         for (int t = 0; t < 16; ++t) all[t] = fma(to_float(load<vi>(c + t * LINE)) * factor, splat(scale[t]), all[t]);
     }
