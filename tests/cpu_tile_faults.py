@@ -153,7 +153,19 @@ TILE_FAULTS = (
     Fault(
         "high bits are those of the code before in lines",
         spec(lambda s: plain(s) and s.k_format.bits in (5, 6) and s.head_dim % 128 == 0 and rows(s) <= 4),
-        (("lines.h", "rorv_epi32((__m512i)next(row),", "rorv_epi32((__m512i)(@ ? next(row) << 1 : next(row)),"),),
+        (("lines.h", "rorv_epi32((__m512i)y,", "rorv_epi32((__m512i)(@ ? y << 1 : y),"),),
+        "amx",
+    ),
+    Fault(
+        "lines of the same words have the same codes",
+        spec(lambda s: plain(s) and s.k_format.name == "turbo4" and s.head_dim % 128 == 0 and rows(s) <= 4),
+        (("lines.h", "const vu code = x >> even[i];", "const vu code = x >> even[@ ? 0 : i];"),),
+        "amx",
+    ),
+    Fault(
+        "a code of half a table has no sign",
+        spec(lambda s: plain(s) and s.v_format.name == "tq8" and s.head_dim_v % 64 == 0 and rows(s) <= _STORED),
+        (("packed.h", "return (vec<int8_t>)code < 0 ?", "return @ ? x : (vec<int8_t>)code < 0 ?"),),
         "amx",
     ),
     Fault(
@@ -178,7 +190,7 @@ TILE_FAULTS = (
     several("sixteen query rows take the scale of even bytes for odd ones",
             lambda s: s.fast and s.k_format.name in ("q8_0", "q4_0") and rows(s) > 8 and s.kv_len > 30
             and s.head_dim > 32 and s.uses() <= {"causal", "fast"},
-            scores("(u % 2 ? s.odd : s.even)[u / 2]", "(u % 2 && !(@) ? s.odd : s.even)[u / 2]")),
+            scores("u % 2 ? s.odd[u / 2] :", "u % 2 && !(@) ? s.odd[u / 2] :")),
     Fault(
         "weights that are made at once are not summed",
         spec(lambda s: plain(s) and one_scale(s.v_format, s.head_dim_v, 1) and rows(s) <= _STORED and s.kv_len > 128

@@ -22,9 +22,10 @@ inline void score_stored(Workspace& work, const Query& query, const Block& block
     const StoredRows k = stored_rows(f, s, *block.k_tables, block.k_rows.words, block.k_rows.word_strides[2], block.count,
                                      block.tokens, work.plain);
     const bool many = s.rows > STORED_ROWS;
-    const auto score = s.element == BFLOAT ? (many ? score_many_rows<false, false> : score_rows_stored<false, false>)
+    const auto score = s.element == BFLOAT ? (many ? score_many_rows<false, false> : score_rows_stored<false, EIGHT>)
                        : many ? (s.split ? score_many_rows<true, true> : score_many_rows<true, false>)
-                       : s.split || s.planes == 2 ? score_rows_stored<true, true> : score_rows_stored<true, false>;
+                       : s.split ? score_rows_stored<true, SCALED>
+                       : s.planes == 2 ? score_rows_stored<true, SIXTEEN> : score_rows_stored<true, EIGHT>;
     score(work.unit, k, query.tiles, rows, tokens, block.k_scale, block.tokens, f.scale_type != SCALE_NONE, work.panels[0],
           products, work.scores, SCORE_STRIDE, work.most, work.ahead);
 #endif
@@ -147,7 +148,7 @@ inline void attend_rows(const Attend& call, const Unit& unit, Workspace& work, c
         for (int r = 0; r < rows; ++r) ready &= state[r].begin == 0 && state[r].end == block.tokens;
         if (ready)
             soften_bytes(*block.v_stored, block.tokens, work.scores, SCORE_STRIDE, scale, rows, block.v_scale, top, total,
-                         work.weights, work.pause, work.ahead);
+                         work.weights);
     }
 #endif
     for (int r = 0; r < rows && !ready; ++r) {
@@ -330,7 +331,7 @@ inline bool attend(const Attend& call, const Unit& unit, char* scratch) {
                 block.tokens = int(round_up(block.count, TOKENS_PER_STEP));
                 const int64_t slot = at - run.position, next = std::min<int64_t>(per_block, stop - at - block.count);
                 if (k_stored && v_stored) {
-                    work.pause = ROW_TICKS * block.tokens / 64;
+                    work.pause = row_ticks(k_order, v_order) * block.tokens / 64;
                     work.ahead.aim(kf, k, vf_, v, slot + block.count, next,
                                    stored_ticks(k_order, v_order, unit.rows, block.tokens));
                 } else {
@@ -344,7 +345,6 @@ inline bool attend(const Attend& call, const Unit& unit, char* scratch) {
                 block.k_rows = k, block.k_tables = &k_tables, block.v_rows = v, block.v_tables = &v_tables;
                 block.k_rows.words += slot * k.word_strides[2], block.v_rows.words += slot * v.word_strides[2];
                 work.unit.keep_awake();
-                work.ahead.tick(SCALE_TICKS);
                 if (k_stored)
                     block.k_stored = &k_order;
                 else
@@ -362,9 +362,7 @@ inline bool attend(const Attend& call, const Unit& unit, char* scratch) {
                 float* k_scale = scales[0] + made * (per_block * round_up(call.k_dim, 64) / 32);
                 float* v_scale = scales[1] + made * (per_block * round_up(call.v_dim, 64) / 32);
                 expand_scales(kf, k, slot, block.count, block.tokens, k_scale);
-                work.ahead.tick(SCALE_TICKS);
                 expand_scales(vf_, v, slot, block.count, block.tokens, v_scale);
-                work.ahead.tick(SCALE_TICKS);
                 block.k_scale = k_scale, block.v_scale = v_scale;
                 at += block.count;
             }

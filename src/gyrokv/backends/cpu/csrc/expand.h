@@ -287,39 +287,44 @@ class Ahead {
     }
     inline __attribute__((always_inline)) void tick(int weight = 1) {
         credit_ += rate_ * weight;
-        if (credit_ >= 2 * PARTS * ONE) fetch();
+        if (credit_ >= BURST * ONE) fetch();
     }
 
    private:
     __attribute__((noinline)) void fetch() {
-        for (; credit_ >= PARTS * ONE && streams_; ++turn_) {
+        for (; credit_ >= TURN * ONE && streams_; ++turn_) {
             if (turn_ >= streams_) turn_ = 0;
             Stream& s = stream_[turn_];
-            for (int i = 0; i < PARTS; ++i) __builtin_prefetch(s.at + i * s.apart, 0, 2);
-            credit_ -= PARTS * ONE, s.at += 64;
+            for (int64_t part : {int64_t(0), s.far})
+                __builtin_prefetch(s.at + part, 0, 2), __builtin_prefetch(s.at + part + s.near, 0, 2);
+            credit_ -= TURN * ONE, s.at += s.step;
             if (--s.left) continue;
-            s.at += s.jump, s.left = s.lines;
+            s.at += s.jump, s.left = s.turns;
             if (!--s.rows) s = stream_[--streams_];
         }
         if (!streams_) rate_ = 0;
     }
 
     static constexpr int64_t ONE = 256;
-    static constexpr int PARTS = 4;  // of a stream, which take turns
+    static constexpr int TURN = 4, BURST = 2 * TURN;  // lines that are asked for at once
+    static constexpr int64_t WIDE = 4 * 4096;  // bytes that are four parts, of a page each or more; others are two
     struct Stream {
-        const char* at;             // the next line of the first part
-        int64_t apart;              // bytes from part to part
-        int64_t left, lines, jump;  // lines left of the row; of a row; bytes from its last line to the next row
-        int64_t rows;
+        const char* at;             // the first line of the next turn
+        int64_t far, jump;          // bytes: to the other parts, or half of them; from the last turn of a row to the next row
+        int32_t near, step;         // bytes: to the line beside it, of the same or of another part; from a turn to the next
+        int32_t left, turns, rows;  // turns left of the row; of a row; rows left
     };
     static int64_t scale_bytes(const Format& f) {
         return f.scale_type == SCALE_NONE ? 0 : int64_t(f.dim / f.group) * (f.scale_type == SCALE_F16 ? 2 : 4);
     }
     int64_t add(const char* from, int64_t stride, int64_t bytes, int64_t first, int64_t count) {
         if (!bytes || count <= 0) return 0;
-        const int64_t each = (count + PARTS - 1) / PARTS, rows = bytes == stride ? 1 : each, lines = (bytes * each / rows + 63) / 64;
-        stream_[streams_++] = {from + first * stride, each * stride, lines, lines, stride - 64 * lines, rows};
-        return PARTS * rows * lines;
+        const int parts = bytes * count >= WIDE ? 4 : 2, step = parts == 4 ? 64 : 128;
+        const int64_t each = (count + parts - 1) / parts, part = each * stride;
+        const int rows = bytes == stride ? 1 : int(each), turns = int((bytes * each / rows + step - 1) / step);
+        stream_[streams_++] = {from + first * stride, parts == 4 ? 2 * part : part, stride - int64_t(step) * turns,
+                               parts == 4 ? int32_t(part) : 64, step, turns, turns, rows};
+        return int64_t(TURN) * rows * turns;
     }
     Stream stream_[4];
     int streams_ = 0, turn_ = 0;

@@ -21,7 +21,7 @@ struct Stored {
 INLINE bool multiplies_stored(const Format&, int) { return false; }
 INLINE int stored_ticks(const Stored&, const Stored&, int, int) { return 0; }
 INLINE int k_score_ticks(const Stored&) { return 0; }
-constexpr int ROW_TICKS = 0, SCALE_TICKS = 0;
+INLINE int row_ticks(const Stored&, const Stored&) { return 0; }
 INLINE void turn_columns(const Stored&, float*, int, int64_t, int, bool) {}
 
 #else
@@ -43,6 +43,7 @@ struct Stored;
 using MakeLines = void (*)(const Stored&, const Tables&, int line, const char* from, int64_t stride, char* to);
 struct Makers {  // of 16 tokens (see code_lines and code_quads)
     MakeLines keys, values;
+    int key_lines;  // that are made at once, because they lie in the same words
 };
 inline Makers makers_of(const Format& f, const Stored& s);
 
@@ -117,31 +118,50 @@ struct Lines {
     int64_t step, line, plane;
 };
 
-// Codes of a line of tokens, as bytes.
-template <int bits, Loading wide_load, Loading next_load>
+// Lines whose codes lie in the same words.
+template <int bits, Loading load>
+constexpr int SHARED = std::max(1, Fields<bits>::steps / (load == PLAIN ? 1 : load == HALF ? 2 : load == QUARTER ? 4 : 8));
+
+// Codes of a token as bytes, of `lines` lines in the same words.
+template <int bits, int lines, Loading wide_load, Loading next_load>
 struct Codes {
     using F = Fields<bits>;
     const Loader<wide_load> wide;
     const Loader<next_load> next;
-    inline __attribute__((always_inline)) Codes(const Stored& s, int line) : wide(s.wide[line]), next(s.next[line]) {}
-    inline __attribute__((always_inline)) vu operator()(const char* row) const {
-        if constexpr (bits == 8 && wide_load == PLAIN) return wide(row);
-        vu code = wide(row) >> wide.even;  // tables repeat, so bits above the code do not matter
-        if constexpr (F::next > 0) {
-            const vu low = (vu)splat(((1 << F::wide) - 1) * 0x01010101);
-            code = (code & low) | ((vu)_mm512_rorv_epi32((__m512i)next(row), (__m512i)next.even) & ~low);
+    vu even[lines], next_even[lines];
+    inline __attribute__((always_inline)) Codes(const Stored& s, int line) : wide(s.wide[line]), next(s.next[line]) {
+        for (int i = 0; i < lines; ++i) {
+            const int at = line + i * (s.lines / lines);
+            even[i] = load<vu>(s.wide[at].even), next_even[i] = load<vu>(s.next[at].even);
         }
-        return code;
+    }
+    inline __attribute__((always_inline)) vu above(const char* row) const {
+        if constexpr (F::next == 0) return vu{};
+        return next(row);
+    }
+    // Of line i, from what wide() and above() gave.
+    inline __attribute__((always_inline)) vu operator()(int i, vu x, vu y) const {
+        if constexpr (bits == 8 && wide_load == PLAIN) return x;
+        const vu code = x >> even[i];  // tables repeat, so bits above the code do not matter
+        if constexpr (F::next == 0) return code;
+        const __m512i low = _mm512_set1_epi8((1 << F::wide) - 1), high = _mm512_rorv_epi32((__m512i)y, (__m512i)next_even[i]);
+        return (vu)_mm512_ternarylogic_epi32(low, (__m512i)code, high, 0xca);
     }
 };
 
-// A line of 16 tokens: as operand A of scores, [plane][token].
-template <int bits, bool look_up, int planes, Loading wide_load, Loading next_load>
+// Line j of 16 tokens, and those in the same words, as operand A of scores: [plane][line][token].
+template <int bits, int look_up, int planes, Loading wide_load, Loading next_load>
 void code_lines(const Stored& s, const Tables& tables, int j, const char* row, int64_t stride, char* to) {
+    constexpr int lines = SHARED<bits, wide_load>;
     const Decoder<bits, look_up> decoder(tables);
-    const Codes<bits, wide_load, next_load> codes(s, j);
+    const Codes<bits, lines, wide_load, next_load> codes(s, j);
+    const int64_t plane = int64_t(s.lines) * TILE, apart = plane / lines;
 #pragma GCC unroll 4
-    for (int t = 0; t < 16; ++t, row += stride, to += LINE) decoder.template write<planes>((line)codes(row), to, s.lines * TILE);
+    for (int t = 0; t < 16; ++t, row += stride, to += LINE) {
+        const vu x = codes.wide(row), y = codes.above(row);
+#pragma GCC unroll 4
+        for (int i = 0; i < lines; ++i) decoder.template write<planes>((line)codes(i, x, y), to + i * apart, plane);
+    }
 }
 
 // Bytes of four tokens: vector b of the result holds, per dword, a byte of each of them. Byte 16 l + 2 i + b % 2 + 8 (b / 2)
@@ -155,17 +175,17 @@ INLINE void interleave_quads(const vu* x, vu* to) {
 }
 
 // A line of 16 tokens as operand B of values: [plane][byte, as above][row][16 dwords], of signed bytes. Tokens 4 i .. 4 i + 3
-// go to row 4 i, where the weights have them (see weight_bytes).
+// go to row 4 i, where the weights have them (see weight_bytes). (One by one: several lines do not fit the first cache.)
 constexpr int64_t QUADS = 4 * TILE;  // bytes of a plane of a line
-template <int bits, bool look_up, int planes, Loading wide_load, Loading next_load>
+template <int bits, int look_up, int planes, Loading wide_load, Loading next_load>
 void code_quads(const Stored& s, const Tables& tables, int j, const char* row, int64_t stride, char* to) {
     const Decoder<bits, look_up, true> decoder(tables);
-    const Codes<bits, wide_load, next_load> codes(s, j);
+    const Codes<bits, 1, wide_load, next_load> codes(s, j);
 #pragma GCC unroll 2
     for (int q = 0; q < 4; ++q, row += 4 * stride, to += 4 * LINE) {
         vu x[4], made[4];
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) x[i] = codes(row + i * stride);
+        for (int i = 0; i < 4; ++i) x[i] = codes(0, codes.wide(row + i * stride), codes.above(row + i * stride));
         interleave_quads(x, made);
 #pragma GCC unroll 4
         for (int b = 0; b < 4; ++b) decoder.template write<planes>((line)made[b], to + b * TILE, QUADS);
@@ -175,8 +195,8 @@ void code_quads(const Stored& s, const Tables& tables, int j, const char* row, i
 inline Makers makers_of(const Format& f, const Stored& s) {
     auto load = []<int bits, int look_up, int planes, int wide, int next>(
                     std::integer_sequence<int, bits, look_up, planes, wide, next>) {
-        return Makers{code_lines<bits, bool(look_up), planes, Loading(wide), Loading(next)>,
-                      code_quads<bits, bool(look_up), planes, Loading(wide), Loading(next)>};
+        return Makers{code_lines<bits, look_up, planes, Loading(wide), Loading(next)>,
+                      code_quads<bits, look_up, planes, Loading(wide), Loading(next)>, SHARED<bits, Loading(wide)>};
     };
     auto run = [&]<int bits, int look_up, int planes>(std::integer_sequence<int, bits, look_up, planes>) {
         const Loading wide = s.wide[0].loading, next = s.next[0].loading;
@@ -193,9 +213,14 @@ inline Makers makers_of(const Format& f, const Stored& s) {
         return load(std::integer_sequence<int, bits, look_up, planes, PARTS, PARTS>{});
     };
     auto table = [&]<int bits>(std::integral_constant<int, bits>) {
-        if (bits == 8 && f.linear) return run(std::integer_sequence<int, bits, int(bits != 8), 1>{});
-        if (f.planes == 1) return run(std::integer_sequence<int, bits, true, 1>{});
-        return run(std::integer_sequence<int, bits, true, 2>{});
+        if (bits == 8 && f.linear) return run(std::integer_sequence<int, bits, bits == 8 ? VALUES : INDICES, 1>{});
+        if (bits == 8 && has_half_table(f)) {
+            constexpr int half = bits == 8 ? SIGNED_INDICES : INDICES;
+            if (f.planes == 1) return run(std::integer_sequence<int, bits, half, 1>{});
+            return run(std::integer_sequence<int, bits, half, 2>{});
+        }
+        if (f.planes == 1) return run(std::integer_sequence<int, bits, INDICES, 1>{});
+        return run(std::integer_sequence<int, bits, INDICES, 2>{});
     };
     switch (f.bits) {
         case 2: return table(std::integral_constant<int, 2>{});
@@ -219,6 +244,30 @@ inline void float8_lines(int dim, const char* from, int64_t stride, char* to) {
         }
 }
 
+// Ticks of Ahead, of some 8 cycles. K: to make a line of 16 tokens, to multiply a line of 32 tokens with the query rows of a
+// product, and to join products of 16. V: to make a line of 16 tokens; of bfloat16 also to multiply it, and to spread the weights
+// of 64 tokens. Where lines of codes are made there are few, all alike, because branches that nobody can foretell cost more
+// than what is asked for.
+INLINE bool made_codes(const Stored& s, bool keys) { return s.element == INT8 && !(keys && s.in_place); }
+INLINE int k_make_ticks(const Stored& s) { return s.in_place ? 0 : 8 * s.planes; }
+INLINE int k_tile_ticks(const Stored& s) { return s.in_place ? 16 : 8; }
+INLINE int k_join_ticks(const Stored& s) {
+    return made_codes(s, true) ? 4 * s.planes * s.lines : 2 + 2 * s.rows + (s.split ? 8 * s.sums : 0);
+}
+INLINE int k_score_ticks(const Stored& s) {
+    return k_tile_ticks(s) * s.lines * std::max(s.planes, s.sums) + 2 * k_join_ticks(s);
+}
+INLINE int v_make_ticks(const Stored& s) { return s.element == INT8 ? 16 * s.planes : s.in_place ? 0 : 8; }
+constexpr int V_TILE_TICKS = 5, V_SUM_TICKS = 4 * V_TILE_TICKS + 4, V_SPREAD_TICKS = 8;
+INLINE int row_ticks(const Stored& k, const Stored& v) { return made_codes(k, true) || made_codes(v, false) ? 0 : 6; }
+// From the beginning of a block to its end.
+INLINE int stored_ticks(const Stored& k, const Stored& v, int rows, int tokens) {
+    const int k_passes = (rows + k.rows - 1) / k.rows, v_passes = (rows + STORED_ROWS - 1) / STORED_ROWS, steps = tokens / 64;
+    const int keys = 2 * steps * (2 * k.lines * k_make_ticks(k) + k_passes * k_score_ticks(k));
+    const int sums = made_codes(v, false) ? 0 : v_passes * (v.lines * V_SUM_TICKS + V_SPREAD_TICKS);
+    return keys + rows * steps * row_ticks(k, v) + steps * (4 * v.lines * v_make_ticks(v) + sums);
+}
+
 // Rows of a block in groups of 16 tokens.
 struct StoredRows {
     const Format& format;
@@ -233,39 +282,20 @@ struct StoredRows {
     int64_t step(int g) const { return g < groups ? stride : g == groups ? bytes : 0; }
 
     // Group g as operand A of scores or, of bfloat16, B of values; made in `to` if rows are not lines.
-    Lines lines(int g, char* to) const {
+    Lines lines(int g, char* to, int ticks, Ahead& ahead) const {
         if (stored.in_place) return {at(g), step(g), LINE, 0};
         if (stored.element != INT8) {
             float8_lines(format.dim, at(g), step(g), to);
+            ahead.tick(ticks * stored.lines);
             return {to, 2 * int64_t(format.dim), LINE, 0};
         }
-        for (int j = 0; j < stored.lines; ++j) stored.make.keys(stored, tables, j, at(g), step(g), to + j * TILE);
+        for (int j = 0; j < stored.lines / stored.make.key_lines; ++j) {
+            stored.make.keys(stored, tables, j, at(g), step(g), to + j * TILE);
+            ahead.tick(ticks * stored.make.key_lines);
+        }
         return {to, LINE, TILE, stored.lines * TILE};
     }
 };
-// Ticks of Ahead, of some 8 cycles. K: to make lines of 16 tokens, to multiply a line of 32 tokens with the query rows of a
-// product, and to join products of 16. V: to make a line of 16 tokens, for a row of weights, and to multiply a line of
-// 64 tokens with a few query rows; of bfloat16 a line of 16 tokens, and to spread the weights of 64 tokens.
-INLINE int k_make_ticks(const Stored& s) { return s.in_place ? 0 : 5 * s.lines * s.planes; }
-INLINE int k_tile_ticks(const Stored& s) { return s.in_place ? 16 : 8; }
-INLINE int k_join_ticks(const Stored& s) { return 2 + 2 * s.rows + (s.split ? 8 * s.sums : 0); }
-INLINE int k_score_ticks(const Stored& s) {
-    return k_tile_ticks(s) * s.lines * std::max(s.planes, s.sums) + 2 * k_join_ticks(s);
-}
-INLINE int v_make_ticks(const Stored& s) { return s.element != INT8 && s.in_place ? 0 : 8 * s.planes; }
-constexpr int V_TILE_TICKS = 5, V_SPREAD_TICKS = 8;
-INLINE int v_sum_ticks(const Stored& s) { return s.element == INT8 ? 40 : 4 * V_TILE_TICKS + 4; }
-constexpr int V_ROW_TICKS = 4, ROW_TICKS = 6, SCALE_TICKS = 10;
-// From the beginning of a block to its end.
-INLINE int stored_ticks(const Stored& k, const Stored& v, int rows, int tokens) {
-    const int k_passes = (rows + k.rows - 1) / k.rows, steps = tokens / 64;
-    const int v_most = v.element == INT8 ? 16 / v.parts : STORED_ROWS, v_passes = (rows + v_most - 1) / v_most;
-    const int keys = 2 * steps * (2 * k_make_ticks(k) + k_passes * k_score_ticks(k));
-    const int shares = v.element == INT8 ? v.units * (v.split ? 2 : 1) * rows * V_ROW_TICKS : v_passes * V_SPREAD_TICKS;
-    const int values = v.lines * (4 * v_make_ticks(v) + v_passes * v_sum_ticks(v)) + shares;
-    return keys + rows * steps * ROW_TICKS + steps * values + 3 * SCALE_TICKS;
-}
-
 INLINE int64_t lines_bytes(const Stored& s) { return s.in_place ? 0 : s.lines * s.planes * TILE; }  // of 16 tokens
 
 // `count` rows of a block of `tokens`; `rest`: room for 17.

@@ -16,7 +16,7 @@ using words = vec<uint16_t>;
 template <int entries>
 struct LineTable {
 #if defined(__AVX512VBMI__)
-    static constexpr int parts = entries == 256 ? 4 : 1;
+    static constexpr int parts = entries <= 64 ? 1 : entries / 64;
     __m512i part[parts];
     explicit LineTable(const uint8_t* table, uint8_t flipped = 0) {
         for (int i = 0; i < parts; ++i) part[i] = _mm512_loadu_si512(table + 64 * i) ^ _mm512_set1_epi8(char(flipped));
@@ -24,8 +24,9 @@ struct LineTable {
     line operator()(line code) const {
         const __m512i index = (__m512i)code;
         if constexpr (entries <= 64) return (line)_mm512_permutexvar_epi8(index, part[0]);
-        __m512i low = _mm512_permutex2var_epi8(part[0], index, part[parts - 3]);
-        __m512i high = _mm512_permutex2var_epi8(part[parts - 2], index, part[parts - 1]);
+        const __m512i low = _mm512_permutex2var_epi8(part[0], index, part[parts > 1]);
+        if constexpr (entries == 128) return (line)low;
+        const __m512i high = _mm512_permutex2var_epi8(part[parts - 2], index, part[parts - 1]);
         return (line)_mm512_mask_blend_epi8(_mm512_movepi8_mask(index), low, high);
     }
 #else
@@ -59,21 +60,36 @@ INLINE line codes_at(words wide, words next, int s, int place) {
     return (line)code;
 }
 
+// What codes are: values, indices of a table, or a sign above indices of half a table.
+enum Meaning : int { VALUES, INDICES, SIGNED_INDICES };
+INLINE bool has_half_table(const Format& f) {
+    const int half = 1 << (f.bits - 1);
+    for (int p = 0; p < f.planes; ++p)
+        for (int i = 0; i < half; ++i)
+            if (f.table[p][i + half] != -f.table[p][i] || f.table[p][i] == -128) return false;
+    return true;
+}
+
 // Codes to bytes as panels have them, or to signed ones.
-template <int bits, bool look_up, bool with_sign = ZERO == 0>
+template <int bits, int look_up, bool with_sign = ZERO == 0>
 struct Decoder {
-    static constexpr int entries = bits <= 4 ? 16 : bits <= 6 ? 64 : 256;
+    static constexpr int entries = look_up == SIGNED_INDICES ? 1 << (bits - 1) : bits <= 4 ? 16 : bits <= 6 ? 64 : 256;
     LineTable<entries> low, high;
     explicit Decoder(const Tables& tables)
         : low(tables.plane[0], with_sign ? ZERO : 0), high(tables.plane[1], with_sign ? ZERO : 0) {}
     template <int planes>
     inline __attribute__((always_inline)) void write(line code, char* to, int64_t plane) const {
-        if constexpr (!look_up) {
+        if constexpr (look_up == VALUES) {
             store(to, with_sign ? code ^ 0x80 : code);
         } else {
-            store(to, low(code));
-            if constexpr (planes == 2) store(to + plane, high(code));
+            store(to, signed_as(code, low(code)));
+            if constexpr (planes == 2) store(to + plane, signed_as(code, high(code)));
         }
+    }
+    // With or without ZERO a byte of the other sign is 0 - it.
+    static inline __attribute__((always_inline)) line signed_as(line code, line x) {
+        if constexpr (look_up != SIGNED_INDICES) return x;
+        return (vec<int8_t>)code < 0 ? 0 - x : x;
     }
 };
 

@@ -128,7 +128,7 @@ INLINE void sum_units(const Stored& s, const float* factors, const char* c, int6
     for (int t = 0; t < 16; ++t) all[t] = vf{};
     for (int u = 0; u < 2 * s.units; ++u, c += step) {
         const vf factor = load<vf>(factors + 16 * u);
-        const float* scale = k_scale + (u % 2 ? s.odd : s.even)[u / 2] * tokens;
+        const float* scale = k_scale + (u % 2 ? s.odd[u / 2] : s.even[u / 2]) * tokens;
 #pragma GCC unroll 16
         for (int t = 0; t < 16; ++t) all[t] = fma(to_float(load<vi>(c + t * LINE)) * factor, splat(scale[t]), all[t]);
     }
@@ -218,10 +218,7 @@ inline void score_many_rows(MatrixUnit& unit, const StoredRows& k, char* q_memor
     Lines lines[2];
     auto make = [&](int step) {
         char* to = made + step % 2 * 2 * size;
-        for (int i = 0; i < 2; ++i) {
-            lines[i] = k.lines(2 * step + i, to + i * size);
-            ahead.tick(k_make_ticks(s));
-        }
+        for (int i = 0; i < 2; ++i) lines[i] = k.lines(2 * step + i, to + i * size, k_make_ticks(s), ahead);
     };
     auto join = [&](int item) {
         const int row = item % passes * s.rows, first = item / passes * 32;

@@ -144,17 +144,20 @@ INLINE vf parts_of(vf a, vf b) {
     return shuffle_parts(a, b, std::integral_constant<int, which>{});
 }
 
+// Columns of products that are more than zeros; SCALED: all 16, and even and odd bytes may have scales of their own.
+enum Columns : int { EIGHT, SIXTEEN, SCALED };
+
 // Scores of 16 tokens, for 4 query rows, from the products of all units, `unit` bytes apart; k_scale: of the first token,
-// [group][tokens].
-template <bool integer, bool split>
+// [group][tokens], which are left out where there is one for all.
+template <bool integer, Columns columns>
 INLINE void join_products(const Stored& s, const QueryTiles& q, const char* c, int64_t unit, const float* k_scale, int64_t tokens,
                           vf* scores) {
     vf sum[4];  // [4 tokens i, i + 4, i + 8, i + 12][4 query rows]
-    if constexpr (split) {
+    if constexpr (columns != EIGHT) {
         vf all[16];
 #pragma GCC unroll 16
-        for (int t = 0; t < 16; ++t) all[t] = vf{};
-        for (int u = 0; u < s.units; ++u, c += unit) {
+        for (int t = 0; t < 16; ++t) all[t] = columns == SCALED ? vf{} : to_float(load<vi>(c + t * LINE)) * load<vf>(q.scale);
+        for (int u = 0; u < s.units && columns == SCALED; ++u, c += unit) {
             const vf factor = load<vf>(q.scale + 16 * u);
             const float *even = k_scale + s.even[u] * tokens, *odd = k_scale + s.odd[u] * tokens;
 #pragma GCC unroll 16
@@ -192,7 +195,7 @@ INLINE void join_products(const Stored& s, const QueryTiles& q, const char* c, i
 // k_scale: [group][scale_stride]. `made`: room for lines of 64 tokens; `products`: for 4 TILE per unit.
 //
 // While the matrix unit multiplies 32 tokens, the vector units make lines of the next 32 and join products of those before.
-template <bool integer, bool split>
+template <bool integer, Columns columns>
 inline void score_rows_stored(MatrixUnit& unit, const StoredRows& k, char* q_memory, int rows, int tokens, const float* k_scale,
                               int64_t scale_stride, bool scaled, char* made, char* products, float* scores, int64_t stride,
                               float* most, Ahead& ahead) {
@@ -204,10 +207,7 @@ inline void score_rows_stored(MatrixUnit& unit, const StoredRows& k, char* q_mem
     Lines lines[2];
     auto make = [&](int step) {
         char* to = made + step % 2 * 2 * size;
-        lines[0] = k.lines(2 * step, to);
-        ahead.tick(k_make_ticks(s));
-        lines[1] = k.lines(2 * step + 1, to + size);
-        ahead.tick(k_make_ticks(s));
+        for (int i = 0; i < 2; ++i) lines[i] = k.lines(2 * step + i, to + i * size, k_make_ticks(s), ahead);
     };
     auto join = [&](int item) {
         const int row = item % passes * STORED_ROWS, own = std::min(STORED_ROWS, rows - row);
@@ -215,9 +215,9 @@ inline void score_rows_stored(MatrixUnit& unit, const StoredRows& k, char* q_mem
         const char* from = products + item % 2 * products_size;
         for (int t = item / passes * 32; t < std::min(item / passes * 32 + 32, tokens); t += 16, from += TILE) {
             vf x[4];
-            join_products<integer, split>(s, q, from, 2 * TILE, k_scale + t, scale_stride, x);
+            join_products<integer, columns>(s, q, from, 2 * TILE, k_scale + t, scale_stride, x);
             for (int r = 0; r < own; ++r) {
-                if (!split && scaled) x[r] *= load<vf>(k_scale + t);
+                if (columns != SCALED && scaled) x[r] *= load<vf>(k_scale + t);
                 float* top = most + (row + r) * LANES;
                 store(top, max(load<vf>(top), x[r]));
                 store(scores + (row + r) * stride + t, x[r]);
@@ -326,7 +326,7 @@ INLINE void as_bytes(const Stored& s, int tokens, Body body) {
 // Scores [row][stride] of all tokens of a block to weights exp2(score * scale - top) times V's only scale, as bytes in `room`, and
 // their sums, without the scale, to `total`.
 inline void soften_bytes(const Stored& s, int tokens, const float* scores, int64_t stride, float scale, int rows,
-                         const float* scales, const float* top, float* total, char* room, int ticks, Ahead& ahead) {
+                         const float* scales, const float* top, float* total, char* room) {
     as_bytes(s, tokens, [&]<int planes, int steps, int parts>() __attribute__((always_inline)) {
         constexpr int most_rows = MOST_WEIGHT_ROWS<parts>;
         for (int row = 0; row < rows; ++row, scores += stride) {
@@ -347,7 +347,6 @@ inline void soften_bytes(const Stored& s, int tokens, const float* scores, int64
                 write_weights<planes, parts>(x + 4 * i, splat(inverse),
                                              to.at + i * weight_bytes_size<planes, parts>(own) + (row - first) * LINE, own * LINE);
             total[row] += reduce_add(added);
-            ahead.tick(ticks + V_ROW_TICKS * steps);
         }
     });
 }
@@ -501,10 +500,8 @@ inline void add_stored_bytes(const StoredValues& w, MatrixUnit& unit, Ahead& ahe
                 const int group = side ? s.odd[u] : s.even[u];
                 weight_bytes<planes, steps, parts>(w.weights + row * w.stride, w.stride, rows, w.scales + group * w.scale_stride,
                                                    w.first, w.stop, sides[side].at, sides[side].factors);
-                ahead.tick(V_ROW_TICKS * steps * rows);
             }
             sum_bytes<planes, parts>(a, rows, w.made, steps, w.products);
-            ahead.tick(v_sum_ticks(s) * steps);
             add_sums<planes, parts>(w.products, rows, sides[0].factors, sides[1].factors, by, w.rescale + row, s.lanes / 2,
                                     w.out + row * w.out_stride + j * 2 * s.lanes, w.out_stride);
         }
@@ -516,8 +513,7 @@ inline void add_stored_bfloats(const StoredValues& w, MatrixUnit& unit, Ahead& a
     const int groups = (w.stop - w.first) / 16;
     Lines v[MOST_STORED_TOKENS / 16];
     for (int g = 0; g < groups; ++g) {
-        v[g] = w.rows.lines(w.first / 16 + g, w.made + g * lines_bytes(s));
-        ahead.tick(v_make_ticks(s) * s.lines);
+        v[g] = w.rows.lines(w.first / 16 + g, w.made + g * lines_bytes(s), v_make_ticks(s), ahead);
     }
     for (int row = 0; row < w.count; row += STORED_ROWS) {
         const int rows = std::min(STORED_ROWS, w.count - row);
