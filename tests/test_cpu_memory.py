@@ -333,3 +333,13 @@ def test_rows_need_not_be_contiguous(level):
         q = torch.stack((data.q, torch.full_like(data.q, torch.nan)), 1).flatten(0, 1)[::2]
         got = cpu.attend_heads(q, other, data.case.spec, None, None, None)
         assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1]), f"{k}.{v}"
+
+
+def test_a_default_device_does_not_move_outputs(backend_here):
+    """Kernels write to addresses: results belong where q is, whatever torch's default device."""
+    backend_here("cpu")
+    data = inputs(case("turbo4", "q8_0", q_len=2, kv_len=40, causal=True))
+    want = data.run("cpu")
+    with torch.device("meta"):
+        got = data.run("cpu")
+    assert all(torch.equal(a, b) for a, b in zip(got, want))
