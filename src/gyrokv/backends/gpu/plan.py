@@ -131,10 +131,9 @@ def why_not_row(fmt: KVFormat, head_dim: int) -> str:
 class Problem:
     """Everything that changes the code. ``stride``s: bytes from slot to slot where rows lie side by side, else 0.
 
-    ``columns``: query rows per KV head. ``copy``: alignment of rows in bytes (16, 8 or 4), and of
-    scales (4 or 2). ``page_slots``: slots of a
-    page, a multiple of 16, or 0 without pages. ``k_turn``, ``v_turn``: the blocks of rotations that the kernel applies to q
-    and to the output, or 0.
+    ``columns``: query rows per KV head. ``copy``: alignment of rows in bytes (16, 8 or 4), and of scales (4 or 2).
+    ``page_slots``: slots of a page, a multiple of 16, or 0 without pages. ``k_turn``, ``v_turn``: the blocks of rotations
+    that the kernel applies to q and to the output, or 0.
     """
 
     k: Row
