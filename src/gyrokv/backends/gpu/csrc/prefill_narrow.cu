@@ -11,6 +11,8 @@
 // of 128 bytes, boxes (64, 8, 2, 1) or, with PACK 1, (64, 16, 1, 1); any map without.
 constexpr int ROWS = 64 * GROUPS, BLOCKS = 1, SPAN = KEYS;
 constexpr bool ROUNDED = SOFTCAP && MASK > 0;  // elsewhere issue slots are what limits
+// EARLY: what a block needs is asked for while its products run; plain attention takes longer that way.
+constexpr bool EARLY = MASK > 0 || SOFTCAP > 0;
 #include "hopper_prefill.cuh"
 
 constexpr int CHUNKS = DK / 64, COLUMNS = DV / 64;
@@ -136,32 +138,40 @@ INLINE void attend_role(const Prefill& p, const TensorMap* out_map, u32 shared, 
       products_commit();
     };
     int block = tile.block, next;
+    bool masked;
     auto release_k = [&] {  // and q, after the last block: the next tile's is loaded meanwhile
       if (lane == 0) arrive(barrier(shared, K_EMPTY + k_ring.stage));
       k_ring.advance();
-      next = tile.seen(block - 1);
+      if (!EARLY) next = tile.seen(block - 1);
       if (next < 0 && lane == 0) arrive(barrier(shared, Q_EMPTY));
     };
     auto release_v = [&] {
       if (lane == 0) arrive(barrier(shared, V_EMPTY + v_ring.stage));
       v_ring.advance();
     };
-    auto begin = [&](int block) {
-      softmax.begin(s, p, Range(p, tile, block, rows, lane % 4), mask, tile.masked(block));
+    auto begin = [&](auto values_run) {  // scores, beside the products of values that may still run
+      const bool whole = EARLY && __all_sync(~0u, Range(p, tile, block, rows, lane % 4).whole());
+      masked = tile.masked(block);
+      if (MASK && masked) mask.fetch();
+      if (EARLY) next = tile.seen(block - 1);
+      products_wait<decltype(values_run)::value>();
+      settle(s);
+      release_k();
+      softmax.take(s, p, mask, masked, [&] {
+        if (!whole) Range(p, tile, block, rows, lane % 4).hide(s);
+      });
     };
-    auto weigh = [&] {
-#pragma unroll
-      for (int unit = 0; unit < UNITS; ++unit) softmax.weights(s, unit, scale, w[unit]);
+    auto release_mask = [&] {
+      if (MASK && masked) mask.release();
     };
     if (block >= 0) {
       wait(barrier(shared, Q_FULL), q_ring.parity);
       q_ring.advance();
       scores();
-      products_wait<0>();
-      settle(s);
-      release_k();
-      begin(block);
-      weigh();
+      begin(Bool<false>());
+      softmax.refer(s, p, mask, masked);
+      release_mask();
+      softmax.weigh(s, scale, w);
       int before = block;
       while ((block = next) >= 0) {
         meet(1 + group);  // products are asked for in turn, so that one's softmax has the others' products beside it
@@ -169,10 +179,9 @@ INLINE void attend_role(const Prefill& p, const TensorMap* out_map, u32 shared, 
         values(before);
         before = block;
         go_by(1 + (group + 1) % GROUPS);
-        products_wait<1>();
-        settle(s);
-        release_k();
-        begin(block);
+        begin(Bool<true>());
+        softmax.refer(s, p, mask, masked);
+        release_mask();
         products_wait<0>();
         settle(o);
         release_v();
@@ -180,7 +189,7 @@ INLINE void attend_role(const Prefill& p, const TensorMap* out_map, u32 shared, 
 #pragma unroll
           for (int i = 0; i < DV / 2; ++i) o[i] *= softmax.factor[i / 2 % 2];
         }
-        weigh();
+        softmax.weigh(s, scale, w);
       }
       values(before);
     }
