@@ -116,6 +116,10 @@ FAULTS = (
     Fault("a_box_of_floats_is_swizzled", hopper("(IN_ORDER ? byte :", "(false ? byte :"), FLOATS, 64),
     Fault("heads_have_the_floats_of_the_first", hopper("<< 5) + r * APART, x", "<< 5), x"),
           FLOATS | dict(mask_axes="bhqk"), 64),
+    Fault("any_guess_is_right", hopper("fmaxf(own[0], own[1]) <= MOST", "true"), dict(mask="bool", causal=True), 64),
+    Fault("a_wrong_guess_counts", hopper("if (right) count();", "count();"),
+          dict(mask="bool", causal=True)),
+    Fault("a_guess_forgets_the_keys_before", hopper("total[0] += own[0],", "total[0] = own[0],"), ADDITIVE, 64),
     Fault("a_tile_that_some_see_is_skipped", shared("state(at) == 0) --at;", "state(at) != 1) --at;"),
           ADDITIVE | dict(block_map=True)),
 )  # fmt: skip
@@ -146,6 +150,7 @@ def test_a_row_of_low_values_is_looked_at_again(dim, backend_here):
     backend_here("gpu")
     assert _lowest_values(dim) < 3e-2
     trusting = hopper("Mask::AGAIN && top[r] < Mask::LOW ? -INFINITE : top[r] + SLACK", "top[r] + SLACK")
+    trusting += hopper("low = Mask::AGAIN && __any_sync", "low = false && __any_sync")
     with nvrtc.sources(trusting):
         assert _lowest_values(dim) > 1e-1
 

@@ -1,6 +1,7 @@
 // What Hopper's prefill kernels share: which tiles a block takes, masks in shared memory, caps, the running softmax.
 // Each 64 rows of a tile hold 64 / PACK positions. Where heads share a tile, 8 positions of one head are followed by the same 8 of
 // the next, so that a thread's two rows are two heads at one position: what it reads of a mask serves both.
+// They define GUESSES too: weights are made before maxima are looked for.
 #pragma once
 #include "hopper.cuh"
 // Not where tiles are parts of a block, or blocks of a tile: then neighbours have blocks in common, which L2 serves faster. Nor where
@@ -375,6 +376,11 @@ struct Cap {
 // of a thread's two rows, g and g + 8 of its warp's 16
 struct Softmax : Sums {
   float limit[2] = {-INFINITE, -INFINITE};  // references are looked at where a maximum passes this
+  // With GUESSES instead, where a thread's sum of weights of a block passes MOST. blind: no row of the warp has seen a key;
+  // low: in one of them a value that means "masked" may count.
+  static constexpr float MOST = 256.0f;
+  float own[2];
+  bool blind = true, low = false;
 
   INLINE static float unit(const Prefill& p) {  // log2 of e to a score, once capped
     return SOFTCAP ? 1.0f : (ANY_SCALE ? 1.0f : p.scale) * LOG2E;
@@ -392,14 +398,14 @@ struct Softmax : Sums {
       if (masked) mask.look(s);
     hide();
   }
-  // Maxima, and what they make of the references
+  // Maxima, and what they make of the references. That of a row depends on no other row, though the warp looks at all of them.
   INLINE void refer(float (&s)[SCORES], const Prefill& p, Mask& mask, bool masked) {
     if constexpr (BOUNDED) {
       top[0] = top[1] = 0.0f, factor[0] = factor[1] = 1.0f, grown = false;
       return;
     }
     float x[2] = {most(s, p, 0), most(s, p, 1)};
-    grown = __any_sync(~0u, x[0] > limit[0] || x[1] > limit[1]);
+    grown = GUESSES || __any_sync(~0u, x[0] > limit[0] || x[1] > limit[1]);
     if (grown) {
       if constexpr (Mask::AGAIN) {
         if (masked && __any_sync(~0u, Mask::counts(x[0], top[0]) || Mask::counts(x[1], top[1]))) {
@@ -408,16 +414,38 @@ struct Softmax : Sums {
         }
       }
       most_of_quads(x);
+      if (GUESSES && !blind) most_of_quads(own);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        raise(r, x[r]);
+        raise(r, x[r], GUESSES ? blind || own[r] > MOST ? 0.0f : INFINITE : SLACK);
         limit[r] = Mask::AGAIN && top[r] < Mask::LOW ? -INFINITE : top[r] + SLACK;
       }
+      blind = __all_sync(~0u, fmaxf(top[0], top[1]) == NOTHING);
+      low = Mask::AGAIN && __any_sync(~0u, is_low(0) || is_low(1));
     }
   }
+  INLINE bool is_low(int r) const { return top[r] < Mask::LOW && top[r] > NOTHING; }
   INLINE void weigh(const float (&s)[SCORES], float scale, u32 (&w)[UNITS][4]) {
+    float before[2] = {total[0], total[1]};
+    if (GUESSES) total[0] = total[1] = -0.0f;  // what added to it takes no instruction
 #pragma unroll
     for (int unit = 0; unit < UNITS; ++unit) weights(s, unit, scale, w[unit]);
+    if (GUESSES) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) own[r] = total[r], total[r] = before[r];
+    }
+  }
+  INLINE void count() {  // the same sums in whichever way a block went
+    if (GUESSES) total[0] += own[0], total[1] += own[1];
+  }
+  // Weights by the references from before; false, and nothing is counted, where sums tell that they may be too low. Sums are
+  // there anyway, maxima take an instruction per key.
+  INLINE bool guess(const float (&s)[SCORES], float scale, u32 (&w)[UNITS][4]) {
+    if (blind) return false;
+    weigh(s, scale, w);
+    bool right = __all_sync(~0u, fmaxf(own[0], own[1]) <= MOST) && !low;
+    if (right) count();
+    return right;
   }
   INLINE static float most(const float (&s)[SCORES], const Prefill& p, int r) {  // of a thread's keys of a row, log2
     float x = s[2 * r];

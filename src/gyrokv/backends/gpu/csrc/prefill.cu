@@ -30,6 +30,7 @@
 // of 128 bytes (of f32 32, not swizzled) and all positions of a tile, or, with HEAD_MASK, 64 / PACK positions of PACK heads; any map without.
 constexpr int ROWS = 64 * CLUSTER, BLOCKS = CLUSTER, SPAN = KEYS;
 constexpr bool ROUNDED = true;
+constexpr bool GUESSES = false;
 #include "hopper_prefill.cuh"
 
 constexpr int CHUNKS = DK / 64;

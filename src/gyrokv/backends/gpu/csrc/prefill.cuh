@@ -196,10 +196,10 @@ struct Sums {
   float factor[2];                                             // of the block at hand
   bool grown;                                                  // any row of the warp
 
-  INLINE bool passed(int r, float most) const { return most > top[r] + SLACK; }
-  INLINE void raise(int r, float most) {  // the reference of a row, if its maximum passes it by much
+  INLINE bool passed(int r, float most, float slack = SLACK) const { return most > top[r] + slack; }
+  INLINE void raise(int r, float most, float slack = SLACK) {  // the reference of a row, if its maximum passes it by that
     factor[r] = 1.0f;
-    if (passed(r, most)) {
+    if (passed(r, most, slack)) {
       factor[r] = exp2_fast(top[r] - most);
       top[r] = most;
       total[r] *= factor[r];

@@ -11,8 +11,9 @@
 // of 128 bytes, boxes (64, 8, 2, 1) or, with PACK 1, (64, 16, 1, 1); any map without.
 constexpr int ROWS = 64 * GROUPS, BLOCKS = 1, SPAN = KEYS;
 constexpr bool ROUNDED = SOFTCAP && MASK > 0;  // elsewhere issue slots are what limits
-// EARLY: what a block needs is asked for while its products run; plain attention takes longer that way.
-constexpr bool EARLY = MASK > 0 || SOFTCAP > 0;
+// EARLY: what a block needs is asked for while its products run; plain attention takes longer that way. GUESSES: weights come
+// before maxima, which are then seldom needed.
+constexpr bool EARLY = MASK > 0 || SOFTCAP > 0, GUESSES = MASK > 0 && !SOFTCAP;
 #include "hopper_prefill.cuh"
 
 constexpr int CHUNKS = DK / 64, COLUMNS = DV / 64;
@@ -172,6 +173,7 @@ INLINE void attend_role(const Prefill& p, const TensorMap* out_map, u32 shared, 
       softmax.refer(s, p, mask, masked);
       release_mask();
       softmax.weigh(s, scale, w);
+      softmax.count();
       int before = block;
       while ((block = next) >= 0) {
         meet(1 + group);  // products are asked for in turn, so that one's softmax has the others' products beside it
@@ -180,16 +182,25 @@ INLINE void attend_role(const Prefill& p, const TensorMap* out_map, u32 shared, 
         before = block;
         go_by(1 + (group + 1) % GROUPS);
         begin(Bool<true>());
-        softmax.refer(s, p, mask, masked);
-        release_mask();
+        if constexpr (!GUESSES) {
+          softmax.refer(s, p, mask, masked);
+          release_mask();
+        }
         products_wait<0>();
         settle(o);
         release_v();
+        if constexpr (GUESSES) {
+          const bool right = softmax.guess(s, scale, w);
+          if (!right) softmax.refer(s, p, mask, masked);
+          release_mask();
+          if (right) continue;
+        }
         if (softmax.grown) {
 #pragma unroll
           for (int i = 0; i < DV / 2; ++i) o[i] *= softmax.factor[i / 2 % 2];
         }
         softmax.weigh(s, scale, w);
+        softmax.count();
       }
       values(before);
     }
