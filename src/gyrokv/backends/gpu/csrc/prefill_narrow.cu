@@ -12,8 +12,10 @@
 constexpr int ROWS = 64 * GROUPS, BLOCKS = 1, SPAN = KEYS;
 constexpr bool ROUNDED = SOFTCAP && MASK > 0;  // elsewhere issue slots are what limits
 // EARLY: what a block needs is asked for while its products run; plain attention takes longer that way. GUESSES: weights come
-// before maxima, which are then seldom needed.
+// before maxima, which are then seldom needed. VALUES_FIRST: products of values come before those of scores, and free registers
+// for a mask's values, of which a thread has 32.
 constexpr bool EARLY = MASK > 0 || SOFTCAP > 0, GUESSES = MASK > 0 && !SOFTCAP;
+constexpr bool VALUES_FIRST = GUESSES && GROUPS == 3 && MASK == 2 && !HEAD_MASK;
 #include "hopper_prefill.cuh"
 
 constexpr int CHUNKS = DK / 64, COLUMNS = DV / 64;
@@ -150,12 +152,18 @@ INLINE void attend_role(const Prefill& p, const TensorMap* out_map, u32 shared, 
       if (lane == 0) arrive(barrier(shared, V_EMPTY + v_ring.stage));
       v_ring.advance();
     };
+    auto end_values = [&] {
+      products_wait<VALUES_FIRST>();
+      settle(o);
+      release_v();
+    };
     auto begin = [&](auto values_run) {  // scores, beside the products of values that may still run
       const bool whole = EARLY && __all_sync(~0u, Range(p, tile, block, rows, lane % 4).whole());
       masked = tile.masked(block);
+      if (VALUES_FIRST && decltype(values_run)::value) end_values();
       if (MASK && masked) mask.fetch();
       if (EARLY) next = tile.seen(block - 1);
-      products_wait<decltype(values_run)::value>();
+      products_wait<decltype(values_run)::value && !VALUES_FIRST>();
       settle(s);
       release_k();
       softmax.take(s, p, mask, masked, [&] {
@@ -177,8 +185,9 @@ INLINE void attend_role(const Prefill& p, const TensorMap* out_map, u32 shared, 
       int before = block;
       while ((block = next) >= 0) {
         meet(1 + group);  // products are asked for in turn, so that one's softmax has the others' products beside it
+        if (VALUES_FIRST) values(before);
         scores();
-        values(before);
+        if (!VALUES_FIRST) values(before);
         before = block;
         go_by(1 + (group + 1) % GROUPS);
         begin(Bool<true>());
@@ -186,9 +195,7 @@ INLINE void attend_role(const Prefill& p, const TensorMap* out_map, u32 shared, 
           softmax.refer(s, p, mask, masked);
           release_mask();
         }
-        products_wait<0>();
-        settle(o);
-        release_v();
+        if (!VALUES_FIRST) end_values();
         if constexpr (GUESSES) {
           const bool right = softmax.guess(s, scale, w);
           if (!right) softmax.refer(s, p, mask, masked);
