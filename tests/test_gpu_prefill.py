@@ -11,12 +11,13 @@ from itertools import product
 import pytest
 import torch
 
-from gyrokv import Codec, LayerCache, attend, explain
+from gyrokv import Codec, LayerCache, attend, explain, reference
 from gyrokv.backends import gpu
 from gyrokv.backends.gpu import prefill, shapes, staging
 from gyrokv.cases import FEATURES, HEADS, Case, case, fits
 from gyrokv.formats import FORMATS
 from gyrokv.testing import Problem, assert_matches, inputs
+from gyrokv.view import KVView
 
 BF16, F16 = torch.bfloat16, torch.float16
 PAIRS = (("bf16", "bf16"), ("q8_0", "turbo4"), ("turbo3", "f16"))
@@ -213,6 +214,23 @@ def test_a_block_map_changes_no_bit(dim, kernels, backend_here):
         options = {k: v for k, v in data.options.items() if k != "block_map"}
         without = attend(data.q, data.view, **options, backend="gpu", return_lse=True)
         assert all(torch.equal(a, b) for a, b in zip(with_map, without))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", (64, 128, 256, 512))
+@pytest.mark.parametrize("dtype", (BF16, F16), ids=str)
+@pytest.mark.parametrize("kind", (torch.bool, BF16, F16, torch.float32), ids=str)
+def test_references_follow_scores_that_grow(kind, dtype, dim, kernels, backend_here):
+    """From the last key on, scores pass those before by more than a float32 has exponents; some rows see none at first."""
+    backend_here("gpu")
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, h, n, dim, device="cuda", dtype=dtype) for h, n in ((8, 200), (2, 600), (2, 600)))
+    k *= torch.linspace(60.0, 1.0, 600, device="cuda", dtype=dtype)[:, None]
+    seen = torch.rand(200, 600, device="cuda") > 0.3
+    seen[:100, 300:] = False
+    mask = seen if kind == torch.bool else torch.where(seen, -0.5, -torch.inf).to(kind)
+    exact = reference.attention(q.double(), k.double(), v.double(), mask=mask)[0]
+    assert float((attend(q, KVView.of(k, v), causal=False, mask=mask, backend="gpu") - exact).norm() / exact.norm()) < 4e-3
 
 
 @pytest.mark.gpu

@@ -1,6 +1,7 @@
 // What Hopper's prefill kernels share: which tiles a block takes, masks in shared memory, caps, the running softmax.
 // Each 64 rows of a tile hold 64 / PACK positions. Where heads share a tile, 8 positions of one head are followed by the same 8 of
 // the next, so that a thread's two rows are two heads at one position: what it reads of a mask serves both.
+// They define GUESSES too: weights are made before maxima are looked for.
 #pragma once
 #include "hopper.cuh"
 // Not where tiles are parts of a block, or blocks of a tile: then neighbours have blocks in common, which L2 serves faster. Nor where
@@ -241,8 +242,11 @@ struct Mask {
   static constexpr int OWN = COMMON ? 1 : 2, STEP = COMMON && SIZE == 2 ? 2 : 1;  // rows that differ; units of a read
   static constexpr float LOW = -1000.0f, LEAST = -65504.0f;
   using Value = typename Choose<MASK == 1, u32, float>::type;
+  using Words = u32[2 * STEP][OWN][WORDS];
   MaskRing ring;
   u32 at, full, empty;  // at: 16-bit values come by matrices: of a lane's row there; else of the thread's first row
+  u32 from;             // the same in the tile at hand
+  Words first;          // its first units
   float factor[2];      // of values, to the unit of scores
 
   INLINE Mask(u32 to, u32 full, u32 empty, int sixtyfour, int warp, int lane) : full(full), empty(empty) {
@@ -258,17 +262,21 @@ struct Mask {
     for (int r = 0; r < 2; ++r)
       factor[r] = (ALIBI ? p.slopes[rows.head[r]] : 1.0f) * (SOFTCAP ? LOG2E : 1.0f / (ANY_SCALE ? 1.0f : p.scale));
   }
-  INLINE void look(float (&s)[SCORES]) {
+  INLINE void fetch() {  // before look: waits for a tile, and reads what there are registers for
     wait(full + 8 * ring.stage, ring.parity);
-    each(s, [&](Value y, int r, float& score) {
+    asm volatile("mov.u32 %0, %1;" : "=r"(from) : "r"(at + ring.stage * MaskTile::BYTES));  // made once, not for every read
+    read(0, first);
+  }
+  INLINE void look(float (&s)[SCORES]) {
+    each<true>(s, [&](Value y, int r, float& score) {
       if constexpr (MASK == 1) hide_zero(y, score);
       else score = __fmaf_rn(!AGAIN && y <= LEAST ? -INFINITE : y, factor[r], score);
     });
   }
   // May a value that means "masked" count, among keys of row r whose largest score is ``most``?
   INLINE static bool counts(float most, float top) { return AGAIN && most > -INFINITE && fmaxf(most, top) < LOW; }
-  INLINE void hide(float (&s)[SCORES]) const {
-    each(s, [&](Value y, int, float& score) { score = y <= LEAST ? -INFINITE : score; });
+  INLINE void hide(float (&s)[SCORES]) {
+    each<false>(s, [&](Value y, int, float& score) { score = y <= LEAST ? -INFINITE : score; });
   }
   INLINE void release() {
     __syncwarp();
@@ -277,12 +285,14 @@ struct Mask {
   }
 
  private:
-  template <class F>
-  INLINE void each(float (&s)[SCORES], F f) const {  // f(value, row, its score)
+  template <bool FETCHED, class F>
+  INLINE void each(float (&s)[SCORES], F f) {  // f(value, row, its score)
 #pragma unroll
     for (int unit = 0; unit < UNITS; unit += STEP) {
-      u32 x[2 * STEP][OWN][WORDS];
-      read(ring.stage * MaskTile::BYTES, unit, x);
+      Words own;
+      const bool here = FETCHED && unit == 0;
+      if (!here) read(unit, own);
+      const Words& x = here ? first : own;
 #pragma unroll
       for (int i = 0; i < 2 * STEP * 4; ++i) {
         int j = i / 4, r = i / 2 % 2;
@@ -297,10 +307,10 @@ struct Mask {
     else return __uint_as_float(e ? x[0] & 0xFFFF0000u : x[0] << 16);
   }
   // keys 16 unit + 8 j + 2 t (+ 1) of the rows: x[j][r]
-  INLINE void read(u32 stage, int unit, u32 (&x)[2 * STEP][OWN][WORDS]) const {
+  INLINE void read(int unit, Words& x) const {
     if constexpr (SIZE == 2) {
       u32 y[4];
-      load_matrices((at ^ unit % 4 << 5) + unit / 4 * MaskTile::NEXT + stage, y);
+      load_matrices((from ^ unit % 4 << 5) + unit / 4 * MaskTile::NEXT, y);
 #pragma unroll
       for (int i = 0; i < 4; ++i) x[i / OWN][i % OWN][0] = y[i];
     } else {
@@ -308,8 +318,8 @@ struct Mask {
 #pragma unroll
       for (int i = 0; i < 2 * OWN; ++i) {
         int j = i / OWN, r = i % OWN, part = 2 * unit + j;
-        if (MASK == 1) x[j][r][0] = load_shared_u16((at ^ unit << 4) + stage + r * APART + 8 * j);
-        else load_shared<WORDS>((MaskTile::IN_ORDER ? at + part * MaskTile::NEXT : at ^ part << 5) + stage + r * APART, x[j][r]);
+        if (MASK == 1) x[j][r][0] = load_shared_u16((from ^ unit << 4) + r * APART + 8 * j);
+        else load_shared<WORDS>((MaskTile::IN_ORDER ? from + part * MaskTile::NEXT : from ^ part << 5) + r * APART, x[j][r]);
       }
     }
   }
@@ -365,12 +375,20 @@ struct Cap {
 
 // of a thread's two rows, g and g + 8 of its warp's 16
 struct Softmax : Sums {
+  float limit[2] = {-INFINITE, -INFINITE};  // references are looked at where a maximum passes this
+  // With GUESSES instead, where a thread's sum of weights of a block passes MOST. blind: no row of the warp has seen a key;
+  // low: in one of them a value that means "masked" may count.
+  static constexpr float MOST = 256.0f;
+  float own[2];
+  bool blind = true, low = false;
+
   INLINE static float unit(const Prefill& p) {  // log2 of e to a score, once capped
     return SOFTCAP ? 1.0f : (ANY_SCALE ? 1.0f : p.scale) * LOG2E;
   }
 
-  // Scores of a block, of which unit(p) are a power of 2; maxima and factors. masked: is its mask to be looked at?
-  INLINE void begin(float (&s)[SCORES], const Prefill& p, const Range& range, Mask& mask, bool masked) {
+  // Scores of a block, of which unit(p) are a power of 2: what is added and hidden. masked: is its mask to be looked at?
+  template <class F>
+  INLINE void take(float (&s)[SCORES], const Prefill& p, Mask& mask, bool masked, F hide) {
     if constexpr (ANY_SCALE) {
 #pragma unroll
       for (int i = 0; i < SCORES; ++i) s[i] *= p.scale;
@@ -378,15 +396,16 @@ struct Softmax : Sums {
     if constexpr (SOFTCAP) Cap(p).apply(s);
     if constexpr (MASK > 0)
       if (masked) mask.look(s);
-    range.hide(s);
+    hide();
+  }
+  // Maxima, and what they make of the references. That of a row depends on no other row, though the warp looks at all of them.
+  INLINE void refer(float (&s)[SCORES], const Prefill& p, Mask& mask, bool masked) {
     if constexpr (BOUNDED) {
-      top[0] = top[1] = base[0] = base[1] = 0.0f, factor[0] = factor[1] = 1.0f, grown = false;
-      if constexpr (MASK > 0)
-        if (masked) mask.release();
+      top[0] = top[1] = 0.0f, factor[0] = factor[1] = 1.0f, grown = false;
       return;
     }
     float x[2] = {most(s, p, 0), most(s, p, 1)};
-    grown = __any_sync(~0u, matters(0, x[0]) || matters(1, x[1]));
+    grown = GUESSES || __any_sync(~0u, x[0] > limit[0] || x[1] > limit[1]);
     if (grown) {
       if constexpr (Mask::AGAIN) {
         if (masked && __any_sync(~0u, Mask::counts(x[0], top[0]) || Mask::counts(x[1], top[1]))) {
@@ -395,14 +414,38 @@ struct Softmax : Sums {
         }
       }
       most_of_quads(x);
-      raise(0, x[0]);
-      raise(1, x[1]);
+      if (GUESSES && !blind) most_of_quads(own);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        raise(r, x[r], GUESSES ? blind || own[r] > MOST ? 0.0f : INFINITE : SLACK);
+        limit[r] = Mask::AGAIN && top[r] < Mask::LOW ? -INFINITE : top[r] + SLACK;
+      }
+      blind = __all_sync(~0u, fmaxf(top[0], top[1]) == NOTHING);
+      low = Mask::AGAIN && __any_sync(~0u, is_low(0) || is_low(1));
     }
-    if constexpr (MASK > 0)
-      if (masked) mask.release();
   }
-  INLINE bool matters(int r, float most) const {  // it passes the reference, or a value that means "masked" may count
-    return most > (Mask::AGAIN && top[r] < Mask::LOW ? -INFINITE : top[r] + SLACK);
+  INLINE bool is_low(int r) const { return top[r] < Mask::LOW && top[r] > NOTHING; }
+  INLINE void weigh(const float (&s)[SCORES], float scale, u32 (&w)[UNITS][4]) {
+    float before[2] = {total[0], total[1]};
+    if (GUESSES) total[0] = total[1] = -0.0f;  // what added to it takes no instruction
+#pragma unroll
+    for (int unit = 0; unit < UNITS; ++unit) weights(s, unit, scale, w[unit]);
+    if (GUESSES) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) own[r] = total[r], total[r] = before[r];
+    }
+  }
+  INLINE void count() {  // the same sums in whichever way a block went
+    if (GUESSES) total[0] += own[0], total[1] += own[1];
+  }
+  // Weights by the references from before; false, and nothing is counted, where sums tell that they may be too low. Sums are
+  // there anyway, maxima take an instruction per key.
+  INLINE bool guess(const float (&s)[SCORES], float scale, u32 (&w)[UNITS][4]) {
+    if (blind) return false;
+    weigh(s, scale, w);
+    bool right = __all_sync(~0u, fmaxf(own[0], own[1]) <= MOST) && !low;
+    if (right) count();
+    return right;
   }
   INLINE static float most(const float (&s)[SCORES], const Prefill& p, int r) {  // of a thread's keys of a row, log2
     float x = s[2 * r];
@@ -419,7 +462,7 @@ struct Softmax : Sums {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         float y = s[8 * unit + 2 * i + e];
-        x[e] = exp2_fast(BOUNDED ? y : SOFTCAP ? y - base[i % 2] : __fmaf_rn(y, scale, -base[i % 2]));
+        x[e] = exp2_fast(BOUNDED ? y : SOFTCAP ? y - top[i % 2] : __fmaf_rn(y, scale, -top[i % 2]));
       }
       w[i] = add(i % 2, x[0], x[1]);
     }

@@ -161,7 +161,7 @@ struct Softmax : Sums {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         float y = s[8 * unit + 2 * i + e];
-        x[e] = exp2_fast(PLAIN ? __fmaf_rn(y, scale, -base[i % 2]) : y - base[i % 2]);
+        x[e] = exp2_fast(PLAIN ? __fmaf_rn(y, scale, -top[i % 2]) : y - top[i % 2]);
       }
       w[i] = add(i % 2, x[0], x[1]);
     }

@@ -30,6 +30,7 @@
 // of 128 bytes (of f32 32, not swizzled) and all positions of a tile, or, with HEAD_MASK, 64 / PACK positions of PACK heads; any map without.
 constexpr int ROWS = 64 * CLUSTER, BLOCKS = CLUSTER, SPAN = KEYS;
 constexpr bool ROUNDED = true;
+constexpr bool GUESSES = false;
 #include "hopper_prefill.cuh"
 
 constexpr int CHUNKS = DK / 64;
@@ -193,12 +194,16 @@ INLINE void score_role(const Prefill& p, u32 shared, u32 rank) {
         }
       }
       if (block != tile.block) send(to, softmax, w);
+      const bool masked = tile.masked(block);
+      if (MASK && masked) mask.fetch();
       products_wait<0>();
       settle(s);
       release((ring.stage + K_STAGES - 1) % K_STAGES);
       next = tile.seen(block - 1);
       if (next < 0 && lane == 0) arrive(barrier(shared, Q_EMPTY));  // the next tile's is loaded meanwhile
-      softmax.begin(s, p, Range(p, tile, block, rows, lane % 4), mask, tile.masked(block));
+      softmax.take(s, p, mask, masked, [&] { Range(p, tile, block, rows, lane % 4).hide(s); });
+      softmax.refer(s, p, mask, masked);
+      if (MASK && masked) mask.release();
 #pragma unroll
       for (int unit = 0; unit < UNITS; ++unit) softmax.weights(s, unit, scale, w[unit]);
     }

@@ -35,6 +35,7 @@ struct Prefill {
 #define INFINITE __int_as_float(0x7F800000)
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 constexpr float SLACK = 8.0f;  // log2 by which scores may pass the reference before the output is rescaled
+constexpr float NOTHING = -3e38f;  // reference of a row that has seen no key: less than any, and -inf - NOTHING is -inf
 constexpr bool BF16 = Q_TYPE == 1, V_BF16 = V_TYPE == 1;
 
 constexpr int SCORES = SPAN / 2, UNITS = SPAN / 16;  // scores: of a thread for 16 rows; a unit: 16 keys
@@ -190,21 +191,20 @@ INLINE void most_of_quads(float (&x)[N]) {
 
 // Sums of a thread's two rows.
 struct Sums {
-  float top[2] = {-INFINITE, -INFINITE}, total[2] = {0.0f, 0.0f};  // top: reference of the exponents, log2
-  float rounded[2] = {0.0f, 0.0f};                                 // ROUNDED: total of the weights in their 16 bits
-  float base[2] = {0.0f, 0.0f}, factor[2];                         // of the block at hand
-  bool grown;                                                      // any row of the warp
+  float top[2] = {NOTHING, NOTHING}, total[2] = {0.0f, 0.0f};  // top: reference of the exponents, log2
+  float rounded[2] = {0.0f, 0.0f};                             // ROUNDED: total of the weights in their 16 bits
+  float factor[2];                                             // of the block at hand
+  bool grown;                                                  // any row of the warp
 
-  INLINE bool passed(int r, float most) const { return most > top[r] + SLACK; }
-  INLINE void raise(int r, float most) {  // the reference of a row, if its maximum passes it by much
+  INLINE bool passed(int r, float most, float slack = SLACK) const { return most > top[r] + slack; }
+  INLINE void raise(int r, float most, float slack = SLACK) {  // the reference of a row, if its maximum passes it by that
     factor[r] = 1.0f;
-    if (passed(r, most)) {
+    if (passed(r, most, slack)) {
       factor[r] = exp2_fast(top[r] - most);
       top[r] = most;
       total[r] *= factor[r];
       if (ROUNDED) rounded[r] *= factor[r];
     }
-    base[r] = top[r] == -INFINITE ? 0.0f : top[r];
   }
 
   // adds two weights, of which these are the 16 bits that values are multiplied by

@@ -11,6 +11,11 @@
 // of 128 bytes, boxes (64, 8, 2, 1) or, with PACK 1, (64, 16, 1, 1); any map without.
 constexpr int ROWS = 64 * GROUPS, BLOCKS = 1, SPAN = KEYS;
 constexpr bool ROUNDED = SOFTCAP && MASK > 0;  // elsewhere issue slots are what limits
+// EARLY: what a block needs is asked for while its products run; plain attention takes longer that way. GUESSES: weights come
+// before maxima, which are then seldom needed. VALUES_FIRST: products of values come before those of scores, and free registers
+// for a mask's values, of which a thread has 32.
+constexpr bool EARLY = MASK > 0 || SOFTCAP > 0, GUESSES = MASK > 0 && !SOFTCAP;
+constexpr bool VALUES_FIRST = GUESSES && GROUPS == 3 && MASK == 2 && !HEAD_MASK;
 #include "hopper_prefill.cuh"
 
 constexpr int CHUNKS = DK / 64, COLUMNS = DV / 64;
@@ -136,51 +141,73 @@ INLINE void attend_role(const Prefill& p, const TensorMap* out_map, u32 shared, 
       products_commit();
     };
     int block = tile.block, next;
+    bool masked;
     auto release_k = [&] {  // and q, after the last block: the next tile's is loaded meanwhile
       if (lane == 0) arrive(barrier(shared, K_EMPTY + k_ring.stage));
       k_ring.advance();
-      next = tile.seen(block - 1);
+      if (!EARLY) next = tile.seen(block - 1);
       if (next < 0 && lane == 0) arrive(barrier(shared, Q_EMPTY));
     };
     auto release_v = [&] {
       if (lane == 0) arrive(barrier(shared, V_EMPTY + v_ring.stage));
       v_ring.advance();
     };
-    auto begin = [&](int block) {
-      softmax.begin(s, p, Range(p, tile, block, rows, lane % 4), mask, tile.masked(block));
+    auto end_values = [&] {
+      products_wait<VALUES_FIRST>();
+      settle(o);
+      release_v();
     };
-    auto weigh = [&] {
-#pragma unroll
-      for (int unit = 0; unit < UNITS; ++unit) softmax.weights(s, unit, scale, w[unit]);
+    auto begin = [&](auto values_run) {  // scores, beside the products of values that may still run
+      const bool whole = EARLY && __all_sync(~0u, Range(p, tile, block, rows, lane % 4).whole());
+      masked = tile.masked(block);
+      if (VALUES_FIRST && decltype(values_run)::value) end_values();
+      if (MASK && masked) mask.fetch();
+      if (EARLY) next = tile.seen(block - 1);
+      products_wait<decltype(values_run)::value && !VALUES_FIRST>();
+      settle(s);
+      release_k();
+      softmax.take(s, p, mask, masked, [&] {
+        if (!whole) Range(p, tile, block, rows, lane % 4).hide(s);
+      });
+    };
+    auto release_mask = [&] {
+      if (MASK && masked) mask.release();
     };
     if (block >= 0) {
       wait(barrier(shared, Q_FULL), q_ring.parity);
       q_ring.advance();
       scores();
-      products_wait<0>();
-      settle(s);
-      release_k();
-      begin(block);
-      weigh();
+      begin(Bool<false>());
+      softmax.refer(s, p, mask, masked);
+      release_mask();
+      softmax.weigh(s, scale, w);
+      softmax.count();
       int before = block;
       while ((block = next) >= 0) {
         meet(1 + group);  // products are asked for in turn, so that one's softmax has the others' products beside it
+        if (VALUES_FIRST) values(before);
         scores();
-        values(before);
+        if (!VALUES_FIRST) values(before);
         before = block;
         go_by(1 + (group + 1) % GROUPS);
-        products_wait<1>();
-        settle(s);
-        release_k();
-        begin(block);
-        products_wait<0>();
-        settle(o);
-        release_v();
+        begin(Bool<true>());
+        if constexpr (!GUESSES) {
+          softmax.refer(s, p, mask, masked);
+          release_mask();
+        }
+        if (!VALUES_FIRST) end_values();
+        if constexpr (GUESSES) {
+          const bool right = softmax.guess(s, scale, w);
+          if (!right) softmax.refer(s, p, mask, masked);
+          release_mask();
+          if (right) continue;
+        }
         if (softmax.grown) {
 #pragma unroll
           for (int i = 0; i < DV / 2; ++i) o[i] *= softmax.factor[i / 2 % 2];
         }
-        weigh();
+        softmax.weigh(s, scale, w);
+        softmax.count();
       }
       values(before);
     }
