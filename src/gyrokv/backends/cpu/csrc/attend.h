@@ -38,6 +38,18 @@ inline float score_rows(Workspace& work, const Query& query, const Block& block,
         score_stored(work, query, block, rows, tokens);
         return 1.0f;
     }
+#if defined(GYROKV_QUADS)
+    if (block.k_quads) {
+        const Format& f = *block.k_format;
+        QuadScores k = {*block.k_quads, *block.k_tables, block.k_rows.words, block.k_rows.word_strides[2], int(row_bytes(f)), block.count,
+                        block.k_scale, block.tokens, tokens, {}, work.scores, SCORE_STRIDE, work.most, work.plain, work.ahead};
+        for (int i = row / QUAD_ROWS, n; rows; ++i, rows -= n, k.scores += n * SCORE_STRIDE, k.most += n * LANES) {
+            n = quad_pass(rows), k.q = query.passes[i];
+            score_quads(f, n, query.terms, k);
+        }
+        return 1.0f;
+    }
+#endif
     const int terms = query.terms;
     Product p = {query.element, nullptr, query.stride, rows * terms, nullptr, block.k.panel, tokens / LANES, 0, work.products,
                  SCORE_STRIDE, false};
@@ -298,17 +310,19 @@ inline bool attend(const Attend& call, const Unit& unit, char* scratch) {
         }
 #endif
         const bool k_stored = multiplies_stored(kf, unit.rows), v_stored = multiplies_stored(vf_, unit.rows);
+        const bool k_quads = !k_stored && takes_quads(kf, unit.rows, call.terms);
         const bool direct = !v_stored && adds_direct(vf_, unit.rows);
         const Element ke = element_of(kf), ve = direct || v_stored ? FLOAT : element_of(vf_);
         const Tables k_tables(kf), v_tables(vf_);
         const Stored k_order(kf, k_stored ? unit.rows : 0, terms_of(ke, call, bfloat_query(call)));
+        const Quads k_parts(kf, k_quads);
         const Stored v_order(vf_, v_stored ? unit.rows : 0, call.terms);
         const int group = ke == INT8 ? kf.group : kf.dim;
         int which = 0;
-        auto fits = [&](const Query& q) { return q.element == ke && q.group == group && q.factor == kf.factor && q.planes == kf.planes && q.sorted == (packed_tokens(kf) && !k_stored) && (q.tiles != nullptr) == k_stored; };
+        auto fits = [&](const Query& q) { return q.element == ke && q.group == group && q.factor == kf.factor && q.planes == kf.planes && q.sorted == (packed_tokens(kf) && !k_stored && !k_quads) && (q.tiles != nullptr) == k_stored && q.quads == (k_quads ? kf.bits : 0); };
         while (which < packed && !fits(queries[which])) ++which;
         if (which == packed) {
-            queries[packed++] = pack_query(call, unit, kf, k_stored ? &k_order : nullptr, next_query);
+            queries[packed++] = pack_query(call, unit, kf, k_stored ? &k_order : nullptr, k_quads ? &k_parts : nullptr, next_query);
             next_query += query_bytes(call, unit.rows);
         }
         const Query& query = queries[which];
@@ -335,7 +349,8 @@ inline bool attend(const Attend& call, const Unit& unit, char* scratch) {
                     work.ahead.aim(kf, k, vf_, v, slot + block.count, next,
                                    stored_ticks(k_order, v_order, unit.rows, block.tokens));
                 } else {
-                    const int keys = k_stored ? block.tokens / 32 * k_score_ticks(k_order) : panel_ticks(kf, block.tokens, true);
+                    const int keys = k_stored ? block.tokens / 32 * k_score_ticks(k_order) : k_quads ? quad_ticks(k_parts, unit.rows, block.tokens)
+                                     : panel_ticks(kf, block.tokens, true);
                     const int values = direct ? block.count * DIRECT_PACE * direct_passes(vf_, unit.rows)
                                               : panel_ticks(vf_, block.tokens, false);
                     const int pauses = together > 1 ? 0 : (keys + values) / 4;
@@ -347,6 +362,8 @@ inline bool attend(const Attend& call, const Unit& unit, char* scratch) {
                 work.unit.keep_awake();
                 if (k_stored)
                     block.k_stored = &k_order;
+                else if (k_quads)
+                    block.k_quads = &k_parts;
                 else
                     block.k = k_panels(kf, k_tables, k, slot, block.count, block.tokens,
                                        work.panels[0] + made * panel_bytes(call, 0, unit.rows, per_block), work.plain, work.unit,
