@@ -169,7 +169,7 @@ inline void attend_rows(const Attend& call, const Unit& unit, Workspace& work, c
             soften_short(scores, scale, top[r], tokens, state[r], total[r]);
         } else {
             soften<e>(block, scores, scale, top[r], one_group, state[r], total[r]);
-            if (!apart && !block.direct && !block.v_stored) {  // they are multiplied where they are
+            if (!apart && !block.direct && !block.v_stored && !block.v_quads) {  // they are multiplied where they are
                 std::memset(scores, 0, state[r].begin * 4);
                 std::memset(scores + state[r].end, 0, (tokens - state[r].end) * 4);
             }
@@ -178,6 +178,7 @@ inline void attend_rows(const Attend& call, const Unit& unit, Workspace& work, c
         work.ahead.tick(work.pause);
     }
     if (block.v_stored) return add_rows_stored(call, work, block, unit.out + int64_t(row) * call.v_dim, rows, state, ready);
+    if (block.v_quads) return add_rows_quads(call, work, block, unit.out + int64_t(row) * call.v_dim, rows, state);
     if (block.direct) return add_rows(call, work, block, unit.out + int64_t(row) * call.v_dim, rows, state);
     for (int g = 0; g * group < f.dim; ++g) {
         for (int r = 0; r < rows && apart; ++r) {
@@ -253,7 +254,7 @@ inline size_t attend_memory(const Attend& call, int rows, Workspace* work, char*
     const int64_t per_block = tokens_per_block(call, rows), dims[2] = {round_up(call.k_dim, 64), round_up(call.v_dim, 64)};
     char* products = layout.take(int64_t(ROWS_PER_MMA) * SCORE_STRIDE * 4);
     char* scores = layout.take(int64_t(ROWS_PER_MMA) * SCORE_STRIDE * 4);
-    char* weights = layout.take(int64_t(ROWS_PER_MMA) * WEIGHT_STRIDE);
+    char* weights = layout.take(std::max(int64_t(ROWS_PER_MMA) * WEIGHT_STRIDE, quad_weight_bytes(call.v_dim)));
     char* most = layout.take(int64_t(ROWS_PER_MMA) * LINE);
     char* rescale = layout.take(ROWS_PER_MMA * 4);
     char* first_query = layout.take(3 * query_bytes(call, rows));
@@ -311,11 +312,12 @@ inline bool attend(const Attend& call, const Unit& unit, char* scratch) {
 #endif
         const bool k_stored = multiplies_stored(kf, unit.rows), v_stored = multiplies_stored(vf_, unit.rows);
         const bool k_quads = !k_stored && takes_quads(kf, unit.rows, call.terms);
-        const bool direct = !v_stored && adds_direct(vf_, unit.rows);
-        const Element ke = element_of(kf), ve = direct || v_stored ? FLOAT : element_of(vf_);
+        const bool v_quads = !v_stored && takes_quads(vf_, unit.rows, call.terms);
+        const bool direct = !v_stored && !v_quads && adds_direct(vf_, unit.rows);
+        const Element ke = element_of(kf), ve = direct || v_stored || v_quads ? FLOAT : element_of(vf_);
         const Tables k_tables(kf), v_tables(vf_);
         const Stored k_order(kf, k_stored ? unit.rows : 0, terms_of(ke, call, bfloat_query(call)));
-        const Quads k_parts(kf, k_quads);
+        const Quads k_parts(kf, k_quads, false), v_parts(vf_, v_quads, true);
         const Stored v_order(vf_, v_stored ? unit.rows : 0, call.terms);
         const int group = ke == INT8 ? kf.group : kf.dim;
         int which = 0;
@@ -351,7 +353,8 @@ inline bool attend(const Attend& call, const Unit& unit, char* scratch) {
                 } else {
                     const int keys = k_stored ? block.tokens / 32 * k_score_ticks(k_order) : k_quads ? quad_ticks(k_parts, unit.rows, block.tokens)
                                      : panel_ticks(kf, block.tokens, true);
-                    const int values = direct ? block.count * DIRECT_PACE * direct_passes(vf_, unit.rows)
+                    const int values = v_quads ? value_ticks(v_parts, unit.rows, block.tokens)
+                                       : direct ? block.count * DIRECT_PACE * direct_passes(vf_, unit.rows)
                                               : panel_ticks(vf_, block.tokens, false);
                     const int pauses = together > 1 ? 0 : (keys + values) / 4;
                     work.ahead.aim(kf, k, vf_, v, slot + block.count, next, keys + values + pauses);
@@ -370,6 +373,8 @@ inline bool attend(const Attend& call, const Unit& unit, char* scratch) {
                                        work.ahead);
                 if (v_stored)
                     block.v_stored = &v_order;
+                else if (v_quads)
+                    block.v_quads = &v_parts;
                 else if (direct)
                     block.direct = &direct_values;
                 else

@@ -11,7 +11,7 @@ struct Block {
     Panels k = {}, v;
     Rows k_rows, v_rows;
     const Stored *k_stored = nullptr, *v_stored = nullptr;  // in place of k and v, where rows are multiplied as they are stored
-    const Quads* k_quads = nullptr;                         // in place of k
+    const Quads *k_quads = nullptr, *v_quads = nullptr;     // in place of k and v
     const Direct* direct = nullptr;                         // in place of v
     const Tables *k_tables, *v_tables;
     const float *k_scale, *v_scale;  // [scale][tokens]

@@ -58,33 +58,38 @@ INLINE vf scales_of(const Part& part, const float* scale, int64_t stride) {
 }
 
 // Four sums per part and row, to [part][row].
-template <int rows>
-INLINE vf add_parts(const vf* x) {
+template <int rows, class V>
+INLINE V add_parts(const V* x) {
     using vq = vec<uint64_t>;
-    auto row = [&](int r) { return r < rows ? x[r] : vf{}; };
-    const vf a = zip<0>(row(0), row(1)) + zip<1>(row(0), row(1)), b = zip<0>(row(2), row(3)) + zip<1>(row(2), row(3));
-    return (vf)zip<0>((vq)a, (vq)b) + (vf)zip<1>((vq)a, (vq)b);
+    auto row = [&](int r) { return r < rows ? x[r] : V{}; };
+    const V a = zip<0>(row(0), row(1)) + zip<1>(row(0), row(1)), b = zip<0>(row(2), row(3)) + zip<1>(row(2), row(3));
+    return (V)zip<0>((vq)a, (vq)b) + (V)zip<1>((vq)a, (vq)b);
 }
 
 INLINE vi dot_parts(vi sum, line k, __m512i q) { return (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)k, q); }
 
-// Two vectors of four tokens each, 4 i + j and 4 i + j + 1 in part i, to their scores [part][row].
-template <class C, int lines, bool whole, int rows, int terms, int j>
+// Two vectors of four tokens each, 4 i + j and 4 i + j + 1 in part i, to their scores [part][row]. `once`: all values of a row have
+// the same scales, which are left out, and scores are integers.
+template <class C, int lines, bool whole, bool once, int rows, int terms, int j>
 INLINE void score_pair(const QuadScores& a, const Decoder<C::bits, C::look_up>& decoder, const char* at, int64_t stride,
-                       const float* k_scale, vf* to) {
+                       const float* k_scale, std::conditional_t<once, vi, vf>* to) {
     constexpr int sums = C::planes == 2 ? 2 : terms;
     vi sum[2][rows][sums];
-    vf score[2][rows] = {};
+    std::conditional_t<once, vi, vf> score[2][rows] = {};
     const char *q = a.q.parts, *begin = a.q.begin, *q_scale = a.q.scale;
     auto start = [&]() __attribute__((always_inline)) {
         for (int r = 0; r < rows; ++r)
             for (int i = 0; i < sums; ++i, begin += PART_BYTES) sum[0][r][i] = sum[1][r][i] = (vi)every_part(begin);
     };
+    auto joined = [&](int i, int r) __attribute__((always_inline)) {
+        if constexpr (sums == 1) return sum[i][r][0];
+        return (sum[i][r][0] << 8) + sum[i][r][sums - 1];
+    };
     start();
     for (int p = 0; p < a.order.parts; ++p) {
         const Part& part = a.order.part[p];
         a.ahead.tick();
-        const PartLines<C, whole> tokens[2] = {{part, at + j * stride, 4 * stride}, {part, at + (j + 1) * stride, 4 * stride}};
+        const PartLines<C, whole, lines == Fields<C::bits>::steps> tokens[2] = {{part, at + j * stride, 4 * stride}, {part, at + (j + 1) * stride, 4 * stride}};
         auto multiply = [&]<int s>(std::integral_constant<int, s>) __attribute__((always_inline)) {
             line k[2][C::planes];
             for (int i = 0; i < 2; ++i) decoder.template values<C::planes>(tokens[i].template codes<s>(), k[i]);
@@ -102,22 +107,23 @@ INLINE void score_pair(const QuadScores& a, const Decoder<C::bits, C::look_up>& 
         [&]<int... s>(std::integer_sequence<int, s...>) __attribute__((always_inline)) {
             (multiply(std::integral_constant<int, s>{}), ...);
         }(std::make_integer_sequence<int, lines>{});
-        if (!part.last) continue;
-        const vf scale[2] = {scales_of<whole, j>(part, k_scale, a.scale_stride), scales_of<whole, j + 1>(part, k_scale, a.scale_stride)};
-        for (int r = 0; r < rows; ++r, q_scale += PART_BYTES) {
-            const vf by = (vf)every_part(q_scale);
-            for (int i = 0; i < 2; ++i) {
-                vi x = sum[i][r][0];
-                if constexpr (sums == 2) x = (x << 8) + sum[i][r][1];
-                score[i][r] = fma(to_float(x) * by, scale[i], score[i][r]);
+        if constexpr (!once) {
+            if (!part.last) continue;
+            const vf scale[2] = {scales_of<whole, j>(part, k_scale, a.scale_stride), scales_of<whole, j + 1>(part, k_scale, a.scale_stride)};
+            for (int r = 0; r < rows; ++r, q_scale += PART_BYTES) {
+                const vf by = (vf)every_part(q_scale);
+                for (int i = 0; i < 2; ++i) score[i][r] = fma(to_float(joined(i, r)) * by, scale[i], score[i][r]);
             }
+            if (p + 1 < a.order.parts) start();
         }
-        if (p + 1 < a.order.parts) start();
     }
+    if constexpr (once)
+        for (int i = 0; i < 2; ++i)
+            for (int r = 0; r < rows; ++r) score[i][r] = joined(i, r);
     for (int i = 0; i < 2; ++i) to[i] = add_parts<rows>(score[i]);
 }
 
-template <class C, int lines, bool whole, int rows, int terms>
+template <class C, int lines, bool whole, bool once, int rows, int terms>
 __attribute__((noinline)) void score_quads_of(const QuadScores& a) {
     const Decoder<C::bits, C::look_up> decoder(a.tables);
     vf most[rows];
@@ -130,15 +136,17 @@ __attribute__((noinline)) void score_quads_of(const QuadScores& a) {
             for (int i = 0; i < a.count - t; ++i) std::memcpy(a.padded + i * a.bytes, at + i * stride, a.bytes);
             from = a.padded, stride = a.bytes;
         }
-        vf x[4];
-        score_pair<C, lines, whole, rows, terms, 0>(a, decoder, from, stride, a.k_scale + t, x);
-        score_pair<C, lines, whole, rows, terms, 2>(a, decoder, from, stride, a.k_scale + t, x + 2);
+        std::conditional_t<once, vi, vf> x[4];
+        score_pair<C, lines, whole, once, rows, terms, 0>(a, decoder, from, stride, a.k_scale + t, x);
+        score_pair<C, lines, whole, once, rows, terms, 2>(a, decoder, from, stride, a.k_scale + t, x + 2);
         using vq = vec<uint64_t>;
         const vq b = (vq)zip<0>(x[0], x[1]), c = (vq)zip<0>(x[2], x[3]), d = (vq)zip<1>(x[0], x[1]), e = (vq)zip<1>(x[2], x[3]);
-        const vf score[4] = {(vf)zip<0>(b, c), (vf)zip<1>(b, c), (vf)zip<0>(d, e), (vf)zip<1>(d, e)};
+        const vq made[4] = {zip<0>(b, c), zip<1>(b, c), zip<0>(d, e), zip<1>(d, e)};
         for (int r = 0; r < rows; ++r) {
-            store(a.scores + r * a.score_stride + t, score[r]);
-            most[r] = max(most[r], score[r]);
+            vf score = (vf)made[r];
+            if constexpr (once) score = to_float((vi)made[r]) * (load<vf>(a.k_scale + t) * *(const float*)(a.q.scale + r * PART_BYTES));
+            store(a.scores + r * a.score_stride + t, score);
+            most[r] = max(most[r], score);
         }
     }
     for (int r = 0; r < rows; ++r) store(a.most + r * LANES, most[r]);
@@ -159,19 +167,28 @@ INLINE void as_pass(int rows, Body body) {
     body(std::integral_constant<int, 1>{});
 }
 
+// body(terms) for those that takes_quads allows.
+template <class C, class Body>
+INLINE void as_terms(int terms, Body body) {
+    if constexpr (C::planes == 2) return body(std::integral_constant<int, 2>{});
+    constexpr bool both = C::bits < 5 || C::look_up == VALUES;
+    if constexpr (both)
+        if (terms == 2) return body(std::integral_constant<int, 2>{});
+    if constexpr (C::planes == 1) body(std::integral_constant<int, 1>{});
+}
+
 // Scores of `rows` (1, 2 or 4) rows whose q has `terms` parts.
 inline void score_quads(const Format& f, int rows, int terms, const QuadScores& a) {
     as_coded(f, [&]<class C>(C) {
+        constexpr int steps = Fields<C::bits>::steps;
         as_pass(rows, [&]<int n>(std::integral_constant<int, n>) {
             auto run = [&]<int lines>(std::integral_constant<int, lines>) {
-                if constexpr (C::planes == 2)
-                    a.order.whole ? score_quads_of<C, lines, true, n, 2>(a) : score_quads_of<C, lines, false, n, 2>(a);
-                else if (C::bits != 5 && C::bits != 6 && C::look_up != SIGNED_INDICES && terms == 2)
-                    a.order.whole ? score_quads_of<C, lines, true, n, 2>(a) : score_quads_of<C, lines, false, n, 2>(a);
-                else
-                    a.order.whole ? score_quads_of<C, lines, true, n, 1>(a) : score_quads_of<C, lines, false, n, 1>(a);
+                as_terms<C>(terms, [&]<int t>(std::integral_constant<int, t>) {
+                    if (!a.order.whole) return score_quads_of<C, lines, false, false, n, t>(a);
+                    if (a.order.once && lines == steps) return score_quads_of<C, lines, true, lines == steps, n, t>(a);
+                    score_quads_of<C, lines, true, false, n, t>(a);
+                });
             };
-            constexpr int steps = Fields<C::bits>::steps;
             if (steps > 1 && a.order.lines == steps)
                 run(std::integral_constant<int, steps>{});
             else

@@ -21,7 +21,7 @@ constexpr int MOST_PARTS = 640 / PART_BYTES;  // lines of a padded head
 #if !defined(GYROKV_QUADS)
 
 struct Quads {
-    Quads(const Format&, bool) {}
+    Quads(const Format&, bool, bool) {}
 };
 INLINE bool takes_quads(const Format&, int, int) { return false; }
 
@@ -47,22 +47,27 @@ struct Part {
     int32_t group[4];             // of the scale, of each four values of a line
     alignas(16) uint8_t gather[PART_BYTES], sort[PART_BYTES];  // of the next field, before and after
     uint32_t turn[4];             // that brings its bits above the others
+    alignas(64) uint8_t column_gather[LINE];  // the same for lines of columns (see quad_values.h)
+    uint32_t column_turn[LANES];
 };
 
 struct Quads {
     int parts = 0;
     int lines;     // of a part
     bool whole;    // parts are loaded without masks
+    bool once;     // one scale per row
     Part part[MOST_PARTS];
     int first[MOST_PARTS];  // value of the first byte of a line [part][line]; the odd ones lie dim / 2 behind
 
-    // `several`: all lines of a part together where they have the same scales
-    Quads(const Format& f, bool several) {
+    // needed: else there are no parts; columns: for values
+    Quads(const Format& f, bool needed, bool columns) {
+        if (!needed) return;
         const int wide = f.bits & 8 ? 8 : f.bits & 4 ? 4 : 2, next = f.bits - wide, steps = 8 / wide;
         const int words = f.dim * wide / 16, next_words = f.dim * next / 16, base = f.dim * wide / 8;
+        once = f.group >= f.dim;
         whole = words % PART_WORDS == 0 && next_words % PART_WORDS == 0;
         auto group_of = [&](int first, int lane) { return (first + lane % 2 * 4 + lane / 2 * (f.dim / 2)) / f.group; };
-        bool same = several && next_words % 4 == 0;
+        bool same = columns || next_words % 4 == 0;  // all lines of a part at once
         for (int p = 0; p < words; p += PART_WORDS)
             for (int lane = 0; lane < 4; ++lane)
                 for (int k = 1; k < steps; ++k) same &= group_of(p, lane) == group_of(p + k * words, lane);
@@ -85,6 +90,11 @@ struct Quads {
                         made.gather[i] = uint8_t(2 * (all ? (p + w) % next_words : w) + odd);
                         made.sort[i] = early ? uint8_t(i) : SORTED[i];
                         made.turn[i / 4] = uint32_t(((p + w + k * words) / next_words * next - wide) & 31);
+                    }
+                    for (int i = 0; columns && i < LINE; ++i) {
+                        const int w = i / 4 % PART_WORDS, odd = i / 4 / PART_WORDS;
+                        made.column_gather[i] = uint8_t(i % 4 * PART_BYTES + 2 * (all ? (p + w) % next_words : w) + odd);
+                        made.column_turn[i / 4] = uint32_t(((p + w + k * words) / next_words * next - wide) & 31);
                     }
                 }
                 ++parts;
@@ -126,8 +136,23 @@ INLINE __m512i load_four(const char* at, int64_t step, const __mmask8 (&words)[2
     return _mm512_inserti32x4(x, one(3), 3);
 }
 
-// Parts of four rows, `step` bytes apart, to lines: of a token the first, third, .. byte of a part, then the others.
-template <class C, bool whole>
+// Codes number s of a part; bits above them do not matter.
+template <int bits, int s>
+INLINE line codes_of(__m512i wide, __m512i next) {
+    using F = Fields<bits>;
+    __m512i code = wide;
+    if constexpr (s > 0) code = _mm512_srli_epi16(code, s * F::wide);
+    if constexpr (F::next > 0) {
+        __m512i high = next;
+        if constexpr (s > 0) high = _mm512_ror_epi32(high, s * F::repeats * F::next);
+        code = _mm512_ternarylogic_epi32(_mm512_set1_epi8((1 << F::wide) - 1), code, high, 0xca);
+    }
+    return (line)code;
+}
+
+// Parts of four rows, `step` bytes apart, to lines: of a token the first, third, .. byte of a part, then the others. `all`: lines
+// of all codes, else of those at the part's shift.
+template <class C, bool whole, bool all>
 struct PartLines {
     using F = Fields<C::bits>;
     __m512i wide, next;
@@ -137,7 +162,8 @@ struct PartLines {
             wide = (__m512i)load_parts(rows + p.wide, step);
         else
             wide = load_four(rows + p.wide, step, {p.words, 0}, 0);
-        wide = _mm512_srl_epi16(_mm512_shuffle_epi8(wide, sorted), _mm_cvtsi32_si128(p.shift));
+        wide = _mm512_shuffle_epi8(wide, sorted);
+        if constexpr (!all) wide = _mm512_srl_epi16(wide, _mm_cvtsi32_si128(p.shift));
         if constexpr (F::next > 0) {
             if constexpr (whole) {
                 next = _mm512_shuffle_epi8((__m512i)load_parts(rows + p.next[0], step), sorted);
@@ -149,17 +175,9 @@ struct PartLines {
             if constexpr (!whole) next = _mm512_shuffle_epi8(next, every_part(p.sort));
         }
     }
-    // Codes number s; bits above them do not matter.
     template <int s>
     inline __attribute__((always_inline)) line codes() const {
-        __m512i code = wide;
-        if constexpr (s > 0) code = _mm512_srli_epi16(code, s * F::wide);
-        if constexpr (F::next > 0) {
-            __m512i high = next;
-            if constexpr (s > 0) high = _mm512_ror_epi32(high, s * F::repeats * F::next);
-            code = _mm512_ternarylogic_epi32(_mm512_set1_epi8((1 << F::wide) - 1), code, high, 0xca);
-        }
-        return (line)code;
+        return codes_of<C::bits, s>(wide, next);
     }
 };
 

@@ -1,6 +1,7 @@
 // Scores of a few rows to weights, and what these add to the output: see attend.h.
 #pragma once
 #include "prefill.h"
+#include "quad_values.h"
 
 namespace gyrokv {
 namespace GYROKV_ISA {
@@ -207,6 +208,25 @@ inline void add_rows(const Attend& call, Workspace& work, const Block& block, fl
     const Weighted w = {*block.direct, block.v_rows.words, block.v_rows.word_strides[2], first, std::min(stop, block.count),
                         work.shares, stride, rows, group, out, call.v_dim, work.rescale, factor, totals};
     add_direct(w, f, work.unit, work.ahead);
+#endif
+}
+
+// The same from rows of codes side by side.
+inline void add_rows_quads(const Attend& call, Workspace& work, const Block& block, float* out, int rows, const Row* state) {
+#if defined(GYROKV_QUADS)
+    const Format& f = *block.v_format;
+    int first, stop;
+    clear_weights(work, rows, state, first, stop);
+    for (int r = 0; r < rows; ++r) {
+        float* weights = work.scores + r * SCORE_STRIDE;
+        std::fill_n(weights, first, 0.0f);
+        std::fill(weights + stop, weights + block.tokens, 0.0f);
+    }
+    const int64_t bytes = row_bytes(f), stride = block.v_rows.word_strides[2];
+    for (int t = block.count / 64 * 64; t < block.count; ++t)
+        std::memcpy(work.plain + t % 64 * bytes, block.v_rows.words + t * stride, bytes);
+    add_quads({*block.v_quads, *block.v_tables, f, block.v_rows.words, stride, bytes, block.count, block.tokens, work.plain, first, stop, work.scores,
+               SCORE_STRIDE, block.v_scale, call.terms, out, call.v_dim, work.rescale, work.weights, work.ahead}, rows);
 #endif
 }
 
