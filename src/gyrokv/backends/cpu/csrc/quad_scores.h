@@ -45,7 +45,7 @@ struct QuadScores {
 };
 
 // Factors of a vector's sums: the scales of the tokens 4 i + j in part i, each for the values in its lane of a line.
-template <bool whole, int j>
+template <bool quarters, int j>
 INLINE vf scales_of(const Part& part, const float* scale, int64_t stride) {
     constexpr auto token = [](int i) constexpr { return i / 4 * 4 + j; };
     auto of = [&](int lane) {
@@ -53,7 +53,7 @@ INLINE vf scales_of(const Part& part, const float* scale, int64_t stride) {
         return (__m512)shuffle<token>(all, all);
     };
     const __m512 x = _mm512_mask_blend_ps(0xcccc, of(0), of(2));
-    if constexpr (whole) return (vf)x;
+    if constexpr (!quarters) return (vf)x;
     return (vf)_mm512_mask_blend_ps(0xaaaa, x, _mm512_mask_blend_ps(0xcccc, of(1), of(3)));
 }
 
@@ -70,7 +70,7 @@ INLINE vi dot_parts(vi sum, line k, __m512i q) { return (vi)_mm512_dpbusd_epi32(
 
 // Two vectors of four tokens each, 4 i + j and 4 i + j + 1 in part i, to their scores [part][row]. `once`: all values of a row have
 // the same scales, which are left out, and scores are integers.
-template <class C, int lines, bool whole, bool once, int rows, int terms, int j>
+template <class C, int lines, bool plain, bool once, int rows, int terms, int j>
 INLINE void score_pair(const QuadScores& a, const Decoder<C::bits, C::look_up>& decoder, const char* at, int64_t stride,
                        const float* k_scale, std::conditional_t<once, vi, vf>* to) {
     constexpr int sums = C::planes == 2 ? 2 : terms;
@@ -89,7 +89,7 @@ INLINE void score_pair(const QuadScores& a, const Decoder<C::bits, C::look_up>& 
     for (int p = 0; p < a.order.parts; ++p) {
         const Part& part = a.order.part[p];
         a.ahead.tick();
-        const PartLines<C, whole, lines == Fields<C::bits>::steps> tokens[2] = {{part, at + j * stride, 4 * stride}, {part, at + (j + 1) * stride, 4 * stride}};
+        const PartLines<C, plain, lines == Fields<C::bits>::steps> tokens[2] = {{part, at + j * stride, 4 * stride}, {part, at + (j + 1) * stride, 4 * stride}};
         auto multiply = [&]<int s>(std::integral_constant<int, s>) __attribute__((always_inline)) {
             line k[2][C::planes];
             for (int i = 0; i < 2; ++i) decoder.template values<C::planes>(tokens[i].template codes<s>(), k[i]);
@@ -109,7 +109,8 @@ INLINE void score_pair(const QuadScores& a, const Decoder<C::bits, C::look_up>& 
         }(std::make_integer_sequence<int, lines>{});
         if constexpr (!once) {
             if (!part.last) continue;
-            const vf scale[2] = {scales_of<whole, j>(part, k_scale, a.scale_stride), scales_of<whole, j + 1>(part, k_scale, a.scale_stride)};
+            constexpr bool quarters = QUARTERS<C::bits>;
+            const vf scale[2] = {scales_of<quarters, j>(part, k_scale, a.scale_stride), scales_of<quarters, j + 1>(part, k_scale, a.scale_stride)};
             for (int r = 0; r < rows; ++r, q_scale += PART_BYTES) {
                 const vf by = (vf)every_part(q_scale);
                 for (int i = 0; i < 2; ++i) score[i][r] = fma(to_float(joined(i, r)) * by, scale[i], score[i][r]);
@@ -123,7 +124,7 @@ INLINE void score_pair(const QuadScores& a, const Decoder<C::bits, C::look_up>& 
     for (int i = 0; i < 2; ++i) to[i] = add_parts<rows>(score[i]);
 }
 
-template <class C, int lines, bool whole, bool once, int rows, int terms>
+template <class C, int lines, bool plain, bool once, int rows, int terms>
 __attribute__((noinline)) void score_quads_of(const QuadScores& a) {
     const Decoder<C::bits, C::look_up> decoder(a.tables);
     vf most[rows];
@@ -137,8 +138,8 @@ __attribute__((noinline)) void score_quads_of(const QuadScores& a) {
             from = a.padded, stride = a.bytes;
         }
         std::conditional_t<once, vi, vf> x[4];
-        score_pair<C, lines, whole, once, rows, terms, 0>(a, decoder, from, stride, a.k_scale + t, x);
-        score_pair<C, lines, whole, once, rows, terms, 2>(a, decoder, from, stride, a.k_scale + t, x + 2);
+        score_pair<C, lines, plain, once, rows, terms, 0>(a, decoder, from, stride, a.k_scale + t, x);
+        score_pair<C, lines, plain, once, rows, terms, 2>(a, decoder, from, stride, a.k_scale + t, x + 2);
         using vq = vec<uint64_t>;
         const vq b = (vq)zip<0>(x[0], x[1]), c = (vq)zip<0>(x[2], x[3]), d = (vq)zip<1>(x[0], x[1]), e = (vq)zip<1>(x[2], x[3]);
         const vq made[4] = {zip<0>(b, c), zip<1>(b, c), zip<0>(d, e), zip<1>(d, e)};
@@ -184,7 +185,8 @@ inline void score_quads(const Format& f, int rows, int terms, const QuadScores& 
         as_pass(rows, [&]<int n>(std::integral_constant<int, n>) {
             auto run = [&]<int lines>(std::integral_constant<int, lines>) {
                 as_terms<C>(terms, [&]<int t>(std::integral_constant<int, t>) {
-                    if (!a.order.whole) return score_quads_of<C, lines, false, false, n, t>(a);
+                    if constexpr (Fields<C::bits>::next > 0)
+                        if (!a.order.plain) return score_quads_of<C, lines, false, false, n, t>(a);
                     if (a.order.once && lines == steps) return score_quads_of<C, lines, true, lines == steps, n, t>(a);
                     score_quads_of<C, lines, true, false, n, t>(a);
                 });
@@ -206,15 +208,13 @@ inline QuadQuery pack_quads(const Format& f, const Quads& order, const char* a, 
     int32_t sum[QUAD_ROWS][2][4] = {};  // what ZERO adds
     for (int p = 0, l = 0; p < order.parts; ++p) {
         const Part& part = order.part[p];
-        const int words = __builtin_popcount(part.words);
         for (int s = 0; s < order.lines; ++s, ++l)
             for (int r = 0; r < rows; ++r)
                 for (int term = 0; term < terms; ++term, to += PART_BYTES) {
                     const int8_t* from = (const int8_t*)a + (int64_t(r) * terms + term) * stride + order.first[l];
-                    std::memset(to, 0, PART_BYTES);
-                    for (int half = 0; half < 2; ++half) std::memcpy(to + half * PART_WORDS, from + half * (f.dim / 2), words);
                     for (int i = 0; i < PART_BYTES; ++i) {
-                        const int x = int8_t(to[i]);
+                        const int w = i % PART_WORDS, x = part.words >> w & 1 ? from[i / PART_WORDS * (f.dim / 2) + w] : 0;
+                        to[i] = char(x);
                         if (f.planes == 2) {
                             if (!term) sum[r][0][i / 4] += x;
                             sum[r][1][i / 4] += x;

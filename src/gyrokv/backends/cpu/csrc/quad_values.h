@@ -110,7 +110,7 @@ INLINE __m512i spread_sides(Of of) {
 }
 
 // Parts of four consecutive rows to lines of 16 columns: first those of the even bytes. `shifted`: of codes at the part's shift.
-template <class C, bool whole, bool shifted>
+template <class C, bool plain, bool shifted>
 struct PartColumns {
     using F = Fields<C::bits>;
     struct Loaded {
@@ -128,18 +128,11 @@ struct PartColumns {
     }
     inline __attribute__((always_inline)) Loaded operator()(const char* rows, int64_t step) const {
         Loaded x;
-        if constexpr (whole)
-            x.wide = (__m512i)load_parts(rows + part.wide, step);
-        else
-            x.wide = load_four(rows + part.wide, step, {part.words, 0}, 0);
+        x.wide = (__m512i)load_parts(rows + part.wide, step);
         x.wide = _mm512_permutexvar_epi8(_mm512_load_si512(COLUMN_BYTES.at), x.wide);
         if constexpr (shifted) x.wide = _mm512_srl_epi16(x.wide, shift);
         if constexpr (F::next > 0) {
-            if constexpr (whole)
-                x.next = (__m512i)load_parts(rows + part.next[0], step);
-            else
-                x.next = load_four(rows + part.next[0], step, part.next_words, part.next[1] - part.next[0]);
-            x.next = _mm512_rorv_epi32(_mm512_permutexvar_epi8(gather, x.next), turn);
+            x.next = _mm512_rorv_epi32(_mm512_permutexvar_epi8(gather, load_next<plain>(part, rows, step)), turn);
         }
         return x;
     }
@@ -151,14 +144,14 @@ struct TwoLines {
 };
 
 // What they add to the output of `rows` query rows. code: of the first line, if they are of one part; the other is the next; or -1.
-template <class C, int code, bool whole, int sides, int rows, int terms>
+template <class C, int code, bool plain, int sides, int rows, int terms>
 __attribute__((noinline)) void add_lines(const QuadValues& a, const TwoLines& two, const QuadWeights& w, float* out, const float* rescale) {
     constexpr int sums = C::planes == 2 ? 2 : terms;
     const Part &part = a.order.part[two.from], &other = a.order.part[two.other];
     const Decoder<C::bits, C::look_up> decoder(a.tables);
     constexpr bool apart = code < 0;
     constexpr bool shifted = apart && Fields<C::bits>::steps > 1;
-    const PartColumns<C, whole, shifted> columns[2] = {PartColumns<C, whole, shifted>(part), PartColumns<C, whole, shifted>(other)};
+    const PartColumns<C, plain, shifted> columns[2] = {PartColumns<C, plain, shifted>(part), PartColumns<C, plain, shifted>(other)};
     vi sum[2][rows][sums];
     for (int r = 0; r < rows; ++r)
         for (int i = 0; i < sums; ++i)
@@ -242,12 +235,15 @@ INLINE void add_quads_of(const QuadValues& a, const float* weights, float* out, 
     const Quads& order = a.order;
     auto run = [&]<int code>(std::integral_constant<int, code>, const TwoLines& two) __attribute__((always_inline)) {
         const int* g = order.part[two.from].group;
-        if (!order.whole)
-            add_lines<C, code, false, 4, rows, terms>(a, two, w, out, rescale);
-        else if (g[0] == g[2])
-            add_lines<C, code, true, 1, rows, terms>(a, two, w, out, rescale);
-        else
-            add_lines<C, code, true, 2, rows, terms>(a, two, w, out, rescale);
+        auto lines = [&]<bool plain>(std::bool_constant<plain>) __attribute__((always_inline)) {
+            if constexpr (QUARTERS<C::bits>)
+                if (g[0] != g[1] || g[2] != g[3]) return add_lines<C, code, plain, 4, rows, terms>(a, two, w, out, rescale);
+            if (g[0] == g[2]) return add_lines<C, code, plain, 1, rows, terms>(a, two, w, out, rescale);
+            add_lines<C, code, plain, 2, rows, terms>(a, two, w, out, rescale);
+        };
+        if constexpr (Fields<C::bits>::next > 0)
+            if (!order.plain) return lines(std::false_type{});
+        lines(std::true_type{});
     };
     constexpr int steps = Fields<C::bits>::steps;
     for (int p = 0; p < order.parts; ++p) {

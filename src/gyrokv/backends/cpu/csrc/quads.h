@@ -15,7 +15,7 @@ namespace GYROKV_ISA {
 #endif
 
 constexpr int PART_WORDS = 8, PART_BYTES = 2 * PART_WORDS;
-constexpr int MOST_QUAD_ROWS = 16;             // query rows
+constexpr int MOST_QUAD_ROWS = 8;             // query rows
 constexpr int MOST_PARTS = 640 / PART_BYTES;  // lines of a padded head
 
 #if !defined(GYROKV_QUADS)
@@ -27,9 +27,14 @@ INLINE bool takes_quads(const Format&, int, int) { return false; }
 
 #else
 
-// Query rows that take rows of a format so, with `terms` parts of q or of the weights.
+// Bits of a code's field in the words that hold most of it, and above them.
+INLINE int wide_bits(const Format& f) { return f.bits & 8 ? 8 : f.bits & 4 ? 4 : 2; }
+INLINE int next_bits(const Format& f) { return f.bits - wide_bits(f); }
+
+// Whether `rows` query rows take rows of a format so, with `terms` parts of q or of the weights.
 INLINE bool takes_quads(const Format& f, int rows, int terms) {
     if (f.kind != CODES || rows > MOST_QUAD_ROWS || f.dim % 32 || f.group % 32 || f.bits == 1 || f.bits == 7) return false;
+    if (f.dim * wide_bits(f) / 16 < PART_WORDS || (next_bits(f) && f.dim * next_bits(f) / 16 < PART_WORDS / 2)) return false;
     if (f.bits < 5 || f.linear) return f.planes == 1;
     return f.planes == terms && (f.bits < 8 || has_half_table(f));
 }
@@ -37,16 +42,17 @@ INLINE bool takes_quads(const Format& f, int rows, int terms) {
 alignas(16) constexpr uint8_t SORTED[PART_BYTES] = {0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15};
 INLINE __m512i every_part(const void* p) { return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)p)); }
 
-// Where the bits of a part are. A part is whole in most heads; in others its words are loaded by mask, those of the next
-// field from two places, because they begin again.
+// Where the bits of a part are. The next field's words begin again after next_words: those of a part may lie at the field's end and
+// at its beginning, and the last of them may have to be moved further than the first.
 struct Part {
-    int32_t wide, next[2];        // bytes from the beginning of a row
+    int32_t wide, next, second;   // bytes from the beginning of a row; second: from `next` to words after a wrap
     int32_t shift;                // of the first code
-    __mmask8 words, next_words[2];
-    bool last;                    // lines from the next part on have other scales
+    __mmask8 words, here;         // that count; of the next field's, those at `next`
+    bool wraps, last;             // last: lines from the next part on have other scales
     int32_t group[4];             // of the scale, of each four values of a line
-    alignas(16) uint8_t gather[PART_BYTES], sort[PART_BYTES];  // of the next field, before and after
-    uint32_t turn[4];             // that brings its bits above the others
+    alignas(16) uint8_t gather[PART_BYTES];   // bytes of the next field, in the order of a line
+    __mmask32 further;                        // whose bits lie one code higher, in 16-bit lanes
+    uint32_t turn;                            // that brings the bits above the others
     alignas(64) uint8_t column_gather[LINE];  // the same for lines of columns (see quad_values.h)
     uint32_t column_turn[LANES];
 };
@@ -54,7 +60,7 @@ struct Part {
 struct Quads {
     int parts = 0;
     int lines;     // of a part
-    bool whole;    // parts are loaded without masks
+    bool plain;    // words of the next field lie like those of the first
     bool once;     // one scale per row
     Part part[MOST_PARTS];
     int first[MOST_PARTS];  // value of the first byte of a line [part][line]; the odd ones lie dim / 2 behind
@@ -62,45 +68,49 @@ struct Quads {
     // needed: else there are no parts; columns: for values
     Quads(const Format& f, bool needed, bool columns) {
         if (!needed) return;
-        const int wide = f.bits & 8 ? 8 : f.bits & 4 ? 4 : 2, next = f.bits - wide, steps = 8 / wide;
-        const int words = f.dim * wide / 16, next_words = f.dim * next / 16, base = f.dim * wide / 8;
-        once = f.group >= f.dim;
-        whole = words % PART_WORDS == 0 && next_words % PART_WORDS == 0;
-        auto group_of = [&](int first, int lane) { return (first + lane % 2 * 4 + lane / 2 * (f.dim / 2)) / f.group; };
-        bool same = columns || next_words % 4 == 0;  // all lines of a part at once
+        const int wide = wide_bits(f), next = next_bits(f), steps = 8 / wide, words = f.dim * wide / 16;
+        once = f.group >= f.dim, plain = f.dim * next / 16 % PART_WORDS == 0;
+        auto first_word = [&](int p) { return std::min(p, words - PART_WORDS); };  // the last part may begin in the one before
+        auto group_of = [&](int p, int k, int lane) {
+            const int from = first_word(p), odd = lane / 2, four = from < p ? 1 : lane % 2;
+            return (from + k * words + 4 * four + odd * (f.dim / 2)) / f.group;
+        };
+        bool same = true;  // lines of a part have the same scales
         for (int p = 0; p < words; p += PART_WORDS)
-            for (int lane = 0; lane < 4; ++lane)
-                for (int k = 1; k < steps; ++k) same &= group_of(p, lane) == group_of(p + k * words, lane);
+            for (int i = 0; i < 4 * steps; ++i) same &= group_of(p, i / 4, i % 4) == group_of(p, 0, i % 4);
         lines = same ? steps : 1;
         for (int k = 0; k < steps; k += lines)
-            for (int p = 0; p < words; p += PART_WORDS) {
+            for (int p = 0; p < words; p += PART_WORDS, ++parts) {
                 Part& made = part[parts];
-                const int count = std::min(PART_WORDS, words - p);
-                made.wide = 2 * p, made.shift = k * wide, made.words = __mmask8((1 << count) - 1);
-                for (int lane = 0; lane < 4; ++lane) made.group[lane] = std::min(group_of(p + k * words, lane), f.dim / f.group - 1);
-                for (int s = 0; s < lines; ++s) first[parts * lines + s] = p + (k + s) * words;
-                if (next) {
-                    const bool all = next_words <= PART_WORDS;  // one load has the whole field
-                    const int from = all ? 0 : p % next_words, here = std::min(PART_WORDS, next_words - from);
-                    made.next[0] = base + 2 * from, made.next[1] = base + 2 * (from - next_words);
-                    made.next_words[0] = __mmask8((1 << here) - 1), made.next_words[1] = __mmask8(all ? 0 : ~made.next_words[0]);
-                    const bool early = next_words % 4 == 0;  // words that sorting brings together are turned alike
-                    for (int i = 0; i < PART_BYTES; ++i) {
-                        const int w = early ? i % PART_WORDS : i / 2, odd = early ? i / PART_WORDS : i % 2;
-                        made.gather[i] = uint8_t(2 * (all ? (p + w) % next_words : w) + odd);
-                        made.sort[i] = early ? uint8_t(i) : SORTED[i];
-                        made.turn[i / 4] = uint32_t(((p + w + k * words) / next_words * next - wide) & 31);
-                    }
-                    for (int i = 0; columns && i < LINE; ++i) {
-                        const int w = i / 4 % PART_WORDS, odd = i / 4 / PART_WORDS;
-                        made.column_gather[i] = uint8_t(i % 4 * PART_BYTES + 2 * (all ? (p + w) % next_words : w) + odd);
-                        made.column_turn[i / 4] = uint32_t(((p + w + k * words) / next_words * next - wide) & 31);
-                    }
-                }
-                ++parts;
+                const int from = first_word(p);
+                made.wide = 2 * from, made.shift = k * wide, made.words = __mmask8(from < p ? 0xf0 : 0xff);
+                for (int lane = 0; lane < 4; ++lane) made.group[lane] = group_of(p, k, lane);
+                for (int s = 0; s < lines; ++s) first[parts * lines + s] = from + (k + s) * words;
+                if (next) place_next(f, made, from, k, columns);
             }
         for (int i = 0; i < parts; ++i)
             part[i].last = i + 1 == parts || !std::equal(part[i].group, part[i].group + 4, part[i + 1].group);
+    }
+
+   private:
+    // The next field of the eight words from `first` on, for code k of them.
+    static void place_next(const Format& f, Part& made, int first, int k, bool columns) {
+        const int wide = wide_bits(f), next = next_bits(f), words = f.dim * wide / 16, count = f.dim * next / 16;
+        const bool all = count < PART_WORDS;  // one load has the whole field, and what lies before it
+        const int from = all ? count - PART_WORDS : first % count, here = all ? PART_WORDS : std::min(PART_WORDS, count - from);
+        made.wraps = here < PART_WORDS, made.here = __mmask8((1 << here) - 1);
+        made.next = f.dim * wide / 8 + 2 * from, made.second = -2 * count;
+        auto byte_of = [&](int w, int odd) { return uint8_t(2 * (all ? (first + w) % count - from : w) + odd); };
+        auto turn_of = [&](int w) { return uint32_t(((first + w + k * words) / count * next - wide) & 31); };
+        made.turn = turn_of(0), made.further = 0;
+        for (int i = 0; i < PART_BYTES; ++i) {
+            made.gather[i] = byte_of(i % PART_WORDS, i / PART_WORDS);
+            if (turn_of(i % PART_WORDS) != made.turn) made.further |= 0x01010101u << (i / 2);
+        }
+        for (int i = 0; columns && i < LINE; ++i) {
+            made.column_gather[i] = uint8_t(i % 4 * PART_BYTES + byte_of(i / 4 % PART_WORDS, i / 4 / PART_WORDS));
+            made.column_turn[i / 4] = turn_of(i / 4 % PART_WORDS);
+        }
     }
 };
 
@@ -124,17 +134,24 @@ INLINE void as_coded(const Format& f, Body body) {
     }
 }
 
-// Words of four rows, `step` bytes apart, from one place or, where they are not whole, from two.
-INLINE __m512i load_four(const char* at, int64_t step, const __mmask8 (&words)[2], int64_t second) {
+// The next field's words of a part, of four rows, `step` bytes apart.
+template <bool plain>
+INLINE __m512i load_next(const Part& p, const char* row, int64_t step) {
+    row += p.next;
+    if (plain || !p.wraps) return (__m512i)load_parts(row, step);
     auto one = [&](int i) {
-        const char* from = at + i * step;
-        return _mm_mask_loadu_epi16(_mm_maskz_loadu_epi16(words[0], from), words[1], from + second);
+        const char* at = row + i * step;
+        return _mm_mask_loadu_epi16(_mm_maskz_loadu_epi16(p.here, at), __mmask8(~p.here), at + p.second);
     };
     __m512i x = _mm512_castsi128_si512(one(0));
     x = _mm512_inserti32x4(x, one(1), 1);
     x = _mm512_inserti32x4(x, one(2), 2);
     return _mm512_inserti32x4(x, one(3), 3);
 }
+
+// Whether four values of a line may have scales of their own: parts of wider fields lie in one group of 32 or more.
+template <int bits>
+constexpr bool QUARTERS = Fields<bits>::wide == 2;
 
 // Codes number s of a part; bits above them do not matter.
 template <int bits, int s>
@@ -152,27 +169,18 @@ INLINE line codes_of(__m512i wide, __m512i next) {
 
 // Parts of four rows, `step` bytes apart, to lines: of a token the first, third, .. byte of a part, then the others. `all`: lines
 // of all codes, else of those at the part's shift.
-template <class C, bool whole, bool all>
+template <class C, bool plain, bool all>
 struct PartLines {
     using F = Fields<C::bits>;
     __m512i wide, next;
     inline __attribute__((always_inline)) PartLines(const Part& p, const char* rows, int64_t step) {
         const __m512i sorted = every_part(SORTED);
-        if constexpr (whole)
-            wide = (__m512i)load_parts(rows + p.wide, step);
-        else
-            wide = load_four(rows + p.wide, step, {p.words, 0}, 0);
-        wide = _mm512_shuffle_epi8(wide, sorted);
+        wide = _mm512_shuffle_epi8((__m512i)load_parts(rows + p.wide, step), sorted);
         if constexpr (!all) wide = _mm512_srl_epi16(wide, _mm_cvtsi32_si128(p.shift));
         if constexpr (F::next > 0) {
-            if constexpr (whole) {
-                next = _mm512_shuffle_epi8((__m512i)load_parts(rows + p.next[0], step), sorted);
-            } else {
-                next = load_four(rows + p.next[0], step, p.next_words, p.next[1] - p.next[0]);
-                next = _mm512_shuffle_epi8(next, every_part(p.gather));
-            }
-            next = _mm512_rorv_epi32(next, every_part(p.turn));
-            if constexpr (!whole) next = _mm512_shuffle_epi8(next, every_part(p.sort));
+            next = _mm512_shuffle_epi8(load_next<plain>(p, rows, step), plain ? sorted : every_part(p.gather));
+            if constexpr (!plain) next = _mm512_mask_srli_epi16(next, p.further, next, F::next);
+            next = _mm512_rorv_epi32(next, _mm512_set1_epi32(p.turn));
         }
     }
     template <int s>
