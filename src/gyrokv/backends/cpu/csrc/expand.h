@@ -290,13 +290,20 @@ class Ahead {
         if (credit_ >= BURST * ONE) fetch();
     }
 
+    // The same, without a call, before which compilers store all vectors that are in use.
+    inline __attribute__((always_inline)) void tick_inside(int weight) {
+        credit_ += rate_ * weight;
+        if (__builtin_expect(credit_ >= BURST * ONE, 0)) take_turns();
+    }
+
    private:
-    __attribute__((noinline)) void fetch() {
+    __attribute__((noinline)) void fetch() { take_turns(); }
+    inline __attribute__((always_inline)) void take_turns() {
         for (; credit_ >= TURN * ONE && streams_; ++turn_) {
             if (turn_ >= streams_) turn_ = 0;
             Stream& s = stream_[turn_];
-            for (int64_t part : {int64_t(0), s.far})
-                __builtin_prefetch(s.at + part, 0, 2), __builtin_prefetch(s.at + part + s.near, 0, 2);
+            __builtin_prefetch(s.at, 0, 2), __builtin_prefetch(s.at + s.near, 0, 2);
+            __builtin_prefetch(s.at + s.far, 0, 2), __builtin_prefetch(s.at + s.far + s.near, 0, 2);
             credit_ -= TURN * ONE, s.at += s.step;
             if (--s.left) continue;
             s.at += s.jump, s.left = s.turns;

@@ -88,7 +88,7 @@ INLINE void score_pair(const QuadScores& a, const Decoder<C::bits, C::look_up>& 
     start();
     for (int p = 0; p < a.order.parts; ++p) {
         const Part& part = a.order.part[p];
-        a.ahead.tick();
+        a.ahead.tick_inside(1);
         const PartLines<C, plain, lines == Fields<C::bits>::steps> tokens[2] = {{part, at + j * stride, 4 * stride}, {part, at + (j + 1) * stride, 4 * stride}};
         auto multiply = [&]<int s>(std::integral_constant<int, s>) __attribute__((always_inline)) {
             line k[2][C::planes];

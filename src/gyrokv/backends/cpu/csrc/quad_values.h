@@ -163,7 +163,7 @@ __attribute__((noinline)) void add_lines(const QuadValues& a, const TwoLines& tw
         const char* from = rest ? a.rest : a.rows + step * a.stride;
         const int64_t stride = rest ? a.bytes : a.stride;
         for (int i = 0; i < 4; ++i, from += 4 * stride) {
-            a.ahead.tick(4);
+            a.ahead.tick_inside(4);
 #pragma GCC unroll 4
             for (int m = 0; m < 4; ++m) {
                 const char* at = from + m * 16 * stride;
