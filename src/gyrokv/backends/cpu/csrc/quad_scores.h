@@ -1,4 +1,4 @@
-// Scores of few query rows from rows of codes side by side (see quads.h).
+// Scores of few query rows from rows of codes side by side (see quads.h): four vectors become four of a dword of 16 tokens each.
 #pragma once
 #include "quads.h"
 
@@ -15,15 +15,16 @@ INLINE int quad_ticks(const Quads&, int, int) { return 0; }
 
 #else
 
-// q of up to four rows: parts [line][row][term] of 16 bytes, then per run of parts with the same scales what sums begin with
-// [row][term] and the scales of q [row], of each four values of a line.
+// q of 4, 2 or 1 rows: dwords [line][dword of a part][row][term], then per run of parts with the same scales [set of dwords][row] what
+// sums begin with and the scales of q.
 struct QuadQuery {
     const char *parts, *begin, *scale;
+    int rows;
 };
 INLINE int64_t quad_query_bytes(int dim, int rows) {
     if (rows > MOST_QUAD_ROWS) return 0;
     const int64_t lines = round_up(int64_t(dim), 64) / 16 * 2;
-    return (rows + QUAD_ROWS - 1) / QUAD_ROWS * lines * QUAD_ROWS * 5 * PART_BYTES;
+    return rows * lines * 5 * PART_BYTES;
 }
 
 // Rows of a block of K, and where their scores go.
@@ -44,87 +45,105 @@ struct QuadScores {
     Ahead& ahead;
 };
 
-// Factors of a vector's sums: the scales of the tokens 4 i + j in part i, each for the values in its lane of a line.
-template <bool quarters, int j>
-INLINE vf scales_of(const Part& part, const float* scale, int64_t stride) {
-    constexpr auto token = [](int i) constexpr { return i / 4 * 4 + j; };
-    auto of = [&](int lane) {
-        const vf all = load<vf>(scale + part.group[lane] * stride);
-        return (__m512)shuffle<token>(all, all);
-    };
-    const __m512 x = _mm512_mask_blend_ps(0xcccc, of(0), of(2));
-    if constexpr (!quarters) return (vf)x;
-    return (vf)_mm512_mask_blend_ps(0xaaaa, x, _mm512_mask_blend_ps(0xcccc, of(1), of(3)));
-}
-
-// Four sums per part and row, to [part][row].
-template <int rows, class V>
-INLINE V add_parts(const V* x) {
-    using vq = vec<uint64_t>;
-    auto row = [&](int r) { return r < rows ? x[r] : V{}; };
-    const V a = zip<0>(row(0), row(1)) + zip<1>(row(0), row(1)), b = zip<0>(row(2), row(3)) + zip<1>(row(2), row(3));
-    return (V)zip<0>((vq)a, (vq)b) + (V)zip<1>((vq)a, (vq)b);
-}
-
 INLINE vi dot_parts(vi sum, line k, __m512i q) { return (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)k, q); }
 
-// Two vectors of four tokens each, 4 i + j and 4 i + j + 1 in part i, to their scores [part][row]. `once`: all values of a row have
-// the same scales, which are left out, and scores are integers.
-template <class C, int lines, bool plain, bool once, int rows, int terms, int j>
-INLINE void score_pair(const QuadScores& a, const Decoder<C::bits, C::look_up>& decoder, const char* at, int64_t stride,
-                       const float* k_scale, std::conditional_t<once, vi, vf>* to) {
+// Parts of 16 rows to four vectors of a dword of each row.
+INLINE void dwords_of(const __m512i* x, __m512i* to) {
+    const __m512i a = _mm512_unpacklo_epi32(x[0], x[1]), b = _mm512_unpacklo_epi32(x[2], x[3]);
+    const __m512i c = _mm512_unpackhi_epi32(x[0], x[1]), d = _mm512_unpackhi_epi32(x[2], x[3]);
+    to[0] = _mm512_unpacklo_epi64(a, b), to[1] = _mm512_unpackhi_epi64(a, b);
+    to[2] = _mm512_unpacklo_epi64(c, d), to[3] = _mm512_unpackhi_epi64(c, d);
+}
+
+// Bytes of a part in the order of its dwords: as they are, or those of even values before those of odd ones.
+template <bool plain, int sets>
+constexpr bool SORTS = !plain || sets > 1;
+
+// Parts of 16 rows to dwords of codes. `all`: of all codes, else of those at the part's shift.
+template <class C, bool plain, bool sorts, bool all>
+struct PartDwords {
+    using F = Fields<C::bits>;
+    __m512i wide[4], next[4];
+    inline __attribute__((always_inline)) PartDwords(const Part& p, const char* rows, int64_t stride) {
+        const __m512i sorted = every_part(SORTED);
+        __m512i x[4];
+        for (int j = 0; j < 4; ++j) {
+            x[j] = (__m512i)load_parts(rows + p.wide + j * stride, 4 * stride);
+            if constexpr (sorts) x[j] = _mm512_shuffle_epi8(x[j], sorted);
+            if constexpr (!all) x[j] = _mm512_srl_epi16(x[j], _mm_cvtsi32_si128(p.shift));
+        }
+        dwords_of(x, wide);
+        if constexpr (F::next > 0) {
+            for (int j = 0; j < 4; ++j) {
+                x[j] = load_next<plain>(p, rows + j * stride, 4 * stride);
+                if constexpr (sorts) x[j] = _mm512_shuffle_epi8(x[j], plain ? sorted : every_part(p.gather));
+                if constexpr (!plain) x[j] = _mm512_mask_srli_epi16(x[j], p.further, x[j], F::next);
+                x[j] = _mm512_rorv_epi32(x[j], _mm512_set1_epi32(p.turn));
+            }
+            dwords_of(x, next);
+        }
+    }
+    template <int s>
+    inline __attribute__((always_inline)) line codes(int dword) const {
+        return codes_of<C::bits, s>(wide[dword], next[dword]);
+    }
+};
+
+// Scores of 16 tokens. sets: dwords of a part that may have scales of their own, of all four alike, each half or each one.
+template <class C, int lines, bool plain, int sets, int rows, int terms>
+INLINE void score_16(const QuadScores& a, const Decoder<C::bits, C::look_up>& decoder, const char* at, int64_t stride, const float* k_scale,
+                     vf* to) {
     constexpr int sums = C::planes == 2 ? 2 : terms;
-    vi sum[2][rows][sums];
-    std::conditional_t<once, vi, vf> score[2][rows] = {};
+    vi sum[sets][rows][sums];
+    vf score[rows] = {};
     const char *q = a.q.parts, *begin = a.q.begin, *q_scale = a.q.scale;
-    auto start = [&]() __attribute__((always_inline)) {
-        for (int r = 0; r < rows; ++r)
-            for (int i = 0; i < sums; ++i, begin += PART_BYTES) sum[0][r][i] = sum[1][r][i] = (vi)every_part(begin);
+    auto dword = [](const char* from) __attribute__((always_inline)) {
+        int32_t x;
+        std::memcpy(&x, from, 4);
+        return _mm512_set1_epi32(x);
     };
-    auto joined = [&](int i, int r) __attribute__((always_inline)) {
-        if constexpr (sums == 1) return sum[i][r][0];
-        return (sum[i][r][0] << 8) + sum[i][r][sums - 1];
+    auto start = [&]() __attribute__((always_inline)) {
+        for (int set = 0; set < sets; ++set)
+            for (int r = 0; r < rows; ++r)
+                for (int i = 0; i < sums; ++i, begin += 4) sum[set][r][i] = (vi)dword(begin);
     };
     start();
     for (int p = 0; p < a.order.parts; ++p) {
         const Part& part = a.order.part[p];
-        a.ahead.tick_inside(1);
-        const PartLines<C, plain, lines == Fields<C::bits>::steps> tokens[2] = {{part, at + j * stride, 4 * stride}, {part, at + (j + 1) * stride, 4 * stride}};
+        a.ahead.tick_inside(2);
+        const PartDwords<C, plain, SORTS<plain, sets>, lines == Fields<C::bits>::steps> x(part, at, stride);
         auto multiply = [&]<int s>(std::integral_constant<int, s>) __attribute__((always_inline)) {
-            line k[2][C::planes];
-            for (int i = 0; i < 2; ++i) decoder.template values<C::planes>(tokens[i].template codes<s>(), k[i]);
-            for (int r = 0; r < rows; ++r, q += terms * PART_BYTES) {
-                const __m512i high = every_part(q);
-                for (int i = 0; i < 2; ++i) sum[i][r][0] = dot_parts(sum[i][r][0], k[i][C::planes - 1], high);
-                if constexpr (C::planes == 2)
-                    for (int i = 0; i < 2; ++i) sum[i][r][1] = dot_parts(sum[i][r][1], k[i][0], high);
-                if constexpr (terms == 2) {
-                    const __m512i low = every_part(q + PART_BYTES);
-                    for (int i = 0; i < 2; ++i) sum[i][r][1] = dot_parts(sum[i][r][1], k[i][C::planes - 1], low);
+#pragma GCC unroll 4
+            for (int d = 0; d < 4; ++d) {
+                line k[C::planes];
+                decoder.template values<C::planes>(x.template codes<s>(d), k);
+                vi(&own)[rows][sums] = sum[d * sets / 4];
+                for (int r = 0; r < rows; ++r, q += 4 * terms) {
+                    own[r][0] = dot_parts(own[r][0], k[C::planes - 1], dword(q));
+                    if constexpr (C::planes == 2) own[r][1] = dot_parts(own[r][1], k[0], dword(q));
+                    if constexpr (terms == 2) own[r][1] = dot_parts(own[r][1], k[C::planes - 1], dword(q + 4));
                 }
             }
         };
         [&]<int... s>(std::integer_sequence<int, s...>) __attribute__((always_inline)) {
             (multiply(std::integral_constant<int, s>{}), ...);
         }(std::make_integer_sequence<int, lines>{});
-        if constexpr (!once) {
-            if (!part.last) continue;
-            constexpr bool quarters = QUARTERS<C::bits>;
-            const vf scale[2] = {scales_of<quarters, j>(part, k_scale, a.scale_stride), scales_of<quarters, j + 1>(part, k_scale, a.scale_stride)};
-            for (int r = 0; r < rows; ++r, q_scale += PART_BYTES) {
-                const vf by = (vf)every_part(q_scale);
-                for (int i = 0; i < 2; ++i) score[i][r] = fma(to_float(joined(i, r)) * by, scale[i], score[i][r]);
+        if (!part.last) continue;
+#pragma GCC unroll 4
+        for (int set = 0; set < sets; ++set) {
+            const vf scale = load<vf>(k_scale + part.group[set * 4 / sets] * a.scale_stride);
+            for (int r = 0; r < rows; ++r, q_scale += 4) {
+                vi x = sum[set][r][0];
+                if constexpr (sums == 2) x = (x << 8) + sum[set][r][1];
+                score[r] = fma(to_float(x), scale * (vf)dword(q_scale), score[r]);
             }
-            if (p + 1 < a.order.parts) start();
         }
+        if (p + 1 < a.order.parts) start();
     }
-    if constexpr (once)
-        for (int i = 0; i < 2; ++i)
-            for (int r = 0; r < rows; ++r) score[i][r] = joined(i, r);
-    for (int i = 0; i < 2; ++i) to[i] = add_parts<rows>(score[i]);
+    for (int r = 0; r < rows; ++r) to[r] = score[r];
 }
 
-template <class C, int lines, bool plain, bool once, int rows, int terms>
+template <class C, int lines, bool plain, int sets, int rows, int terms>
 __attribute__((noinline)) void score_quads_of(const QuadScores& a) {
     const Decoder<C::bits, C::look_up> decoder(a.tables);
     vf most[rows];
@@ -137,37 +156,25 @@ __attribute__((noinline)) void score_quads_of(const QuadScores& a) {
             for (int i = 0; i < a.count - t; ++i) std::memcpy(a.padded + i * a.bytes, at + i * stride, a.bytes);
             from = a.padded, stride = a.bytes;
         }
-        std::conditional_t<once, vi, vf> x[4];
-        score_pair<C, lines, plain, once, rows, terms, 0>(a, decoder, from, stride, a.k_scale + t, x);
-        score_pair<C, lines, plain, once, rows, terms, 2>(a, decoder, from, stride, a.k_scale + t, x + 2);
-        using vq = vec<uint64_t>;
-        const vq b = (vq)zip<0>(x[0], x[1]), c = (vq)zip<0>(x[2], x[3]), d = (vq)zip<1>(x[0], x[1]), e = (vq)zip<1>(x[2], x[3]);
-        const vq made[4] = {zip<0>(b, c), zip<1>(b, c), zip<0>(d, e), zip<1>(d, e)};
+        vf score[rows];
+        score_16<C, lines, plain, sets, rows, terms>(a, decoder, from, stride, a.k_scale + t, score);
         for (int r = 0; r < rows; ++r) {
-            vf score = (vf)made[r];
-            if constexpr (once) score = to_float((vi)made[r]) * (load<vf>(a.k_scale + t) * *(const float*)(a.q.scale + r * PART_BYTES));
-            store(a.scores + r * a.score_stride + t, score);
-            most[r] = max(most[r], score);
+            store(a.scores + r * a.score_stride + t, score[r]);
+            most[r] = max(most[r], score[r]);
         }
     }
     for (int r = 0; r < rows; ++r) store(a.most + r * LANES, most[r]);
 }
 
-// Of `rows` query rows, those of the next pass.
-INLINE int quad_pass(int rows) { return rows >= 4 ? 4 : rows >= 2 ? 2 : 1; }
+// Of `rows` query rows, those of the next pass, of `most` at once.
+INLINE int quad_pass(int rows, int most = QUAD_ROWS) { return std::min(most, rows >= 4 ? 4 : rows >= 2 ? 2 : 1); }
+INLINE int most_rows(const Quads& k) { return k.sets == 4 ? 2 : QUAD_ROWS; }
 // Ticks of Ahead while `rows` of them pass over `tokens`.
 INLINE int quad_ticks(const Quads& order, int rows, int tokens) {
     int passes = 0;
-    for (; rows; ++passes) rows -= quad_pass(rows);
+    for (; rows; ++passes) rows -= quad_pass(rows, most_rows(order));
     return passes * tokens / 16 * 2 * order.parts;
 }
-template <class Body>
-INLINE void as_pass(int rows, Body body) {
-    if (rows == 4) return body(std::integral_constant<int, 4>{});
-    if (rows == 2) return body(std::integral_constant<int, 2>{});
-    body(std::integral_constant<int, 1>{});
-}
-
 // body(terms) for those that takes_quads allows.
 template <class C, class Body>
 INLINE void as_terms(int terms, Body body) {
@@ -178,64 +185,73 @@ INLINE void as_terms(int terms, Body body) {
     if constexpr (C::planes == 1) body(std::integral_constant<int, 1>{});
 }
 
-// Scores of `rows` (1, 2 or 4) rows whose q has `terms` parts.
-inline void score_quads(const Format& f, int rows, int terms, const QuadScores& a) {
+// Scores of the rows that `q` holds, with q of `terms` parts.
+inline void score_quads(const Format& f, int terms, const QuadScores& a) {
     as_coded(f, [&]<class C>(C) {
         constexpr int steps = Fields<C::bits>::steps;
-        as_pass(rows, [&]<int n>(std::integral_constant<int, n>) {
-            auto run = [&]<int lines>(std::integral_constant<int, lines>) {
-                as_terms<C>(terms, [&]<int t>(std::integral_constant<int, t>) {
-                    if constexpr (Fields<C::bits>::next > 0)
-                        if (!a.order.plain) return score_quads_of<C, lines, false, false, n, t>(a);
-                    if (a.order.once && lines == steps) return score_quads_of<C, lines, true, lines == steps, n, t>(a);
-                    score_quads_of<C, lines, true, false, n, t>(a);
-                });
+        auto run = [&]<int lines, bool plain, int sets, int rows>() {
+            as_terms<C>(terms, [&]<int t>(std::integral_constant<int, t>) { score_quads_of<C, lines, plain, sets, rows, t>(a); });
+        };
+        auto with_sets = [&]<int lines, bool plain>() {
+            if constexpr (QUARTERS<C::bits>)
+                if (a.order.sets == 4) return a.q.rows == 2 ? run.template operator()<lines, plain, 4, 2>() : run.template operator()<lines, plain, 4, 1>();
+            auto with_rows = [&]<int sets>() {
+                if (a.q.rows == 4) return run.template operator()<lines, plain, sets, 4>();
+                if (a.q.rows == 2) return run.template operator()<lines, plain, sets, 2>();
+                run.template operator()<lines, plain, sets, 1>();
             };
-            if (steps > 1 && a.order.lines == steps)
-                run(std::integral_constant<int, steps>{});
-            else
-                run(std::integral_constant<int, 1>{});
-        });
+            a.order.sets == 1 ? with_rows.template operator()<1>() : with_rows.template operator()<2>();
+        };
+        auto with_lines = [&]<bool plain>() {
+            if constexpr (steps > 1)
+                if (a.order.lines == steps) return with_sets.template operator()<steps, plain>();
+            with_sets.template operator()<1, plain>();
+        };
+        if constexpr (Fields<C::bits>::next > 0)
+            if (!a.order.plain) return with_lines.template operator()<false>();
+        with_lines.template operator()<true>();
     });
 }
 
 // q of up to four rows, of which a [row][term] is int8 and `stride` bytes apart and scale [row][group] its scales.
 inline QuadQuery pack_quads(const Format& f, const Quads& order, const char* a, int64_t stride, int rows, int terms, const float* scale,
                             char* to) {
-    const int lines = order.parts * order.lines, sums = f.planes == 2 ? 2 : terms;
-    char *begin = to + int64_t(lines) * rows * terms * PART_BYTES, *scales = begin + int64_t(lines) * rows * sums * PART_BYTES;
-    const QuadQuery made = {to, begin, scales};
-    int32_t sum[QUAD_ROWS][2][4] = {};  // what ZERO adds
+    const int dwords = 4 * order.parts * order.lines, sums = f.planes == 2 ? 2 : terms, sets = order.sets;
+    char *begin = to + 4 * dwords * rows * terms, *scales = begin + 4 * dwords * rows * sums;
+    const QuadQuery made = {to, begin, scales, rows};
+    const bool sorts = !order.plain || sets > 1;
+    int32_t sum[4][QUAD_ROWS][2] = {};  // what ZERO adds
     for (int p = 0, l = 0; p < order.parts; ++p) {
         const Part& part = order.part[p];
         for (int s = 0; s < order.lines; ++s, ++l)
-            for (int r = 0; r < rows; ++r)
-                for (int term = 0; term < terms; ++term, to += PART_BYTES) {
-                    const int8_t* from = (const int8_t*)a + (int64_t(r) * terms + term) * stride + order.first[l];
-                    for (int i = 0; i < PART_BYTES; ++i) {
-                        const int w = i % PART_WORDS, x = part.words >> w & 1 ? from[i / PART_WORDS * (f.dim / 2) + w] : 0;
-                        to[i] = char(x);
-                        if (f.planes == 2) {
-                            if (!term) sum[r][0][i / 4] += x;
-                            sum[r][1][i / 4] += x;
-                        } else {
-                            sum[r][terms - 1][i / 4] += term + 1 < terms ? 256 * x : x;
+            for (int d = 0; d < 4; ++d)
+                for (int r = 0; r < rows; ++r)
+                    for (int term = 0; term < terms; ++term, to += 4) {
+                        const int8_t* from = (const int8_t*)a + (int64_t(r) * terms + term) * stride + order.first[l];
+                        int32_t(&own)[2] = sum[d * sets / 4][r];
+                        for (int i = 0; i < 4; ++i) {
+                            const int at = 4 * d + i, w = sorts ? at % PART_WORDS : at / 2, odd = sorts ? at / PART_WORDS : at % 2;
+                            const int x = part.words >> w & 1 ? from[odd * (f.dim / 2) + w] : 0;
+                            to[i] = char(x);
+                            if (f.planes == 2) {
+                                if (!term) own[0] += x;
+                                own[1] += x;
+                            } else {
+                                own[terms - 1] += term + 1 < terms ? 256 * x : x;
+                            }
                         }
                     }
-                }
         if (!part.last) continue;
-        for (int r = 0; r < rows; ++r) {
-            for (int i = 0; i < sums; ++i, begin += PART_BYTES)
-                for (int lane = 0; lane < 4; ++lane) {
-                    const int32_t x = -ZERO * sum[r][i][lane];
-                    std::memcpy(begin + 4 * lane, &x, 4);
-                    sum[r][i][lane] = 0;
+        for (int set = 0; set < sets; ++set)
+            for (int r = 0; r < rows; ++r) {
+                for (int i = 0; i < sums; ++i, begin += 4) {
+                    const int32_t x = -ZERO * sum[set][r][i];
+                    std::memcpy(begin, &x, 4);
+                    sum[set][r][i] = 0;
                 }
-            for (int lane = 0; lane < 4; ++lane, scales += 4) {
-                const float x = scale[int64_t(r) * (f.dim / f.group) + part.group[lane]] * (f.planes == 2 ? 256.0f : 1.0f);
-                std::memcpy(scales, &x, 4);
+                const float x = scale[int64_t(r) * (f.dim / f.group) + part.group[set * 4 / sets]] * (f.planes == 2 ? 256.0f : 1.0f);
+                std::memcpy(scales, &x, 4), scales += 4;
             }
-        }
     }
     return made;
 }

@@ -61,7 +61,7 @@ struct Quads {
     int parts = 0;
     int lines;     // of a part
     bool plain;    // words of the next field lie like those of the first
-    bool once;     // one scale per row
+    int sets;      // of each four bytes of a line (sorted as above) that may have scales of their own: 1, 2 or 4
     Part part[MOST_PARTS];
     int first[MOST_PARTS];  // value of the first byte of a line [part][line]; the odd ones lie dim / 2 behind
 
@@ -69,7 +69,7 @@ struct Quads {
     Quads(const Format& f, bool needed, bool columns) {
         if (!needed) return;
         const int wide = wide_bits(f), next = next_bits(f), steps = 8 / wide, words = f.dim * wide / 16;
-        once = f.group >= f.dim, plain = f.dim * next / 16 % PART_WORDS == 0;
+        plain = f.dim * next / 16 % PART_WORDS == 0;
         auto first_word = [&](int p) { return std::min(p, words - PART_WORDS); };  // the last part may begin in the one before
         auto group_of = [&](int p, int k, int lane) {
             const int from = first_word(p), odd = lane / 2, four = from < p ? 1 : lane % 2;
@@ -88,6 +88,11 @@ struct Quads {
                 for (int s = 0; s < lines; ++s) first[parts * lines + s] = from + (k + s) * words;
                 if (next) place_next(f, made, from, k, columns);
             }
+        sets = 1;
+        for (int i = 0; i < parts; ++i) {
+            const int* g = part[i].group;
+            sets = std::max(sets, g[0] != g[1] || g[2] != g[3] ? 4 : g[0] != g[2] ? 2 : 1);
+        }
         for (int i = 0; i < parts; ++i)
             part[i].last = i + 1 == parts || !std::equal(part[i].group, part[i].group + 4, part[i + 1].group);
     }
@@ -166,28 +171,6 @@ INLINE line codes_of(__m512i wide, __m512i next) {
     }
     return (line)code;
 }
-
-// Parts of four rows, `step` bytes apart, to lines: of a token the first, third, .. byte of a part, then the others. `all`: lines
-// of all codes, else of those at the part's shift.
-template <class C, bool plain, bool all>
-struct PartLines {
-    using F = Fields<C::bits>;
-    __m512i wide, next;
-    inline __attribute__((always_inline)) PartLines(const Part& p, const char* rows, int64_t step) {
-        const __m512i sorted = every_part(SORTED);
-        wide = _mm512_shuffle_epi8((__m512i)load_parts(rows + p.wide, step), sorted);
-        if constexpr (!all) wide = _mm512_srl_epi16(wide, _mm_cvtsi32_si128(p.shift));
-        if constexpr (F::next > 0) {
-            next = _mm512_shuffle_epi8(load_next<plain>(p, rows, step), plain ? sorted : every_part(p.gather));
-            if constexpr (!plain) next = _mm512_mask_srli_epi16(next, p.further, next, F::next);
-            next = _mm512_rorv_epi32(next, _mm512_set1_epi32(p.turn));
-        }
-    }
-    template <int s>
-    inline __attribute__((always_inline)) line codes() const {
-        return codes_of<C::bits, s>(wide, next);
-    }
-};
 
 #endif
 
