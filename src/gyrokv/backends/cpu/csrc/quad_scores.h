@@ -89,13 +89,12 @@ struct PartDwords {
     }
 };
 
-// Scores of 16 tokens. sets: dwords of a part that may have scales of their own, of all four alike, each half or each one.
-template <class C, int lines, bool plain, int sets, int rows, int terms>
-INLINE void score_16(const QuadScores& a, const Decoder<C::bits, C::look_up>& decoder, const char* at, int64_t stride, const float* k_scale,
-                     vf* to) {
+// Scores of as many times 16 tokens. sets: dwords of a part that may have scales of their own, of all four alike, each half or each one.
+template <class C, int lines, bool plain, int sets, int rows, int terms, int times>
+INLINE void score_times(const QuadScores& a, const Decoder<C::bits, C::look_up>& decoder, const char* const* at, const int64_t* stride,
+                        const float* k_scale, vf (*score)[rows]) {
     constexpr int sums = C::planes == 2 ? 2 : terms;
-    vi sum[sets][rows][sums];
-    vf score[rows] = {};
+    vi sum[times][sets][rows][sums];
     const char *q = a.q.parts, *begin = a.q.begin, *q_scale = a.q.scale;
     auto dword = [](const char* from) __attribute__((always_inline)) {
         int32_t x;
@@ -105,23 +104,32 @@ INLINE void score_16(const QuadScores& a, const Decoder<C::bits, C::look_up>& de
     auto start = [&]() __attribute__((always_inline)) {
         for (int set = 0; set < sets; ++set)
             for (int r = 0; r < rows; ++r)
-                for (int i = 0; i < sums; ++i, begin += 4) sum[set][r][i] = (vi)dword(begin);
+                for (int i = 0; i < sums; ++i, begin += 4)
+                    for (int n = 0; n < times; ++n) sum[n][set][r][i] = (vi)dword(begin);
     };
     start();
     for (int p = 0; p < a.order.parts; ++p) {
         const Part& part = a.order.part[p];
-        a.ahead.tick_inside(2);
-        const PartDwords<C, plain, SORTS<plain, sets>, lines == Fields<C::bits>::steps> x(part, at, stride);
+        a.ahead.tick_inside(2 * times);
+        using Dwords = PartDwords<C, plain, SORTS<plain, sets>, lines == Fields<C::bits>::steps>;
+        const Dwords x[2] = {Dwords(part, at[0], stride[0]), Dwords(part, at[times - 1], stride[times - 1])};
         auto multiply = [&]<int s>(std::integral_constant<int, s>) __attribute__((always_inline)) {
 #pragma GCC unroll 4
             for (int d = 0; d < 4; ++d) {
-                line k[C::planes];
-                decoder.template values<C::planes>(x.template codes<s>(d), k);
-                vi(&own)[rows][sums] = sum[d * sets / 4];
+                const int set = d * sets / 4;
+                line k[times][C::planes];
+                for (int n = 0; n < times; ++n) decoder.template values<C::planes>(x[n].template codes<s>(d), k[n]);
                 for (int r = 0; r < rows; ++r, q += 4 * terms) {
-                    own[r][0] = dot_parts(own[r][0], k[C::planes - 1], dword(q));
-                    if constexpr (C::planes == 2) own[r][1] = dot_parts(own[r][1], k[0], dword(q));
-                    if constexpr (terms == 2) own[r][1] = dot_parts(own[r][1], k[C::planes - 1], dword(q + 4));
+                    const __m512i high = dword(q);
+                    for (int n = 0; n < times; ++n) {
+                        vi(&own)[sums] = sum[n][set][r];
+                        own[0] = dot_parts(own[0], k[n][C::planes - 1], high);
+                        if constexpr (C::planes == 2) own[1] = dot_parts(own[1], k[n][0], high);
+                    }
+                    if constexpr (terms == 2) {
+                        const __m512i low = dword(q + 4);
+                        for (int n = 0; n < times; ++n) sum[n][set][r][1] = dot_parts(sum[n][set][r][1], k[n][C::planes - 1], low);
+                    }
                 }
             }
         };
@@ -131,37 +139,41 @@ INLINE void score_16(const QuadScores& a, const Decoder<C::bits, C::look_up>& de
         if (!part.last) continue;
 #pragma GCC unroll 4
         for (int set = 0; set < sets; ++set) {
-            const vf scale = load<vf>(k_scale + part.group[set * 4 / sets] * a.scale_stride);
-            for (int r = 0; r < rows; ++r, q_scale += 4) {
-                vi x = sum[set][r][0];
-                if constexpr (sums == 2) x = (x << 8) + sum[set][r][1];
-                score[r] = fma(to_float(x), scale * (vf)dword(q_scale), score[r]);
-            }
+            const float* scales = k_scale + part.group[set * 4 / sets] * a.scale_stride;
+            for (int r = 0; r < rows; ++r, q_scale += 4)
+                for (int n = 0; n < times; ++n) {
+                    vi made = sum[n][set][r][0];
+                    if constexpr (sums == 2) made = (made << 8) + sum[n][set][r][1];
+                    score[n][r] = fma(to_float(made), load<vf>(scales + 16 * n) * (vf)dword(q_scale), score[n][r]);
+                }
         }
         if (p + 1 < a.order.parts) start();
     }
-    for (int r = 0; r < rows; ++r) to[r] = score[r];
 }
 
 template <class C, int lines, bool plain, int sets, int rows, int terms>
 __attribute__((noinline)) void score_quads_of(const QuadScores& a) {
+    constexpr int sums = C::planes == 2 ? 2 : terms, times = 2 * sets * rows * sums <= 16 ? 2 : 1;  // 16 sums in registers
     const Decoder<C::bits, C::look_up> decoder(a.tables);
     vf most[rows];
     for (int r = 0; r < rows; ++r) most[r] = splat(-__builtin_inff());
-    const char* at = a.rows;
-    for (int t = 0; t < a.tokens; t += 16, at += 16 * a.stride) {
-        int64_t stride = a.stride;
-        const char* from = at;
-        if (a.count - t < 16) {
-            for (int i = 0; i < a.count - t; ++i) std::memcpy(a.padded + i * a.bytes, at + i * stride, a.bytes);
-            from = a.padded, stride = a.bytes;
+    for (int t = 0; t < a.tokens; t += 16 * times) {
+        const char* at[times];
+        int64_t stride[times];
+        for (int n = 0; n < times; ++n) {
+            const int first = t + 16 * n, left = a.count - first;
+            at[n] = a.rows + first * a.stride, stride[n] = a.stride;
+            if (left >= 16) continue;
+            for (int i = 0; i < left; ++i) std::memcpy(a.padded + i * a.bytes, at[n] + i * a.stride, a.bytes);
+            at[n] = a.padded, stride[n] = a.bytes;
         }
-        vf score[rows];
-        score_16<C, lines, plain, sets, rows, terms>(a, decoder, from, stride, a.k_scale + t, score);
-        for (int r = 0; r < rows; ++r) {
-            store(a.scores + r * a.score_stride + t, score[r]);
-            most[r] = max(most[r], score[r]);
-        }
+        vf score[times][rows] = {};
+        score_times<C, lines, plain, sets, rows, terms, times>(a, decoder, at, stride, a.k_scale + t, score);
+        for (int n = 0; n < times && t + 16 * n < a.tokens; ++n)
+            for (int r = 0; r < rows; ++r) {
+                store(a.scores + r * a.score_stride + t + 16 * n, score[n][r]);
+                most[r] = max(most[r], score[n][r]);
+            }
     }
     for (int r = 0; r < rows; ++r) store(a.most + r * LANES, most[r]);
 }
