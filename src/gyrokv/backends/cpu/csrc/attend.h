@@ -197,18 +197,22 @@ inline void attend_rows(const Attend& call, const Unit& unit, Workspace& work, c
 // quantised rows are rounded relative to the largest of a block, so these blocks stay short.
 INLINE int tokens_per_block(const Attend& call, int rows) {
     int64_t bytes = 1;
-    bool integers = false, stored = false, short_blocks = false;
+    bool integers = false, stored = false, short_blocks = false, quads = true;
+    for (int i = 0; i < call.n_runs; ++i) {
+        const Format &k = *call.runs[i].k_format, &v = *call.runs[i].v_format;
+        quads &= takes_quads(k, rows, call.terms) && takes_quads(v, rows, call.terms);
+    }
     for (int i = 0; i < call.n_runs; ++i) {
         const Format& v = *call.runs[i].v_format;
         stored |= multiplies_stored(v, rows);
         short_blocks |= v.kind == CODES && v.bits == 8;  // their rows fill the first cache
         for (const Format* f : {call.runs[i].k_format, call.runs[i].v_format})
-            bytes = std::max(bytes, plain_stride(*f) * f->planes);
+            bytes = std::max(bytes, quads ? row_bytes(*f) : plain_stride(*f) * f->planes);
         integers |= element_of(*call.runs[i].v_format) == INT8;
     }
     if (rows > 64) return integers ? 128 : MOST_TOKENS;
     if (stored) return short_blocks ? 64 : MOST_STORED_TOKENS;
-    return int(std::clamp<int64_t>(16384 / bytes / 64 * 64, 64, 128));
+    return int(quads ? std::clamp<int64_t>(QUAD_BLOCK / bytes / 64 * 64, 64, QUAD_TOKENS) : std::clamp<int64_t>(16384 / bytes / 64 * 64, 64, 128));
 }
 
 // Rows that pass over a block before others do: what they need stays in a core's own cache, beside the panels. More rows

@@ -14,7 +14,6 @@ INLINE int value_ticks(const Quads&, int, int) { return 0; }
 
 #else
 
-constexpr int QUAD_TOKENS = 128;  // of a block, at most
 constexpr int MOST_GROUPS = 640 / 32;
 alignas(64) constexpr auto COLUMN_BYTES = [] {
     struct { uint8_t at[LINE]; } made = {};

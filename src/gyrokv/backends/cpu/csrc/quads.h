@@ -14,6 +14,8 @@ namespace GYROKV_ISA {
 #define GYROKV_QUADS 1
 #endif
 
+constexpr int QUAD_TOKENS = 256;      // of a block, at most
+constexpr int64_t QUAD_BLOCK = 40960;  // bytes of a block of K or V: V is passed over several times
 constexpr int PART_WORDS = 8, PART_BYTES = 2 * PART_WORDS;
 constexpr int MOST_QUAD_ROWS = 8;             // query rows
 constexpr int MOST_PARTS = 640 / PART_BYTES;  // lines of a padded head
