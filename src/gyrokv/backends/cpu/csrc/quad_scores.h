@@ -89,7 +89,7 @@ struct PartDwords {
     }
 };
 
-// Scores of as many times 16 tokens. sets: dwords of a part that may have scales of their own, of all four alike, each half or each one.
+// Scores of as many times 16 tokens. sets: of scales of a part, see Quads.
 template <class C, int lines, bool plain, int sets, int rows, int terms, int times>
 INLINE void score_times(const QuadScores& a, const Decoder<C::bits, C::look_up>& decoder, const char* const* at, const int64_t* stride,
                         const float* k_scale, vf (*score)[rows]) {
@@ -139,7 +139,7 @@ INLINE void score_times(const QuadScores& a, const Decoder<C::bits, C::look_up>&
         if (!part.last) continue;
 #pragma GCC unroll 4
         for (int set = 0; set < sets; ++set) {
-            const float* scales = k_scale + part.group[set * 4 / sets] * a.scale_stride;
+            const float* scales = k_scale + part.group[set] * a.scale_stride;
             for (int r = 0; r < rows; ++r, q_scale += 4)
                 for (int n = 0; n < times; ++n) {
                     vi made = sum[n][set][r][0];
@@ -178,13 +178,12 @@ __attribute__((noinline)) void score_quads_of(const QuadScores& a) {
     for (int r = 0; r < rows; ++r) store(a.most + r * LANES, most[r]);
 }
 
-// Of `rows` query rows, those of the next pass, of `most` at once.
-INLINE int quad_pass(int rows, int most = QUAD_ROWS) { return std::min(most, rows >= 4 ? 4 : rows >= 2 ? 2 : 1); }
-INLINE int most_rows(const Quads& k) { return k.sets == 4 ? 2 : QUAD_ROWS; }
+// Of `rows` query rows, those of the next pass.
+INLINE int quad_pass(int rows) { return rows >= 4 ? 4 : rows >= 2 ? 2 : 1; }
 // Ticks of Ahead while `rows` of them pass over `tokens`.
 INLINE int quad_ticks(const Quads& order, int rows, int tokens) {
     int passes = 0;
-    for (; rows; ++passes) rows -= quad_pass(rows, most_rows(order));
+    for (; rows; ++passes) rows -= quad_pass(rows);
     return passes * tokens / 16 * 2 * order.parts;
 }
 // body(terms) for those that takes_quads allows.
@@ -205,8 +204,6 @@ inline void score_quads(const Format& f, int terms, const QuadScores& a) {
             as_terms<C>(terms, [&]<int t>(std::integral_constant<int, t>) { score_quads_of<C, lines, plain, sets, rows, t>(a); });
         };
         auto with_sets = [&]<int lines, bool plain>() {
-            if constexpr (QUARTERS<C::bits>)
-                if (a.order.sets == 4) return a.q.rows == 2 ? run.template operator()<lines, plain, 4, 2>() : run.template operator()<lines, plain, 4, 1>();
             auto with_rows = [&]<int sets>() {
                 if (a.q.rows == 4) return run.template operator()<lines, plain, sets, 4>();
                 if (a.q.rows == 2) return run.template operator()<lines, plain, sets, 2>();
@@ -232,7 +229,7 @@ inline QuadQuery pack_quads(const Format& f, const Quads& order, const char* a, 
     char *begin = to + 4 * dwords * rows * terms, *scales = begin + 4 * dwords * rows * sums;
     const QuadQuery made = {to, begin, scales, rows};
     const bool sorts = !order.plain || sets > 1;
-    int32_t sum[4][QUAD_ROWS][2] = {};  // what ZERO adds
+    int32_t sum[2][QUAD_ROWS][2] = {};  // what ZERO adds
     for (int p = 0, l = 0; p < order.parts; ++p) {
         const Part& part = order.part[p];
         for (int s = 0; s < order.lines; ++s, ++l)
@@ -243,7 +240,7 @@ inline QuadQuery pack_quads(const Format& f, const Quads& order, const char* a, 
                         int32_t(&own)[2] = sum[d * sets / 4][r];
                         for (int i = 0; i < 4; ++i) {
                             const int at = 4 * d + i, w = sorts ? at % PART_WORDS : at / 2, odd = sorts ? at / PART_WORDS : at % 2;
-                            const int x = part.words >> w & 1 ? from[odd * (f.dim / 2) + w] : 0;
+                            const int x = part.words[odd] >> w & 1 ? from[odd * (f.dim / 2) + w] : 0;
                             to[i] = char(x);
                             if (f.planes == 2) {
                                 if (!term) own[0] += x;
@@ -261,7 +258,7 @@ inline QuadQuery pack_quads(const Format& f, const Quads& order, const char* a, 
                     std::memcpy(begin, &x, 4);
                     sum[set][r][i] = 0;
                 }
-                const float x = scale[int64_t(r) * (f.dim / f.group) + part.group[set * 4 / sets]] * (f.planes == 2 ? 256.0f : 1.0f);
+                const float x = scale[int64_t(r) * (f.dim / f.group) + part.group[set]] * (f.planes == 2 ? 256.0f : 1.0f);
                 std::memcpy(scales, &x, 4), scales += 4;
             }
     }

@@ -98,14 +98,11 @@ __attribute__((noinline)) void spread_weights(const QuadValues& a, int rows, con
     for (int i = 0; i < terms; ++i) _mm_storeu_si128((__m128i*)(zero + 4 * i), _mm512_castsi512_si128((__m512i)made[i]));
 }
 
-// A dword from `of(quarter)` for each four lanes of which all, each half or each quarter has its own.
+// The dword of(0) in all lanes, or of(1) in the last half of them, which are columns of odd bytes.
 template <int sides, class Of>
 INLINE __m512i spread_sides(Of of) {
-    __m512i x = _mm512_set1_epi32(of(0));
-    if constexpr (sides == 4) x = _mm512_mask_set1_epi32(x, 0x00f0, of(1));
-    if constexpr (sides >= 2) x = _mm512_mask_set1_epi32(x, 0xff00, of(2));
-    if constexpr (sides == 4) x = _mm512_mask_set1_epi32(x, 0xf000, of(3));
-    return x;
+    const __m512i x = _mm512_set1_epi32(of(0));
+    return sides == 1 ? x : _mm512_mask_set1_epi32(x, 0xff00, of(1));
 }
 
 // Parts of four consecutive rows to lines of 16 columns: first those of the even bytes. `shifted`: of codes at the part's shift.
@@ -162,8 +159,8 @@ __attribute__((noinline)) void add_lines(const QuadValues& a, const TwoLines& tw
     for (int r = 0; r < rows; ++r)
         for (int i = 0; i < sums; ++i)
             sum[0][r][i] = sum[1][r][i] = (vi)spread_sides<sides>([&](int side) { return w.zero[part.group[side] * 8 + i * 4 + r]; });
-    const char* weights[4];
-    for (int side = 0; side < 4; ++side) weights[side] = w.bytes + part.group[side] * (rows * terms * QUAD_TOKENS);
+    const char* weights[sides];
+    for (int side = 0; side < sides; ++side) weights[side] = w.bytes + part.group[side] * (rows * terms * QUAD_TOKENS);
     for (int step = a.first / 64 * 64; step < a.stop; step += 64) {
         const bool rest = step + 64 > a.count;
         const char* from = rest ? a.rest : a.rows + step * a.stride;
@@ -216,13 +213,13 @@ __attribute__((noinline)) void add_lines(const QuadValues& a, const TwoLines& tw
             vi x = sum[c][r][0];
             if constexpr (sums == 2) x = (x << 8) + sum[c][r][1];
             const __m512 made = (__m512)(to_float(x) * factor);
-            const __mmask8 words = apart && c ? other.words : part.words;
+            const __mmask8* words = apart && c ? other.words : part.words;
             float* to = out + a.order.first[apart ? (c ? two.other : two.from) : two.from * a.order.lines + code + c];
-            auto add = [&](float* at, __m256 x) {
-                _mm256_mask_storeu_ps(at, words, _mm256_fmadd_ps(_mm256_maskz_loadu_ps(words, at), _mm256_set1_ps(rescale[r]), x));
+            auto add = [&](float* at, __mmask8 mask, __m256 x) {
+                _mm256_mask_storeu_ps(at, mask, _mm256_fmadd_ps(_mm256_maskz_loadu_ps(mask, at), _mm256_set1_ps(rescale[r]), x));
             };
-            add(to, _mm512_castps512_ps256(made));
-            add(to + a.format.dim / 2, _mm512_extractf32x8_ps(made, 1));
+            add(to, words[0], _mm512_castps512_ps256(made));
+            add(to + a.format.dim / 2, words[1], _mm512_extractf32x8_ps(made, 1));
         }
     }
 }
@@ -242,9 +239,7 @@ INLINE void add_quads_of(const QuadValues& a, const float* weights, float* out, 
     auto run = [&]<int code>(std::integral_constant<int, code>, const TwoLines& two) __attribute__((always_inline)) {
         const int* g = order.part[two.from].group;
         auto lines = [&]<bool plain>(std::bool_constant<plain>) __attribute__((always_inline)) {
-            if constexpr (QUARTERS<C::bits>)
-                if (g[0] != g[1] || g[2] != g[3]) return add_lines<C, code, plain, 4, rows, terms>(a, two, w, out, rescale);
-            if (g[0] == g[2]) return add_lines<C, code, plain, 1, rows, terms>(a, two, w, out, rescale);
+            if (g[0] == g[1]) return add_lines<C, code, plain, 1, rows, terms>(a, two, w, out, rescale);
             add_lines<C, code, plain, 2, rows, terms>(a, two, w, out, rescale);
         };
         if constexpr (Fields<C::bits>::next > 0)

@@ -18,7 +18,7 @@ constexpr int QUAD_TOKENS = 256;      // of a block, at most
 constexpr int64_t QUAD_BLOCK = 40960;  // bytes of a block of K or V: V is passed over several times
 constexpr int PART_WORDS = 8, PART_BYTES = 2 * PART_WORDS;
 constexpr int MOST_QUAD_ROWS = 8;             // query rows
-constexpr int MOST_PARTS = 640 / PART_BYTES;  // lines of a padded head
+constexpr int MOST_PARTS = 640 / PART_BYTES + 640 / 32;  // lines of a padded head, and those of two groups
 
 #if !defined(GYROKV_QUADS)
 
@@ -49,9 +49,9 @@ INLINE __m512i every_part(const void* p) { return _mm512_broadcast_i32x4(_mm_loa
 struct Part {
     int32_t wide, next, second;   // bytes from the beginning of a row; second: from `next` to words after a wrap
     int32_t shift;                // of the first code
-    __mmask8 words, here;         // that count; of the next field's, those at `next`
+    __mmask8 words[2], here;      // whose even and odd bytes count; of the next field's, those at `next`
     bool wraps, last;             // last: lines from the next part on have other scales
-    int32_t group[4];             // of the scale, of each four values of a line
+    int32_t group[2];             // of the scale, of even and of odd bytes
     alignas(16) uint8_t gather[PART_BYTES];   // bytes of the next field, in the order of a line
     __mmask32 further;                        // whose bits lie one code higher, in 16-bit lanes
     uint32_t turn;                            // that brings the bits above the others
@@ -63,7 +63,7 @@ struct Quads {
     int parts = 0;
     int lines;     // of a part
     bool plain;    // words of the next field lie like those of the first
-    int sets;      // of each four bytes of a line (sorted as above) that may have scales of their own: 1, 2 or 4
+    int sets;      // 2 where even and odd bytes may have scales of their own
     Part part[MOST_PARTS];
     int first[MOST_PARTS];  // value of the first byte of a line [part][line]; the odd ones lie dim / 2 behind
 
@@ -73,30 +73,34 @@ struct Quads {
         const int wide = wide_bits(f), next = next_bits(f), steps = 8 / wide, words = f.dim * wide / 16;
         plain = f.dim * next / 16 % PART_WORDS == 0;
         auto first_word = [&](int p) { return std::min(p, words - PART_WORDS); };  // the last part may begin in the one before
-        auto group_of = [&](int p, int k, int lane) {
-            const int from = first_word(p), odd = lane / 2, four = from < p ? 1 : lane % 2;
-            return (from + k * words + 4 * four + odd * (f.dim / 2)) / f.group;
+        auto group_of = [&](int p, int k, int odd, int four) {
+            const int from = first_word(p);
+            return (from + k * words + (from < p ? 4 : 4 * four) + odd * (f.dim / 2)) / f.group;
         };
         bool same = true;  // lines of a part have the same scales
         for (int p = 0; p < words; p += PART_WORDS)
-            for (int i = 0; i < 4 * steps; ++i) same &= group_of(p, i / 4, i % 4) == group_of(p, 0, i % 4);
-        lines = same ? steps : 1;
+            for (int i = 0; i < 4 * steps; ++i) same &= group_of(p, i / 4, i / 2 % 2, i % 2) == group_of(p, 0, i / 2 % 2, 0);
+        lines = same ? steps : 1, sets = 1;
         for (int k = 0; k < steps; k += lines)
-            for (int p = 0; p < words; p += PART_WORDS, ++parts) {
-                Part& made = part[parts];
-                const int from = first_word(p);
-                made.wide = 2 * from, made.shift = k * wide, made.words = __mmask8(from < p ? 0xf0 : 0xff);
-                for (int lane = 0; lane < 4; ++lane) made.group[lane] = group_of(p, k, lane);
-                for (int s = 0; s < lines; ++s) first[parts * lines + s] = from + (k + s) * words;
-                if (next) place_next(f, made, from, k, columns);
-            }
-        sets = 1;
-        for (int i = 0; i < parts; ++i) {
-            const int* g = part[i].group;
-            sets = std::max(sets, g[0] != g[1] || g[2] != g[3] ? 4 : g[0] != g[2] ? 2 : 1);
-        }
+            for (int p = 0; p < words; p += PART_WORDS)
+                for (int four = 0; four < 2; ++four) {  // a second time, where the last four values of a byte have other scales
+                    Part& made = part[parts];
+                    const int from = first_word(p);
+                    made.words[0] = made.words[1] = 0;
+                    for (int odd = 0; odd < 2; ++odd) {
+                        made.group[odd] = group_of(p, k, odd, four);
+                        const bool alike = group_of(p, k, odd, 0) == group_of(p, k, odd, 1);
+                        if (!alike || !four) made.words[odd] = __mmask8(from < p ? 0xf0 : alike ? 0xff : four ? 0xf0 : 0x0f);
+                    }
+                    if (!made.words[0] && !made.words[1]) continue;
+                    made.wide = 2 * from, made.shift = k * wide;
+                    if (made.group[0] != made.group[1]) sets = 2;
+                    for (int s = 0; s < lines; ++s) first[parts * lines + s] = from + (k + s) * words;
+                    if (next) place_next(f, made, from, k, columns);
+                    ++parts;
+                }
         for (int i = 0; i < parts; ++i)
-            part[i].last = i + 1 == parts || !std::equal(part[i].group, part[i].group + 4, part[i + 1].group);
+            part[i].last = i + 1 == parts || !std::equal(part[i].group, part[i].group + 2, part[i + 1].group);
     }
 
    private:
@@ -155,10 +159,6 @@ INLINE __m512i load_next(const Part& p, const char* row, int64_t step) {
     x = _mm512_inserti32x4(x, one(2), 2);
     return _mm512_inserti32x4(x, one(3), 3);
 }
-
-// Whether four values of a line may have scales of their own: parts of wider fields lie in one group of 32 or more.
-template <int bits>
-constexpr bool QUARTERS = Fields<bits>::wide == 2;
 
 // Codes number s of a part; bits above them do not matter.
 template <int bits, int s>

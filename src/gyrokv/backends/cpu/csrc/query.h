@@ -66,7 +66,7 @@ struct Query {
     int planes;
     char* tiles;      // see stored.h, where rows of K are multiplied as they are stored; else null
     int quads;        // see quad_scores.h: bits of a code where rows of K are taken so, else 0
-    QuadQuery passes[MOST_QUAD_ROWS / 2 + 1];
+    QuadQuery passes[MOST_QUAD_ROWS / QUAD_ROWS + 2];
 };
 
 INLINE int64_t query_stride(const Attend& call) { return round_up(call.k_dim, 64) * 4 + 64; }
@@ -135,7 +135,7 @@ inline Query pack_query(const Attend& call, const Unit& unit, const Format& f, c
     }
 #elif defined(GYROKV_QUADS)
     for (int r = 0, i = 0; quads && r < unit.rows; ++i) {
-        const int rows = quad_pass(unit.rows - r, most_rows(*quads));
+        const int rows = quad_pass(unit.rows - r);
         made.passes[i] = pack_quads(f, *quads, made.a + int64_t(r) * made.terms * made.stride, made.stride, rows, made.terms,
                                     made.scale + r * made.groups, after);
         after += quad_query_bytes(call.k_dim, rows), r += rows;
