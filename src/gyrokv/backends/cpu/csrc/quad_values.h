@@ -44,7 +44,7 @@ struct QuadValues {
 INLINE int64_t quad_weight_bytes(int dim) { return dim / 32 * QUAD_ROWS * 2 * QUAD_TOKENS; }
 
 // Weights of up to four rows times the scales of each group: bytes [group][row][term][QUAD_TOKENS], 64 tokens as write_weights lays
-// them; what sums begin with, because of ZERO, [group][2][4 rows], and what integers stand for [group][4 rows].
+// them; what sums begin with, because of ZERO, [group][half][2][4 rows], and what integers stand for [group][half][4 rows].
 struct QuadWeights {
     const char* bytes;
     const int32_t* zero;
@@ -63,11 +63,12 @@ INLINE V join_four(const V (&x)[4], Op op) {
     return op(d, shuffle<part>(d, d));
 }
 
+// Those of `tokens`, up to QUAD_HALF, and one group.
 template <int planes, int terms>
-__attribute__((noinline)) void spread_weights(const QuadValues& a, int rows, const float* weights, const float* scales, char* bytes,
-                                              int32_t* zero, float* factor) {
-    const int vectors = a.tokens / LANES;
-    vf scale[QUAD_TOKENS / LANES], most[4] = {};
+__attribute__((noinline)) void spread_weights(const QuadValues& a, int rows, int tokens, const float* weights, const float* scales,
+                                              char* bytes, int32_t* zero, float* factor) {
+    const int vectors = tokens / LANES;
+    vf scale[QUAD_HALF / LANES], most[4] = {};
     for (int i = 0; i < vectors; ++i) scale[i] = load<vf>(scales + LANES * i);
     for (int r = 0; r < rows; ++r)
         for (int i = 0; i < vectors; ++i)
@@ -80,7 +81,7 @@ __attribute__((noinline)) void spread_weights(const QuadValues& a, int rows, con
     for (int r = 0; r < rows; ++r, bytes += terms * QUAD_TOKENS) {
         const float* from = weights + r * a.weight_stride;
         const vf by = splat(inverse[r]);
-        for (int step = 0; step < a.tokens / 64; ++step) {
+        for (int step = 0; step < tokens / 64; ++step) {
             vf x[4];
             for (int i = 0; i < 4; ++i) x[i] = load<vf>(from + 64 * step + LANES * i) * scale[4 * step + i];
             write_weights<1, terms>(x, by, bytes + 64 * step, QUAD_TOKENS);
@@ -155,64 +156,74 @@ __attribute__((noinline)) void add_lines(const QuadValues& a, const TwoLines& tw
     constexpr bool apart = code < 0;
     constexpr bool shifted = apart && Fields<C::bits>::steps > 1;
     const PartColumns<C, plain, shifted> columns[2] = {PartColumns<C, plain, shifted>(part), PartColumns<C, plain, shifted>(other)};
-    vi sum[2][rows][sums];
-    for (int r = 0; r < rows; ++r)
-        for (int i = 0; i < sums; ++i)
-            sum[0][r][i] = sum[1][r][i] = (vi)spread_sides<sides>([&](int side) { return w.zero[part.group[side] * 8 + i * 4 + r]; });
+    vf total[2][rows] = {};
     const char* weights[sides];
     for (int side = 0; side < sides; ++side) weights[side] = w.bytes + part.group[side] * (rows * terms * QUAD_TOKENS);
-    for (int step = a.first / 64 * 64; step < a.stop; step += 64) {
-        const bool rest = step + 64 > a.count;
-        const char* from = rest ? a.rest : a.rows + step * a.stride;
-        const int64_t stride = rest ? a.bytes : a.stride;
-        for (int i = 0; i < 4; ++i, from += 4 * stride) {
-            a.ahead.tick_inside(4);
+    for (int begin = a.first / QUAD_HALF * QUAD_HALF; begin < a.stop; begin += QUAD_HALF) {
+        const int half = begin / QUAD_HALF;
+        vi sum[2][rows][sums];
+        for (int r = 0; r < rows; ++r)
+            for (int i = 0; i < sums; ++i)
+                sum[0][r][i] = sum[1][r][i] =
+                    (vi)spread_sides<sides>([&](int side) { return w.zero[(part.group[side] * 2 + half) * 8 + i * 4 + r]; });
+        for (int step = std::max(begin, a.first / 64 * 64); step < std::min(begin + QUAD_HALF, a.stop); step += 64) {
+            const bool rest = step + 64 > a.count;
+            const char* from = rest ? a.rest : a.rows + step * a.stride;
+            const int64_t stride = rest ? a.bytes : a.stride;
+            for (int i = 0; i < 4; ++i, from += 4 * stride) {
+                a.ahead.tick_inside(4);
 #pragma GCC unroll 4
-            for (int m = 0; m < 4; ++m) {
-                const char* at = from + m * 16 * stride;
-                const int place = step + 16 * i + 4 * m;
-                line v[2][C::planes];
-                const auto x = columns[0](at, stride);
-                decoder.template values<C::planes>(x.template codes<apart ? 0 : code>(), v[0]);
-                if constexpr (apart)
-                    decoder.template values<C::planes>(columns[1](at, stride).template codes<0>(), v[1]);
-                else
-                    decoder.template values<C::planes>(x.template codes<code + 1>(), v[1]);
-                auto weight = [&](int r, int term) __attribute__((always_inline)) {
-                    return spread_sides<sides>([&](int side) __attribute__((always_inline)) {
-                        int32_t four;
-                        std::memcpy(&four, weights[side] + place + (r * terms + term) * QUAD_TOKENS, 4);
-                        return four;
-                    });
-                };
-                for (int r = 0; r < rows; ++r) {
-                    const __m512i high = weight(r, 0);
-                    for (int c = 0; c < 2; ++c) sum[c][r][0] = dot_parts(sum[c][r][0], v[c][C::planes - 1], high);
-                    if constexpr (C::planes == 2)
-                        for (int c = 0; c < 2; ++c) sum[c][r][1] = dot_parts(sum[c][r][1], v[c][0], high);
-                    if constexpr (terms == 2) {
-                        const __m512i low = weight(r, 1);
-                        for (int c = 0; c < 2; ++c) sum[c][r][1] = dot_parts(sum[c][r][1], v[c][C::planes - 1], low);
+                for (int m = 0; m < 4; ++m) {
+                    const char* at = from + m * 16 * stride;
+                    const int place = step + 16 * i + 4 * m;
+                    line v[2][C::planes];
+                    const auto x = columns[0](at, stride);
+                    decoder.template values<C::planes>(x.template codes<apart ? 0 : code>(), v[0]);
+                    if constexpr (apart)
+                        decoder.template values<C::planes>(columns[1](at, stride).template codes<0>(), v[1]);
+                    else
+                        decoder.template values<C::planes>(x.template codes<code + 1>(), v[1]);
+                    auto weight = [&](int r, int term) __attribute__((always_inline)) {
+                        return spread_sides<sides>([&](int side) __attribute__((always_inline)) {
+                            int32_t four;
+                            std::memcpy(&four, weights[side] + place + (r * terms + term) * QUAD_TOKENS, 4);
+                            return four;
+                        });
+                    };
+                    for (int r = 0; r < rows; ++r) {
+                        const __m512i high = weight(r, 0);
+                        for (int c = 0; c < 2; ++c) sum[c][r][0] = dot_parts(sum[c][r][0], v[c][C::planes - 1], high);
+                        if constexpr (C::planes == 2)
+                            for (int c = 0; c < 2; ++c) sum[c][r][1] = dot_parts(sum[c][r][1], v[c][0], high);
+                        if constexpr (terms == 2) {
+                            const __m512i low = weight(r, 1);
+                            for (int c = 0; c < 2; ++c) sum[c][r][1] = dot_parts(sum[c][r][1], v[c][C::planes - 1], low);
+                        }
                     }
                 }
+            }
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; ++r) {
+            const vf factor = (vf)spread_sides<sides>([&](int side) {
+                int32_t bits;
+                std::memcpy(&bits, w.factor + (part.group[side] * 2 + half) * 4 + r, 4);
+                return bits;
+            });
+            for (int c = 0; c < 2; ++c) {
+                vi made = sum[c][r][0];
+                if constexpr (sums == 2) made = (made << 8) + sum[c][r][1];
+                total[c][r] = fma(to_float(made), factor, total[c][r]);
             }
         }
     }
     const float by = a.format.factor * (C::planes == 2 ? 256.0f : 1.0f);
 #pragma GCC unroll 4
     for (int r = 0; r < rows; ++r, out += a.out_stride) {
-        auto factor_of = [&](int side) {
-            int32_t bits;
-            std::memcpy(&bits, w.factor + part.group[side] * 4 + r, 4);
-            return bits;
-        };
-        const vf factor = (vf)spread_sides<sides>(factor_of) * by;
 #pragma GCC unroll 2
         for (int c = 0; c < 2; ++c) {
             if (apart && c && two.other == two.from) continue;  // there was one part only
-            vi x = sum[c][r][0];
-            if constexpr (sums == 2) x = (x << 8) + sum[c][r][1];
-            const __m512 made = (__m512)(to_float(x) * factor);
+            const __m512 made = (__m512)(total[c][r] * by);
             const __mmask8* words = apart && c ? other.words : part.words;
             float* to = out + a.order.first[apart ? (c ? two.other : two.from) : two.from * a.order.lines + code + c];
             auto add = [&](float* at, __mmask8 mask, __m256 x) {
@@ -229,11 +240,14 @@ template <class C, int rows, int terms>
 INLINE void add_quads_of(const QuadValues& a, const float* weights, float* out, const float* rescale) {
     const Format& f = a.format;
     const int groups = f.dim / f.group;
-    alignas(16) int32_t zero[MOST_GROUPS * 8];
-    alignas(16) float factor[MOST_GROUPS * 4];
+    alignas(16) int32_t zero[MOST_GROUPS * 2 * 8];
+    alignas(16) float factor[MOST_GROUPS * 2 * 4];
     for (int g = 0; g < groups; ++g)
-        spread_weights<C::planes, terms>(a, rows, weights, a.scales + int64_t(g) * a.tokens, a.spread + g * (rows * terms * QUAD_TOKENS),
-                                         zero + 8 * g, factor + 4 * g);
+        for (int t = a.first / QUAD_HALF * QUAD_HALF; t < a.stop; t += QUAD_HALF) {
+            const int at = 2 * g + t / QUAD_HALF;
+            spread_weights<C::planes, terms>(a, rows, std::min(QUAD_HALF, a.tokens - t), weights + t, a.scales + int64_t(g) * a.tokens + t,
+                                             a.spread + g * (rows * terms * QUAD_TOKENS) + t, zero + 8 * at, factor + 4 * at);
+        }
     const QuadWeights w = {a.spread, zero, factor};
     const Quads& order = a.order;
     auto run = [&]<int code>(std::integral_constant<int, code>, const TwoLines& two) __attribute__((always_inline)) {

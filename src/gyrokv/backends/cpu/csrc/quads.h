@@ -15,9 +15,10 @@ namespace GYROKV_ISA {
 #endif
 
 constexpr int QUAD_TOKENS = 256;      // of a block, at most
+constexpr int QUAD_HALF = 128;        // whose weights are rounded relative to the same largest one
 constexpr int64_t QUAD_BLOCK = 40960;  // bytes of a block of K or V: V is passed over several times
 constexpr int PART_WORDS = 8, PART_BYTES = 2 * PART_WORDS;
-constexpr int MOST_QUAD_ROWS = 8;             // query rows
+constexpr int MOST_QUAD_ROWS = 16;            // query rows
 constexpr int MOST_PARTS = 640 / PART_BYTES + 640 / 32;  // lines of a padded head, and those of two groups
 
 #if !defined(GYROKV_QUADS)
