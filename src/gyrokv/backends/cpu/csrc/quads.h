@@ -20,12 +20,15 @@ constexpr int MOST_PARTS = 640 / PART_BYTES;  // lines of a padded head
 
 #if !defined(GYROKV_QUADS)
 
+constexpr bool TAKES_QUADS = false;
 struct Quads {
     Quads(const Format&, bool) {}
 };
 INLINE bool takes_quads(const Format&, int, int) { return false; }
 
 #else
+
+constexpr bool TAKES_QUADS = true;
 
 // Query rows that take rows of a format so, with `terms` parts of q or of the weights.
 INLINE bool takes_quads(const Format& f, int rows, int terms) {
