@@ -200,8 +200,8 @@ def test_long_problems(level, case, problem):
 def test_few_tokens_of_dense_rows(level, fmt):
     """Tokens that are left over, of pairs and of whole vectors, have a large share of the result."""
     for kv_len in (1, 2, 3, 17):
-        for rows in (1, 3, 16):
-            data = inputs(long(fmt, fmt, 1, kv_len, (rows, 1), dims=(96, 96)))
+        for heads in (1, 3, 16):
+            data = inputs(long(fmt, fmt, 1, kv_len, (heads, 1), dims=(96, 96)))
             right(data, *data.run("cpu"))
 
 
