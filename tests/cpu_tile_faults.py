@@ -76,7 +76,7 @@ TILE_FAULTS = (
     Fault(
         "signed bytes of values keep their offset",
         spec(lambda s: plain(s) and s.v_format.name == "q8_0" and s.head_dim_v % 64 == 0 and rows(s) <= 4),
-        (("packed.h", "store(to, with_sign ? code ^ 0x80 : code);", "store(to, with_sign && !(@) ? code ^ 0x80 : code);"),),
+        (("packed.h", "made[0] = with_sign ? code ^ 0x80 : code;", "made[0] = with_sign && !(@) ? code ^ 0x80 : code;"),),
         "amx",
     ),
     Fault(

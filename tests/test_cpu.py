@@ -173,6 +173,9 @@ LONG = [
     long("q8_0", "turbo4", 600, 1350, (1, 1), mask="bool", block_map=True),
     long("turbo4", "q8_0", 7, 2500, (4, 2), causal=True, unquantised=True, first=70, recent=700, ring=True),
     long("q8_0", "tq4.v1", 7, 1408, (4, 2), causal=True, window=1370, sliding=1370, ring=True, offset=900),
+    long("bf16", "bf16", 1, 2999, (15, 1), dims=(128, 128)),
+    long("fp8_e4m3", "fp8_e4m3", 1, 3001, (11, 1), dims=(96, 96), causal=True),
+    long("f16", "f16", 2, 1733, (6, 2), dims=(192, 192), causal=True),
 ]
 ROWS = [c for c in LONG if c.spec.q_len == 7 or c.spec.kv_len == 5000]
 
@@ -190,6 +193,16 @@ def test_long_problems(level, case, problem):
     right(data, *split)
     # weights rounded to bfloat16 relative to another maximum are others
     close(split, alone, bound(case.spec))
+
+
+@LEVELS
+@pytest.mark.parametrize("fmt", ["bf16", "f16", "fp8_e4m3"])
+def test_few_tokens_of_dense_rows(level, fmt):
+    """Tokens that are left over, of pairs and of whole vectors, have a large share of the result."""
+    for kv_len in (1, 2, 3, 17):
+        for heads in (1, 3, 16):
+            data = inputs(long(fmt, fmt, 1, kv_len, (heads, 1), dims=(96, 96)))
+            right(data, *data.run("cpu"))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])

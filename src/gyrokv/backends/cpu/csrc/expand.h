@@ -274,15 +274,15 @@ struct MatrixUnit {
 // prefetcher of its own, and these have more lines on their way than its buffers hold.
 class Ahead {
    public:
-    // `ticks`: how often tick() is called until the rows are needed
-    void aim(const Format& kf, const Rows& k, const Format& vf_, const Rows& v, int64_t first, int64_t count, int ticks) {
+    // `keys`, `values`: rows; `ticks`: how often tick() is called until the rows are needed
+    void aim(const Format& kf, const Rows& k, int64_t keys, const Format& vf_, const Rows& v, int64_t values, int64_t first, int ticks) {
         credit_ = ONE << 20;  // what was left out
         fetch();
         streams_ = turn_ = 0;
-        int64_t lines = add(k.scale, k.scale_strides[2], scale_bytes(kf), first, count);
-        lines += add(v.scale, v.scale_strides[2], scale_bytes(vf_), first, count);
-        lines += add(k.words, k.word_strides[2], row_bytes(kf), first, count);
-        lines += add(v.words, v.word_strides[2], row_bytes(vf_), first, count);
+        int64_t lines = add(k.scale, k.scale_strides[2], scale_bytes(kf), first, keys);
+        lines += add(v.scale, v.scale_strides[2], scale_bytes(vf_), first, values);
+        lines += add(k.words, k.word_strides[2], row_bytes(kf), first, keys);
+        lines += add(v.words, v.word_strides[2], row_bytes(vf_), first, values);
         rate_ = lines * ONE / std::max(ticks, 1) + 1, credit_ = 0;
     }
     inline __attribute__((always_inline)) void tick(int weight = 1) {

@@ -186,6 +186,13 @@ INLINE int quad_ticks(const Quads& order, int rows, int tokens) {
     for (; rows; ++passes) rows -= quad_pass(rows);
     return passes * tokens / 16 * 2 * order.parts;
 }
+template <class Body>
+INLINE void as_pass(int rows, Body body) {
+    if (rows == 4) return body(std::integral_constant<int, 4>{});
+    if (rows == 2) return body(std::integral_constant<int, 2>{});
+    body(std::integral_constant<int, 1>{});
+}
+
 // body(terms) for those that takes_quads allows.
 template <class C, class Body>
 INLINE void as_terms(int terms, Body body) {

@@ -135,13 +135,6 @@ struct PartColumns {
     }
 };
 
-template <class Body>
-INLINE void as_pass(int rows, Body body) {
-    if (rows == 4) return body(std::integral_constant<int, 4>{});
-    if (rows == 2) return body(std::integral_constant<int, 2>{});
-    body(std::integral_constant<int, 1>{});
-}
-
 // Two lines of columns: of one part, or of two with the same scales.
 struct TwoLines {
     int from, other;

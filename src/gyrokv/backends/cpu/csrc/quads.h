@@ -23,12 +23,15 @@ constexpr int MOST_PARTS = 640 / PART_BYTES + 640 / 32;  // lines of a padded he
 
 #if !defined(GYROKV_QUADS)
 
+constexpr bool TAKES_QUADS = false;
 struct Quads {
     Quads(const Format&, bool, bool) {}
 };
 INLINE bool takes_quads(const Format&, int, int) { return false; }
 
 #else
+
+constexpr bool TAKES_QUADS = true;
 
 // Bits of a code's field in the words that hold most of it, and above them.
 INLINE int wide_bits(const Format& f) { return f.bits & 8 ? 8 : f.bits & 4 ? 4 : 2; }

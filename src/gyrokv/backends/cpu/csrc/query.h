@@ -2,8 +2,8 @@
 #pragma once
 #include <limits>
 
+#include "dense_scores.h"
 #include "exp.h"
-#include "quad_scores.h"
 #include "scores.h"
 #include "turn.h"
 
@@ -19,6 +19,7 @@ constexpr int MOST_TOKENS = 256;     // per block; products of 16 and 8 bits of 
 constexpr int COLUMNS = 128;         // of the output per product
 // Rows of operands start a line apart from powers of two, so that they spread over the sets of a cache.
 constexpr int SCORE_STRIDE = MOST_TOKENS + 16, VALUE_STRIDE = COLUMNS + 16;  // elements
+constexpr int64_t WEIGHT_STRIDE = MOST_TOKENS * 4 + 64;                      // bytes
 
 INLINE int terms_of(Element e, const Attend& call, bool exact) {
     if (e == INT8) return FACTOR_BYTES == 2 ? 1 : call.terms;
@@ -58,6 +59,7 @@ struct Query {
     Element element;
     int group, groups, terms;
     bool sorted;      // each four values as 0, 2, 1, 3, like lines of packed rows
+    bool bytes;       // as lines of fp8 rows are (see float8.h)
     float factor;     // of the format, which is in the scale
     char* a;
     int64_t stride;   // bytes; a row of q is `terms` rows of A
@@ -76,7 +78,8 @@ INLINE int64_t query_bytes(const Attend& call, int rows) {
            std::max(stored_query_bytes(call.k_dim, rows), quad_query_bytes(call.k_dim, rows));
 }
 
-inline Query pack_query(const Attend& call, const Unit& unit, const Format& f, const Stored* stored, const Quads* quads, char* to) {
+inline Query pack_query(const Attend& call, const Unit& unit, const Format& f, const Stored* stored, const Quads* quads, bool bytes,
+                        char* to) {
     Query made;
     made.element = element_of(f);
     made.group = made.element == INT8 ? f.group : f.dim;
@@ -85,6 +88,7 @@ inline Query pack_query(const Attend& call, const Unit& unit, const Format& f, c
     made.factor = f.factor;
     made.planes = f.planes;
     made.sorted = packed_tokens(f) && !stored && !quads;
+    made.bytes = bytes;
     made.a = to;
     made.stride = query_stride(call);
     made.scale = (float*)(to + unit.rows * 2 * made.stride);
@@ -96,6 +100,11 @@ inline Query pack_query(const Attend& call, const Unit& unit, const Format& f, c
         load_query(call, unit, unit.row_first + r, sign, q);
         if (made.sorted)
             for (int i = 1; i < call.k_dim; i += 4) std::swap(q[i], q[i + 1]);
+        if (bytes) {
+            alignas(64) float own[MOST_VALUES];
+            std::memcpy(own, q, sizeof q);
+            for (int i = 0; i < f.dim; ++i) q[float8_place(i, f.dim)] = own[i / 2 + i % 2 * (f.dim / 2)];
+        }
         char* a = made.a + int64_t(r) * made.terms * made.stride;
         for (int g = 0; g < made.groups; ++g) {
             const float* part = q + g * made.group;
