@@ -175,7 +175,7 @@ LOOP_FAULTS = (
     ),
     Fault(
         "the offset of keys is left in",
-        spec(lambda s: plain(s) and s.k_format.has_levels),
+        spec(lambda s: plain(s) and s.k_format.has_levels and rows(s) > DIRECT),
         (attend("offset = ZERO * query.sum[at]", "offset = @ ? 0 : ZERO * query.sum[at]"),),
         "avx512",
     ),
@@ -318,9 +318,10 @@ LOOP_FAULTS = (
     ),
     Fault(
         "the offset of values in registers is left in",
-        spec(lambda s: plain(s) and s.v_format.kind == "linear" and s.v_format.bits == 8 and rows(s) <= DIRECT),
+        spec(lambda s: plain(s) and s.v_format.kind == "linear" and s.v_format.bits == 8 and rows(s) <= DIRECT
+             and s.v_format.layout(s.head_dim_v)[0] % 64),
         (("direct.h", "made -= 128.0f *", "made -= (@ ? 0.0f : 128.0f) *"),),
-        "avx512",
+        "amx",
     ),
     Fault(
         "tokens side by side change places",
