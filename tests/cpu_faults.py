@@ -24,7 +24,7 @@ _LOOP = ("attend.h", "query.h", "block.h", "weights.h")
 
 class Fault(NamedTuple):
     """``edits``: file, a piece of it, there once, and what it becomes. ``relevant``: cases that must notice, of many rows
-    of bfloat16 if ``wide``, of many rows as terms if ``terms``."""
+    of bfloat16 if ``wide``, of many rows as terms if ``terms``, of few rows of codes if ``few``."""
 
     name: str
     relevant: Callable[[Case], bool]
@@ -32,6 +32,7 @@ class Fault(NamedTuple):
     level: str = "portable"
     wide: bool = False
     terms: bool = False
+    few: bool = False
 
 
 def spec(test: Callable[[AttentionSpec], bool]) -> Callable[[Case], bool]:
