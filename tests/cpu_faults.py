@@ -318,13 +318,6 @@ LOOP_FAULTS = (
         (("packed.h", "i < count - t; ++i)", "i < count - t - (@); ++i)"),),
     ),
     Fault(
-        "the offset of values in registers is left in",
-        spec(lambda s: plain(s) and s.v_format.kind == "linear" and s.v_format.bits == 8 and rows(s) <= DIRECT
-             and s.v_format.layout(s.head_dim_v)[0] % 64),
-        (("direct.h", "made -= 128.0f *", "made -= (@ ? 0.0f : 128.0f) *"),),
-        "amx",
-    ),
-    Fault(
         "tokens side by side change places",
         spec(lambda s: plain(s) and s.k_format.kind in DENSE and rows(s) <= SIDE_BY_SIDE),
         (("dense_scores.h", "at + 4 * j * stride, stride", "at + 4 * (@ ? 3 - j : j) * stride, stride"),),

@@ -175,6 +175,13 @@ TILE_FAULTS = (
         (("lines.h", "t < count; ++t) std::memcpy(rest", "t < count - (@); ++t) std::memcpy(rest"),),
         "amx",
     ),
+    Fault(
+        "the offset of values in registers is left in",
+        spec(lambda s: plain(s) and s.v_format.kind == "linear" and s.v_format.bits == 8 and rows(s) <= 8
+             and s.v_format.layout(s.head_dim_v)[0] % 64),
+        (("direct.h", "made -= 128.0f *", "made -= (@ ? 0.0f : 128.0f) *"),),
+        "amx",
+    ),
     several("the low part of eight query rows is dropped", lambda s: plain(s) and one_scale(s.k_format, s.head_dim, 1),
             scores("(high << 8) + low)", "(high << 8) + (@ ? vi{} : low))")),
     several("eight query rows take the low plane of keys twice", lambda s: plain(s) and one_scale(s.k_format, s.head_dim, 2),

@@ -1,4 +1,4 @@
-"""Few query rows over rows of codes: without a matrix unit a CPU takes these side by side, in a way of its own."""
+"""Few query rows: without a matrix unit a CPU takes rows of K and V side by side, in a way of its own."""
 
 from __future__ import annotations
 
@@ -56,3 +56,13 @@ def test_few_rows_of_every_width(level, bits, coding):
         fast = bits < 8 and i % 3 == 0
         data = inputs(case(k, v, (dim, dim), q_len=1 + i % 4, kv_len=150, causal=True, batch=1, fast=fast))
         right(data, *data.run("cpu"))
+
+
+@LEVELS
+@pytest.mark.parametrize("fmt", ["bf16", "f16", "fp8_e4m3"])
+def test_few_tokens_of_dense_rows(level, fmt):
+    """Tokens that are left over, of pairs and of whole vectors, have a large share of the result."""
+    for kv_len in (1, 2, 3, 17):
+        for heads in (1, 3, 16):
+            data = inputs(long(fmt, fmt, 1, kv_len, (heads, 1), dims=(96, 96)))
+            right(data, *data.run("cpu"))
