@@ -24,7 +24,7 @@ _LOOP = ("attend.h", "query.h", "block.h", "weights.h")
 
 class Fault(NamedTuple):
     """``edits``: file, a piece of it, there once, and what it becomes. ``relevant``: cases that must notice, of many rows
-    of bfloat16 if ``wide``, of many rows as terms if ``terms``."""
+    of bfloat16 if ``wide``, of many rows as terms if ``terms``, of few rows of codes if ``few``."""
 
     name: str
     relevant: Callable[[Case], bool]
@@ -32,6 +32,7 @@ class Fault(NamedTuple):
     level: str = "portable"
     wide: bool = False
     terms: bool = False
+    few: bool = False
 
 
 def spec(test: Callable[[AttentionSpec], bool]) -> Callable[[Case], bool]:
@@ -175,7 +176,7 @@ LOOP_FAULTS = (
     ),
     Fault(
         "the offset of keys is left in",
-        spec(lambda s: plain(s) and s.k_format.has_levels),
+        spec(lambda s: plain(s) and s.k_format.has_levels and rows(s) > DIRECT),
         (attend("offset = ZERO * query.sum[at]", "offset = @ ? 0 : ZERO * query.sum[at]"),),
         "avx512",
     ),
@@ -315,12 +316,6 @@ LOOP_FAULTS = (
         spec(lambda s: plain(s) and s.uses() <= {"causal"} and s.k_format.bits in (2, 4) and s.v_format.bits in (2, 4)
              and s.kv_len % 16 and s.q_len > 1 and s.head_dim % 64 == 0),
         (("packed.h", "i < count - t; ++i)", "i < count - t - (@); ++i)"),),
-    ),
-    Fault(
-        "the offset of values in registers is left in",
-        spec(lambda s: plain(s) and s.v_format.kind == "linear" and s.v_format.bits == 8 and rows(s) <= DIRECT),
-        (("direct.h", "made -= 128.0f *", "made -= (@ ? 0.0f : 128.0f) *"),),
-        "avx512",
     ),
     Fault(
         "tokens side by side change places",

@@ -17,7 +17,7 @@ import pytest
 import torch
 from test_bytes import rows
 
-from gyrokv import BlockMap, Codec, LayerCache, attend, explain
+from gyrokv import BlockMap, Codec, LayerCache, attend
 from gyrokv.backends import cpu
 from gyrokv.backends.cpu.build import known_levels
 from gyrokv.cases import HEADS, case, fits, groups
@@ -124,14 +124,6 @@ def invented_problems(bits: int, coding: str) -> list[Problem]:
     return made
 
 
-def test_groups_that_kernels_cannot_take_are_refused(backend_here):
-    """Kernels multiply 32 values at a time: a row with smaller groups must go to torch, not come out wrong."""
-    backend_here("cpu")
-    fmt = invented(4, "index", False, (16,))
-    spec = case(fmt, "q8_0").spec
-    assert any("16" in reason for reason in cpu.why_not(spec)) and "torch: can run (chosen)" in explain(spec)
-
-
 # -- long problems
 
 
@@ -193,16 +185,6 @@ def test_long_problems(level, case, problem):
     right(data, *split)
     # weights rounded to bfloat16 relative to another maximum are others
     close(split, alone, bound(case.spec))
-
-
-@LEVELS
-@pytest.mark.parametrize("fmt", ["bf16", "f16", "fp8_e4m3"])
-def test_few_tokens_of_dense_rows(level, fmt):
-    """Tokens that are left over, of pairs and of whole vectors, have a large share of the result."""
-    for kv_len in (1, 2, 3, 17):
-        for heads in (1, 3, 16):
-            data = inputs(long(fmt, fmt, 1, kv_len, (heads, 1), dims=(96, 96)))
-            right(data, *data.run("cpu"))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])

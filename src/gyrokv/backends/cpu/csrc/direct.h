@@ -1,5 +1,5 @@
-// Sums of weighted rows of V as they are stored, for few query rows: codes become floats in registers, each token's are
-// multiplied with a weight of every row, and no panels are made. Weights stay float32.
+// Sums of weighted rows of V as they are stored, for few query rows: float16, float32 and linear bytes become floats in
+// registers, each token's are multiplied with a weight of every row, and no panels are made. Weights stay float32.
 //
 // Columns are taken 32 at a time, a chunk. In rows of words (see packing.py) lane i of a chunk holds columns 2 i and
 // 2 i + 1 in its two words, so a chunk becomes a vector of its even columns and one of its odd ones, and so lie the sums
@@ -27,7 +27,7 @@ INLINE int direct_passes(const Format&, int) { return 0; }
 
 #else
 
-enum Decoding : int { HALVES, FLOATS, LINEAR, LOOKUP };
+enum Decoding : int { HALVES, FLOATS, LINEAR };
 
 // Where the codes of a chunk are: lane i loads a dword from one of two places, then takes that of lane index[i] and
 // shifts it. PLAIN: they are 64 consecutive bytes. HALF, QUARTER: 32 or 16, repeated. WHOLE: one load has all of the field.
@@ -43,28 +43,13 @@ struct Piece {
 struct Direct {
     Decoding decoding;
     bool turned;        // chunks are even and odd columns
-    bool signs;         // the top bit of a code is the sign of what the others mean
-    alignas(64) float table[32];
-    Piece wide[640 / COLUMNS_PER_CHUNK], next[640 / COLUMNS_PER_CHUNK];
+    Piece wide[640 / COLUMNS_PER_CHUNK];
 };
-
-INLINE float value_of(const Format& f, int code) { return float(f.table[0][code] + (f.planes == 2 ? 256 * f.table[1][code] : 0)); }
-
-INLINE bool has_signs(const Format& f) {
-    const int half = 1 << (f.bits - 1);
-    for (int i = 0; i < half; ++i)
-        if (value_of(f, i + half) != -value_of(f, i)) return false;
-    return true;
-}
 
 INLINE bool adds_direct(const Format& f, int rows) {
     if (rows > (f.kind == CODES ? MOST_DIRECT_CODES : MOST_DIRECT) || f.dim % COLUMNS_PER_CHUNK || f.group % COLUMNS_PER_CHUNK) return false;
     if (f.kind == BF16 || f.kind == FP8_E4M3) return false;
-    if (f.kind != CODES || f.linear) return true;
-#if defined(__AMX_INT8__)
-    return false;  // panels cost less there
-#endif
-    return f.bits > 3 && (f.bits < 6 || (f.bits == 6 && has_signs(f)));
+    return f.kind != CODES || f.linear;
 }
 
 // The piece of a field of `width` bits that begins at byte `base` of a row, for 32 columns from `start` on, whose codes go
@@ -90,17 +75,10 @@ INLINE Piece piece_of(int dim, int width, int base, int start, int to) {
 
 inline Direct direct_of(const Format& f) {
     Direct made;
-    made.decoding = f.kind == F16 ? HALVES : f.kind == F32 ? FLOATS : f.linear ? LINEAR : LOOKUP;
+    made.decoding = f.kind == F16 ? HALVES : f.kind == F32 ? FLOATS : LINEAR;
     made.turned = f.kind == CODES;
-    made.signs = made.decoding == LOOKUP && f.bits == 6;
     if (made.decoding < LINEAR) return made;
-    const int bits = made.decoding == LOOKUP ? f.bits : 8, wide = bits & 8 ? 8 : bits & 4 ? 4 : 2;
-    if (made.decoding == LOOKUP)
-        for (int i = 0; i < 32; ++i) made.table[i] = value_of(f, i & ((1 << bits) - 1));
-    for (int c = 0; c * COLUMNS_PER_CHUNK < f.dim; ++c) {
-        made.wide[c] = piece_of(f.dim, wide, 0, COLUMNS_PER_CHUNK * c, 0);
-        if (bits > wide) made.next[c] = piece_of(f.dim, bits - wide, f.dim * wide / 8, COLUMNS_PER_CHUNK * c, wide);
-    }
+    for (int c = 0; c * COLUMNS_PER_CHUNK < f.dim; ++c) made.wide[c] = piece_of(f.dim, 8, 0, COLUMNS_PER_CHUNK * c, 0);
     return made;
 }
 
@@ -124,7 +102,7 @@ struct Loader {
 };
 
 // Rows that are no codes to the two vectors of each chunk.
-template <int decoding, int, bool, int chunks>
+template <int decoding, bool, int chunks>
 struct Decoded {
     int64_t at;
     inline __attribute__((always_inline)) Decoded(const Direct&, int chunk) : at(chunk * (decoding == FLOATS ? 128 : 64)) {}
@@ -138,53 +116,16 @@ struct Decoded {
         }
     }
 };
-// Codes to the two vectors of a chunk.
-template <int decoding, int bits, bool plain>
-struct DecodedChunk {
-    Loader<plain ? PLAIN : PARTS> wide;
-    Loader<PARTS> next;
-    vf table[2];
-    inline __attribute__((always_inline)) DecodedChunk(const Direct& d, int chunk)
-        : wide(d.wide[chunk]), next(d.next[chunk]), table{load<vf>(d.table), load<vf>(d.table + 16)} {}
-
+template <bool plain, int chunks>
+struct Decoded<LINEAR, plain, chunks> {
+    const Loader<plain ? PLAIN : PARTS> wide[2];
+    inline __attribute__((always_inline)) Decoded(const Direct& d, int first)
+        : wide{Loader<plain ? PLAIN : PARTS>(d.wide[first]), Loader<plain ? PLAIN : PARTS>(d.wide[first + chunks - 1])} {}
     inline __attribute__((always_inline)) void operator()(const char* row, vf* to) const {
-        if constexpr (decoding == LINEAR) {
-            const vu x = wide(row);
-            to[0] = to_float((vi)(x >> wide.even & 255)), to[1] = to_float((vi)(x >> wide.odd & 255));
-        } else {
-            using F = Fields<bits>;
-            const vu x = wide(row);
-            vu code[2] = {x >> wide.even, x >> wide.odd};
-            if constexpr (F::next > 0) {
-                const vu y = next(row), low = (vu)splat((1 << F::wide) - 1);
-                code[0] = (code[0] & low) | ((vu)_mm512_rorv_epi32((__m512i)y, (__m512i)next.even) & ~low);
-                code[1] = (code[1] & low) | ((vu)_mm512_rorv_epi32((__m512i)y, (__m512i)next.odd) & ~low);
-            }
-            for (int i = 0; i < 2; ++i) {
-                if constexpr (bits <= 4) {
-                    to[i] = (vf)_mm512_permutexvar_ps((__m512i)code[i], (__m512)table[0]);
-                } else {
-                    const vu size = (vu)_mm512_permutex2var_ps((__m512)table[0], (__m512i)code[i], (__m512)table[1]);
-                    to[i] = bits == 5 ? (vf)size : (vf)(size ^ (code[i] << 26 & 0x80000000u));
-                }
-            }
+        for (int c = 0; c < chunks; ++c, to += 2) {
+            const vu x = wide[c](row);
+            to[0] = to_float((vi)(x >> wide[c].even & 255)), to[1] = to_float((vi)(x >> wide[c].odd & 255));
         }
-    }
-};
-template <int bits, bool plain, int chunks>
-struct Decoded<LINEAR, bits, plain, chunks> {
-    const DecodedChunk<LINEAR, bits, plain> chunk[2];
-    inline __attribute__((always_inline)) Decoded(const Direct& d, int first) : chunk{{d, first}, {d, first + chunks - 1}} {}
-    inline __attribute__((always_inline)) void operator()(const char* row, vf* to) const {
-        for (int c = 0; c < chunks; ++c) chunk[c](row, to + 2 * c);
-    }
-};
-template <int bits, bool plain, int chunks>
-struct Decoded<LOOKUP, bits, plain, chunks> {
-    const DecodedChunk<LOOKUP, bits, plain> chunk[2];
-    inline __attribute__((always_inline)) Decoded(const Direct& d, int first) : chunk{{d, first}, {d, first + chunks - 1}} {}
-    inline __attribute__((always_inline)) void operator()(const char* row, vf* to) const {
-        for (int c = 0; c < chunks; ++c) chunk[c](row, to + 2 * c);
     }
 };
 
@@ -213,11 +154,11 @@ struct Weighted {
 template <int decoding>
 constexpr bool ASKS = TAKES_QUADS && decoding < LINEAR;
 
-template <int decoding, int bits, bool plain, int rows, int chunks>
+template <int decoding, bool plain, int rows, int chunks>
 INLINE void add_chunks(const Weighted& w, int row, int chunk, Ahead& ahead) {
-    constexpr bool codes = decoding == LINEAR || decoding == LOOKUP;
+    constexpr bool codes = decoding == LINEAR;
     constexpr int bytes = chunks * (decoding == FLOATS ? 128 : 64);
-    const Decoded<decoding, bits, plain, chunks> decoded(w.direct, chunk);
+    const Decoded<decoding, plain, chunks> decoded(w.direct, chunk);
     vf sum[rows][2 * chunks] = {};
     const float* weights[chunks];
     int group[chunks];
@@ -286,19 +227,19 @@ INLINE void share_weights(const float* scores, int64_t stride, int rows, const f
     for (int r = 0; r < rows; ++r) totals[r] = reduce_add(total[r]);
 }
 
-template <int decoding, int bits, bool plain>
+template <int decoding, bool plain>
 inline void add_direct_of(const Weighted& w, MatrixUnit& unit, Ahead& ahead) {
     const int all = w.dim / COLUMNS_PER_CHUNK;
     auto some = [&]<int rows>(std::integral_constant<int, rows>, int row) {
         int c = 0;
         constexpr bool wide = rows <= 2 && ASKS<decoding>;
         if constexpr (wide)
-            for (; c + 4 <= all; c += 4) add_chunks<decoding, bits, plain, rows, 4>(w, row, c, ahead);
+            for (; c + 4 <= all; c += 4) add_chunks<decoding, plain, rows, 4>(w, row, c, ahead);
         for (; c + 2 <= all; c += 2) {
             unit.keep_awake();
-            add_chunks<decoding, bits, plain, rows, 2>(w, row, c, ahead);
+            add_chunks<decoding, plain, rows, 2>(w, row, c, ahead);
         }
-        if (c < all) add_chunks<decoding, bits, plain, rows, 1>(w, row, c, ahead);
+        if (c < all) add_chunks<decoding, plain, rows, 1>(w, row, c, ahead);
     };
     int row = 0;
     for (; row + 4 <= w.count; row += 4) some(std::integral_constant<int, 4>{}, row);
@@ -306,24 +247,14 @@ inline void add_direct_of(const Weighted& w, MatrixUnit& unit, Ahead& ahead) {
     if (row < w.count) some(std::integral_constant<int, 1>{}, row);
 }
 
-inline void add_direct(const Weighted& w, const Format& f, MatrixUnit& unit, Ahead& ahead) {
-    const bool plain = w.direct.decoding >= LINEAR && w.direct.wide[0].loading == PLAIN;
-#define GYROKV_ADD(decoding, bits) \
-    return plain ? add_direct_of<decoding, bits, true>(w, unit, ahead) : add_direct_of<decoding, bits, false>(w, unit, ahead)
+inline void add_direct(const Weighted& w, MatrixUnit& unit, Ahead& ahead) {
     switch (w.direct.decoding) {
-        case HALVES: return add_direct_of<HALVES, 0, true>(w, unit, ahead);
-        case FLOATS: return add_direct_of<FLOATS, 0, true>(w, unit, ahead);
-        case LINEAR: GYROKV_ADD(LINEAR, 8);
-        case LOOKUP: break;
+        case HALVES: return add_direct_of<HALVES, true>(w, unit, ahead);
+        case FLOATS: return add_direct_of<FLOATS, true>(w, unit, ahead);
+        case LINEAR:
+            if (w.direct.wide[0].loading == PLAIN) return add_direct_of<LINEAR, true>(w, unit, ahead);
+            return add_direct_of<LINEAR, false>(w, unit, ahead);
     }
-    switch (f.bits) {
-        case 2: GYROKV_ADD(LOOKUP, 2);
-        case 3: GYROKV_ADD(LOOKUP, 3);
-        case 4: GYROKV_ADD(LOOKUP, 4);
-        case 5: GYROKV_ADD(LOOKUP, 5);
-        case 6: GYROKV_ADD(LOOKUP, 6);
-    }
-#undef GYROKV_ADD
 }
 
 // Passes over the columns of a row of V for `rows` query rows.

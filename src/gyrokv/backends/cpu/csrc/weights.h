@@ -231,12 +231,12 @@ inline void add_rows(const Attend& call, Workspace& work, const Block& block, fl
                           scaled ? block.v_scale + g * int64_t(block.tokens) : nullptr, first, stop, to, totals + g * rows + r);
     Weighted w = {*block.direct, block.v_rows.words, block.v_rows.word_strides[2], false, first, stop,
                   work.shares, stride, rows, f.dim, group, out, call.v_dim, work.rescale, f.factor, totals};
-    if (!TAKES_QUADS || f.kind == CODES) return add_direct(w, f, work.unit, work.ahead);
+    if (!TAKES_QUADS || f.kind == CODES) return add_direct(w, work.unit, work.ahead);
     const int last = w.stop;
     for (; w.first < last; w.first += step, w.rescale = ones.data()) {
         w.stop = std::min(w.first + step, last);
         w.asks = w.stop < last || block.after;
-        add_direct(w, f, work.unit, work.ahead);
+        add_direct(w, work.unit, work.ahead);
     }
 #endif
 }
