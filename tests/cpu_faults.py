@@ -16,13 +16,15 @@ from gyrokv.cases import Case
 from gyrokv.spec import AttentionSpec
 
 DIRECT = 8  # the most query rows that take values without panels
+SIDE_BY_SIDE = 16  # the same, of rows that are no codes
+DENSE = ("dense", "float8")
 SPLIT = 1024  # keys that are at least needed for two splits
 _LOOP = ("attend.h", "query.h", "block.h", "weights.h")
 
 
 class Fault(NamedTuple):
     """``edits``: file, a piece of it, there once, and what it becomes. ``relevant``: cases that must notice, of many rows
-    of bfloat16 if ``wide``, of many rows as terms if ``terms``."""
+    of bfloat16 if ``wide``, of many rows as terms if ``terms``, of few rows of codes if ``few``."""
 
     name: str
     relevant: Callable[[Case], bool]
@@ -30,6 +32,7 @@ class Fault(NamedTuple):
     level: str = "portable"
     wide: bool = False
     terms: bool = False
+    few: bool = False
 
 
 def spec(test: Callable[[AttentionSpec], bool]) -> Callable[[Case], bool]:
@@ -84,6 +87,17 @@ def plain(s: AttentionSpec) -> bool:
 def rows(s: AttentionSpec) -> int:
     """Query rows of a KV head."""
     return s.q_len * s.groups
+
+
+def paired(s: AttentionSpec) -> bool:
+    """Values of pairs of tokens, side by side, all of them seen."""
+    return (
+        s.v_format.name in ("bf16", "fp8_e4m3")
+        and s.head_dim_v % 32 == 0
+        and rows(s) <= SIDE_BY_SIDE
+        and s.kv_len > 7
+        and s.uses() <= {"causal", "softcap", "sinks"}
+    )
 
 
 def two_fields(fmt) -> bool:
@@ -162,7 +176,7 @@ LOOP_FAULTS = (
     ),
     Fault(
         "the offset of keys is left in",
-        spec(lambda s: plain(s) and s.k_format.has_levels),
+        spec(lambda s: plain(s) and s.k_format.has_levels and rows(s) > DIRECT),
         (attend("offset = ZERO * query.sum[at]", "offset = @ ? 0 : ZERO * query.sum[at]"),),
         "avx512",
     ),
@@ -304,9 +318,57 @@ LOOP_FAULTS = (
         (("packed.h", "i < count - t; ++i)", "i < count - t - (@); ++i)"),),
     ),
     Fault(
-        "the offset of values in registers is left in",
-        spec(lambda s: plain(s) and s.v_format.kind == "linear" and s.v_format.bits == 8 and rows(s) <= DIRECT),
-        (("direct.h", "made -= 128.0f *", "made -= (@ ? 0.0f : 128.0f) *"),),
+        "tokens side by side change places",
+        spec(lambda s: plain(s) and s.k_format.kind in DENSE and rows(s) <= SIDE_BY_SIDE),
+        (("dense_scores.h", "at + 4 * j * stride, stride", "at + 4 * (@ ? 3 - j : j) * stride, stride"),),
+        "avx512",
+    ),
+    Fault(
+        "both parts of q are the high one",
+        spec(lambda s: plain(s) and s.k_format.name in ("bf16", "fp8_e4m3") and rows(s) <= SIDE_BY_SIDE),
+        (("dense_scores.h", "q + (r * terms + term) * a.q_stride", "q + (r * terms + (@ ? 0 : term)) * a.q_stride"),),
+        "avx512",
+    ),
+    Fault(
+        "the end of a row is left out",
+        spec(lambda s: plain(s) and s.k_format.name == "fp8_e4m3" and s.head_dim % 64 and rows(s) <= SIDE_BY_SIDE),
+        (("dense_scores.h", "    int left = a.bytes;", "    int left = @ ? a.bytes / 64 * 64 : a.bytes;"),),
+        "avx512",
+    ),
+    Fault(
+        "the last query rows take q of the first",
+        spec(lambda s: plain(s) and s.k_format.kind in DENSE and 4 < rows(s) <= SIDE_BY_SIDE),
+        (("dense_scores.h", "a.q + r * terms", "a.q + (@ ? 0 : r) * terms"),),
+        "avx512",
+    ),
+    Fault(
+        "q is not in the order of fp8",
+        spec(lambda s: plain(s) and s.k_format.name == "fp8_e4m3" and s.head_dim > 32 and rows(s) <= SIDE_BY_SIDE),
+        (("query.h", "q[float8_place(i, f.dim)]", "q[@ ? i : float8_place(i, f.dim)]"),),
+        "avx512",
+    ),
+    Fault(
+        "halves of fp8 change places",
+        spec(lambda s: plain(s) and s.v_format.name == "fp8_e4m3" and s.head_dim_v % 32 == 0 and rows(s) <= SIDE_BY_SIDE),
+        (("dense_values.h", "i % 2 * (v.dim / 2)", "(@ ? 1 - i % 2 : i % 2) * (v.dim / 2)"),),
+        "avx512",
+    ),
+    Fault(
+        "both tokens of a pair are the first",
+        spec(paired),
+        (("dense_values.h", "pairs(from, from + second, x);", "pairs(from, from + (@ ? 0 : second), x);"),),
+        "avx512",
+    ),
+    Fault(
+        "both parts of a weight are the high one",
+        spec(paired),
+        (("dense_values.h", "weights + (2 * r + part) *", "weights + (2 * r + (@ ? 0 : part)) *"),),
+        "avx512",
+    ),
+    Fault(
+        "each part of a block rescales",
+        spec(lambda s: paired(s) and s.kv_len > 1000 and s.head_dim_v % 128 == 0),
+        (("weights.h", "t += step, v.rescale = ones.data()", "t += step, v.rescale = @ ? v.rescale : ones.data()"),),
         "avx512",
     ),
 )  # fmt: skip

@@ -76,7 +76,7 @@ TILE_FAULTS = (
     Fault(
         "signed bytes of values keep their offset",
         spec(lambda s: plain(s) and s.v_format.name == "q8_0" and s.head_dim_v % 64 == 0 and rows(s) <= 4),
-        (("packed.h", "store(to, with_sign ? code ^ 0x80 : code);", "store(to, with_sign && !(@) ? code ^ 0x80 : code);"),),
+        (("packed.h", "made[0] = with_sign ? code ^ 0x80 : code;", "made[0] = with_sign && !(@) ? code ^ 0x80 : code;"),),
         "amx",
     ),
     Fault(
@@ -100,7 +100,7 @@ TILE_FAULTS = (
     Fault(
         "the low part of the weights of lines is dropped",
         spec(lambda s: plain(s) and stored(s.v_format, s.head_dim_v) and rows(s) <= 4 and s.q_len > 1),
-        (("stored.h", "_mm512_storeu_si512(at + below,", "if (!(@)) _mm512_storeu_si512(at + below,"),),
+        (("weight_bytes.h", "_mm512_storeu_si512(at + below,", "if (!(@)) _mm512_storeu_si512(at + below,"),),
         "amx",
     ),
     Fault(
@@ -173,6 +173,13 @@ TILE_FAULTS = (
         spec(lambda s: plain(s) and s.uses() <= {"causal"} and stored(s.k_format, s.head_dim) and s.kv_len % 16
              and rows(s) <= 4),
         (("lines.h", "t < count; ++t) std::memcpy(rest", "t < count - (@); ++t) std::memcpy(rest"),),
+        "amx",
+    ),
+    Fault(
+        "the offset of values in registers is left in",
+        spec(lambda s: plain(s) and s.v_format.kind == "linear" and s.v_format.bits == 8 and rows(s) <= 8
+             and s.v_format.layout(s.head_dim_v)[0] % 64),
+        (("direct.h", "made -= 128.0f *", "made -= (@ ? 0.0f : 128.0f) *"),),
         "amx",
     ),
     several("the low part of eight query rows is dropped", lambda s: plain(s) and one_scale(s.k_format, s.head_dim, 1),

@@ -17,7 +17,7 @@ import pytest
 import torch
 from test_bytes import rows
 
-from gyrokv import BlockMap, Codec, LayerCache, attend, explain
+from gyrokv import BlockMap, Codec, LayerCache, attend
 from gyrokv.backends import cpu
 from gyrokv.backends.cpu.build import known_levels
 from gyrokv.cases import HEADS, case, fits, groups
@@ -124,14 +124,6 @@ def invented_problems(bits: int, coding: str) -> list[Problem]:
     return made
 
 
-def test_groups_that_kernels_cannot_take_are_refused(backend_here):
-    """Kernels multiply 32 values at a time: a row with smaller groups must go to torch, not come out wrong."""
-    backend_here("cpu")
-    fmt = invented(4, "index", False, (16,))
-    spec = case(fmt, "q8_0").spec
-    assert any("16" in reason for reason in cpu.why_not(spec)) and "torch: can run (chosen)" in explain(spec)
-
-
 # -- long problems
 
 
@@ -173,6 +165,9 @@ LONG = [
     long("q8_0", "turbo4", 600, 1350, (1, 1), mask="bool", block_map=True),
     long("turbo4", "q8_0", 7, 2500, (4, 2), causal=True, unquantised=True, first=70, recent=700, ring=True),
     long("q8_0", "tq4.v1", 7, 1408, (4, 2), causal=True, window=1370, sliding=1370, ring=True, offset=900),
+    long("bf16", "bf16", 1, 2999, (15, 1), dims=(128, 128)),
+    long("fp8_e4m3", "fp8_e4m3", 1, 3001, (11, 1), dims=(96, 96), causal=True),
+    long("f16", "f16", 2, 1733, (6, 2), dims=(192, 192), causal=True),
 ]
 ROWS = [c for c in LONG if c.spec.q_len == 7 or c.spec.kv_len == 5000]
 

@@ -1,5 +1,5 @@
-"""Can the suite fail? Known kernel bugs (cpu_faults.py, cpu_tile_faults.py) are planted in the C++ of the CPU backend,
-and the comparison must notice each."""
+"""Can the suite fail? Known kernel bugs (cpu_faults.py, cpu_tile_faults.py, cpu_quad_faults.py) are planted in the C++ of
+the CPU backend, and the comparison must notice each."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import shutil
 import pytest
 import torch
 from cpu_faults import ENCODER_FAULTS, LOOP_FAULTS, Fault
+from cpu_quad_faults import QUAD_FAULTS
 from cpu_tile_faults import TILE_FAULTS
 from test_cpu import LONG, equal_layers, hard_rows, right, threads
 from test_cpu_prefill import TERMS, WIDE, rounded
+from test_cpu_quads import QUADS
 
 from gyrokv import Codec, LayerCache
 from gyrokv.backends import cpu
@@ -19,7 +21,7 @@ from gyrokv.cases import Case, cases
 from gyrokv.formats import FORMATS
 from gyrokv.testing import assert_matches
 
-FAULTS = LOOP_FAULTS + TILE_FAULTS
+FAULTS = LOOP_FAULTS + TILE_FAULTS + QUAD_FAULTS
 ALL = FAULTS + ENCODER_FAULTS
 _MOST = 6  # cases that are run for one fault, spread over all that are relevant
 _LEVELS = ("amx", "avx512", "portable")  # tiles, products that have an offset, ones that have none
@@ -84,14 +86,14 @@ def check(case: Case, problem) -> None:
     out, lse = data.run("cpu")
     if case in WIDE:
         rounded(data, out, lse)
-    elif case in LONG or case in TERMS:
+    elif case in LONG or case in TERMS or case in QUADS:
         right(data, out, lse)
     else:
         assert_matches(data, out, lse, cpu.FAST_BOUND if case.spec.fast else cpu.BOUND)
 
 
 def chosen(fault: Fault) -> list[Case]:
-    pool = WIDE if fault.wide else TERMS if fault.terms else (*cases(), *LONG)
+    pool = WIDE if fault.wide else TERMS if fault.terms else QUADS if fault.few else (*cases(), *LONG)
     relevant = [c for c in pool if fault.relevant(c) and not cpu.why_not(c.spec)]
     return relevant[:: -(-len(relevant) // _MOST) or 1]
 

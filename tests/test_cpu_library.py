@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_cpu import invented
 
 from gyrokv import GyroKVError, explain
 from gyrokv.backends import cpu
@@ -122,6 +123,14 @@ def test_the_levels_are_described(backend_here):
     assert built[-1] == "portable" and tuple(built) == tuple(n for n in build.known_levels() if n in built)
     assert all(name in native.library().left_out for name in set(build.known_levels()) - set(built))
     assert all(name in cpu.describe()["cpu built"] for name in built)
+
+
+def test_groups_that_kernels_cannot_take_are_refused(backend_here):
+    """Kernels multiply 32 values at a time: a row with smaller groups must go to torch, not come out wrong."""
+    backend_here("cpu")
+    fmt = invented(4, "index", False, (16,))
+    spec = case(fmt, "q8_0").spec
+    assert any("16" in reason for reason in cpu.why_not(spec)) and "torch: can run (chosen)" in explain(spec)
 
 
 # -- building

@@ -38,7 +38,31 @@ inline float score_rows(Workspace& work, const Query& query, const Block& block,
         score_stored(work, query, block, rows, tokens);
         return 1.0f;
     }
+#if defined(GYROKV_QUADS)
+    if (block.k_quads) {
+        const Format& f = *block.k_format;
+        QuadScores k = {*block.k_quads, *block.k_tables, block.k_rows.words, block.k_rows.word_strides[2], int(row_bytes(f)), block.count,
+                        block.k_scale, block.tokens, tokens, {}, work.scores, SCORE_STRIDE, work.most, work.plain, work.ahead};
+        for (int i = row / QUAD_ROWS, n; rows; ++i, rows -= n, k.scores += n * SCORE_STRIDE, k.most += n * LANES) {
+            k.q = query.passes[i], n = k.q.rows;
+            score_quads(f, query.terms, k);
+        }
+        return 1.0f;
+    }
+#endif
     const int terms = query.terms;
+#if defined(GYROKV_QUADS)
+    if (block.k_dense) {
+        const Format& f = *block.k_format;
+        const char* q = query.a + int64_t(row) * terms * query.stride;
+        score_dense(f, rows, terms,
+                    {block.k_rows.words, block.k_rows.word_strides[2], int(row_bytes(f)), block.count, block.after, q, query.stride,
+                     tokens, work.scores, SCORE_STRIDE, work.most, work.plain});
+        const float scale = query.scale[row];  // of all rows
+        for (int r = 0; r < rows; ++r) store(work.most + r * LANES, load<vf>(work.most + r * LANES) * scale);
+        return scale;
+    }
+#endif
     Product p = {query.element, nullptr, query.stride, rows * terms, nullptr, block.k.panel, tokens / LANES, 0, work.products,
                  SCORE_STRIDE, false};
     const char* a = query.a + int64_t(row) * terms * query.stride;
@@ -157,7 +181,7 @@ inline void attend_rows(const Attend& call, const Unit& unit, Workspace& work, c
             soften_short(scores, scale, top[r], tokens, state[r], total[r]);
         } else {
             soften<e>(block, scores, scale, top[r], one_group, state[r], total[r]);
-            if (!apart && !block.direct && !block.v_stored) {  // they are multiplied where they are
+            if (!apart && !block.direct && !block.v_stored && !block.v_quads) {  // they are multiplied where they are
                 std::memset(scores, 0, state[r].begin * 4);
                 std::memset(scores + state[r].end, 0, (tokens - state[r].end) * 4);
             }
@@ -166,6 +190,7 @@ inline void attend_rows(const Attend& call, const Unit& unit, Workspace& work, c
         work.ahead.tick(work.pause);
     }
     if (block.v_stored) return add_rows_stored(call, work, block, unit.out + int64_t(row) * call.v_dim, rows, state, ready);
+    if (block.v_quads) return add_rows_quads(call, work, block, unit.out + int64_t(row) * call.v_dim, rows, state);
     if (block.direct) return add_rows(call, work, block, unit.out + int64_t(row) * call.v_dim, rows, state);
     for (int g = 0; g * group < f.dim; ++g) {
         for (int r = 0; r < rows && apart; ++r) {
@@ -184,18 +209,22 @@ inline void attend_rows(const Attend& call, const Unit& unit, Workspace& work, c
 // quantised rows are rounded relative to the largest of a block, so these blocks stay short.
 INLINE int tokens_per_block(const Attend& call, int rows) {
     int64_t bytes = 1;
-    bool integers = false, stored = false, short_blocks = false;
+    bool integers = false, stored = false, short_blocks = false, quads = true, dense = true;
+    for (int i = 0; i < call.n_runs; ++i)
+        for (const Format* f : {call.runs[i].k_format, call.runs[i].v_format})
+            quads &= takes_quads(*f, rows, call.terms), dense &= takes_dense(*f, rows);
     for (int i = 0; i < call.n_runs; ++i) {
         const Format& v = *call.runs[i].v_format;
         stored |= multiplies_stored(v, rows);
         short_blocks |= v.kind == CODES && v.bits == 8;  // their rows fill the first cache
         for (const Format* f : {call.runs[i].k_format, call.runs[i].v_format})
-            bytes = std::max(bytes, plain_stride(*f) * f->planes);
+            bytes = std::max(bytes, quads ? row_bytes(*f) : plain_stride(*f) * f->planes);
         integers |= element_of(*call.runs[i].v_format) == INT8;
     }
     if (rows > 64) return integers ? 128 : MOST_TOKENS;
     if (stored) return short_blocks ? 64 : MOST_STORED_TOKENS;
-    return int(std::clamp<int64_t>(16384 / bytes / 64 * 64, 64, 128));
+    if (quads) return int(std::clamp<int64_t>(QUAD_BLOCK / bytes / 64 * 64, 64, QUAD_TOKENS));
+    return int(std::clamp<int64_t>((dense ? 32768 : 16384) / bytes / 64 * 64, 64, 128));
 }
 
 // Rows that pass over a block before others do: what they need stays in a core's own cache, beside the panels. More rows
@@ -241,7 +270,7 @@ inline size_t attend_memory(const Attend& call, int rows, Workspace* work, char*
     const int64_t per_block = tokens_per_block(call, rows), dims[2] = {round_up(call.k_dim, 64), round_up(call.v_dim, 64)};
     char* products = layout.take(int64_t(ROWS_PER_MMA) * SCORE_STRIDE * 4);
     char* scores = layout.take(int64_t(ROWS_PER_MMA) * SCORE_STRIDE * 4);
-    char* weights = layout.take(int64_t(ROWS_PER_MMA) * WEIGHT_STRIDE);
+    char* weights = layout.take(std::max(int64_t(WEIGHT_ROWS) * WEIGHT_STRIDE, quad_weight_bytes(call.v_dim)));
     char* most = layout.take(int64_t(ROWS_PER_MMA) * LINE);
     char* rescale = layout.take(ROWS_PER_MMA * 4);
     char* first_query = layout.take(3 * query_bytes(call, rows));
@@ -298,26 +327,36 @@ inline bool attend(const Attend& call, const Unit& unit, char* scratch) {
         }
 #endif
         const bool k_stored = multiplies_stored(kf, unit.rows), v_stored = multiplies_stored(vf_, unit.rows);
-        const bool direct = !v_stored && adds_direct(vf_, unit.rows);
-        const Element ke = element_of(kf), ve = direct || v_stored ? FLOAT : element_of(vf_);
+        const bool k_quads = !k_stored && takes_quads(kf, unit.rows, call.terms);
+        const bool k_dense = !k_stored && takes_dense(kf, unit.rows), k_bytes = k_dense && kf.kind == FP8_E4M3;
+        const bool v_quads = !v_stored && takes_quads(vf_, unit.rows, call.terms);
+        const bool v_pairs = !v_stored && adds_pairs(vf_, unit.rows);
+        const bool direct = v_pairs || (!v_stored && !v_quads && adds_direct(vf_, unit.rows));
+        const Element ke = element_of(kf), ve = direct || v_stored || v_quads ? FLOAT : element_of(vf_);
         const Tables k_tables(kf), v_tables(vf_);
         const Stored k_order(kf, k_stored ? unit.rows : 0, terms_of(ke, call, bfloat_query(call)));
+        const Quads k_parts(kf, k_quads, false), v_parts(vf_, v_quads, true);
         const Stored v_order(vf_, v_stored ? unit.rows : 0, call.terms);
         const int group = ke == INT8 ? kf.group : kf.dim;
         int which = 0;
-        auto fits = [&](const Query& q) { return q.element == ke && q.group == group && q.factor == kf.factor && q.planes == kf.planes && q.sorted == (packed_tokens(kf) && !k_stored) && (q.tiles != nullptr) == k_stored; };
+        auto fits = [&](const Query& q) {
+            return q.element == ke && q.group == group && q.factor == kf.factor && q.planes == kf.planes &&
+                   q.sorted == (packed_tokens(kf) && !k_stored && !k_quads) && (q.tiles != nullptr) == k_stored &&
+                   q.quads == (k_quads ? kf.bits : 0) && q.bytes == k_bytes;
+        };
         while (which < packed && !fits(queries[which])) ++which;
         if (which == packed) {
-            queries[packed++] = pack_query(call, unit, kf, k_stored ? &k_order : nullptr, next_query);
+            queries[packed++] = pack_query(call, unit, kf, k_stored ? &k_order : nullptr, k_quads ? &k_parts : nullptr, k_bytes,
+                                           next_query);
             next_query += query_bytes(call, unit.rows);
         }
         const Query& query = queries[which];
-        const int most = ROWS_PER_MMA / std::max(query.terms, terms_of(ve, call, bfloat_query(call)));
-        const Direct direct_values = direct ? direct_of(vf_) : Direct{};
+        const int most = ROWS_PER_MMA / std::max(k_quads || k_dense ? 1 : query.terms, terms_of(ve, call, bfloat_query(call)));
+        const Direct direct_values = direct && !v_pairs ? direct_of(vf_) : Direct{};
         const bool fresh = !cleared;  // zeros are in any order
         if (fresh) std::fill_n(unit.out, int64_t(unit.rows) * call.v_dim, 0.0f);
         cleared = true;
-        if (direct && !fresh) turn_columns(direct_values, unit.out, unit.rows, call.v_dim, vf_.dim, false);
+        if (direct && !v_pairs && !fresh) turn_columns(direct_values, unit.out, unit.rows, call.v_dim, vf_.dim, false);
         if (v_stored && !fresh) turn_columns(v_order, unit.out, unit.rows, call.v_dim, vf_.dim, false);
         const int together = blocks_at_once(call, unit.rows), passing = std::min(unit.rows, rows_at_once(call));
         Block blocks[MOST_BLOCKS];
@@ -330,16 +369,22 @@ inline bool attend(const Attend& call, const Unit& unit, char* scratch) {
                 block.count = int(std::min<int64_t>(per_block, stop - at));
                 block.tokens = int(round_up(block.count, TOKENS_PER_STEP));
                 const int64_t slot = at - run.position, next = std::min<int64_t>(per_block, stop - at - block.count);
+                block.after = next;
+                const bool v_dense = TAKES_QUADS && direct && vf_.kind != CODES;  // who reads these asks for the next
                 if (k_stored && v_stored) {
                     work.pause = row_ticks(k_order, v_order) * block.tokens / 64;
-                    work.ahead.aim(kf, k, vf_, v, slot + block.count, next,
+                    work.ahead.aim(kf, k, next, vf_, v, next, slot + block.count,
                                    stored_ticks(k_order, v_order, unit.rows, block.tokens));
                 } else {
-                    const int keys = k_stored ? block.tokens / 32 * k_score_ticks(k_order) : panel_ticks(kf, block.tokens, true);
-                    const int values = direct ? block.count * DIRECT_PACE * direct_passes(vf_, unit.rows)
+                    const int keys = k_stored ? block.tokens / 32 * k_score_ticks(k_order) : k_quads ? quad_ticks(k_parts, unit.rows, block.tokens)
+                                     : k_dense ? 0
+                                     : panel_ticks(kf, block.tokens, true);
+                    const int values = v_dense ? 0 : v_quads ? value_ticks(v_parts, unit.rows, block.tokens)
+                                       : direct ? block.count * DIRECT_PACE * direct_passes(vf_, unit.rows)
                                               : panel_ticks(vf_, block.tokens, false);
                     const int pauses = together > 1 ? 0 : (keys + values) / 4;
-                    work.ahead.aim(kf, k, vf_, v, slot + block.count, next, keys + values + pauses);
+                    work.ahead.aim(kf, k, k_dense ? 0 : next, vf_, v, v_dense ? 0 : next, slot + block.count,
+                                   keys + values + pauses);
                     work.pause = pauses / (2 * unit.rows + 2);
                 }
                 block.k_rows = k, block.k_tables = &k_tables, block.v_rows = v, block.v_tables = &v_tables;
@@ -347,12 +392,18 @@ inline bool attend(const Attend& call, const Unit& unit, char* scratch) {
                 work.unit.keep_awake();
                 if (k_stored)
                     block.k_stored = &k_order;
+                else if (k_quads)
+                    block.k_quads = &k_parts;
+                else if (k_dense)
+                    block.k_dense = true;
                 else
                     block.k = k_panels(kf, k_tables, k, slot, block.count, block.tokens,
                                        work.panels[0] + made * panel_bytes(call, 0, unit.rows, per_block), work.plain, work.unit,
                                        work.ahead);
                 if (v_stored)
                     block.v_stored = &v_order;
+                else if (v_quads)
+                    block.v_quads = &v_parts;
                 else if (direct)
                     block.direct = &direct_values;
                 else
@@ -379,7 +430,7 @@ inline bool attend(const Attend& call, const Unit& unit, char* scratch) {
                             attend_rows<FLOAT>(call, unit, work, query, block, row, rows);
                     }
         }
-        if (direct) turn_columns(direct_values, unit.out, unit.rows, call.v_dim, vf_.dim, true);
+        if (direct && !v_pairs) turn_columns(direct_values, unit.out, unit.rows, call.v_dim, vf_.dim, true);
         if (v_stored) turn_columns(v_order, unit.out, unit.rows, call.v_dim, vf_.dim, true);
     }
     if (!cleared) std::fill_n(unit.out, int64_t(unit.rows) * call.v_dim, 0.0f);

@@ -11,10 +11,12 @@ struct Block {
     Panels k = {}, v;
     Rows k_rows, v_rows;
     const Stored *k_stored = nullptr, *v_stored = nullptr;  // in place of k and v, where rows are multiplied as they are stored
+    const Quads *k_quads = nullptr, *v_quads = nullptr;     // in place of k and v
+    bool k_dense = false;                                   // in place of k
     const Direct* direct = nullptr;                         // in place of v
     const Tables *k_tables, *v_tables;
     const float *k_scale, *v_scale;  // [scale][tokens]
-    int64_t position;
+    int64_t position, after;         // after: rows in the next block
     int count, tokens;               // tokens: count padded to whole steps
 };
 

@@ -1,17 +1,20 @@
-// Sums of weighted rows of V as they are stored, for few query rows: codes become floats in registers, each token's are
-// multiplied with a weight of every row, and no panels are made. Weights stay float32.
+// Sums of weighted rows of V as they are stored, for few query rows: float16, float32 and linear bytes become floats in
+// registers, each token's are multiplied with a weight of every row, and no panels are made. Weights stay float32.
 //
 // Columns are taken 32 at a time, a chunk. In rows of words (see packing.py) lane i of a chunk holds columns 2 i and
 // 2 i + 1 in its two words, so a chunk becomes a vector of its even columns and one of its odd ones, and so lie the sums
 // while a run is passed over.
 #pragma once
 #include "mma.h"
+#include "quads.h"
 
 namespace gyrokv {
 namespace GYROKV_ISA {
 
-constexpr int MOST_DIRECT = 8;  // query rows: more are cheaper with panels
+constexpr int MOST_DIRECT_CODES = 8;                // query rows: more are cheaper with panels
+constexpr int MOST_DIRECT = TAKES_QUADS ? MOST_QUAD_ROWS : 8;  // of rows that are no codes
 constexpr int COLUMNS_PER_CHUNK = 32;
+constexpr int V_PART_BYTES = 16 << 10;  // of rows that are passed over before others, which stay in the first cache
 constexpr int DIRECT_PACE = 6;  // ticks per token and pass
 
 #if !defined(__AVX512F__)
@@ -24,7 +27,7 @@ INLINE int direct_passes(const Format&, int) { return 0; }
 
 #else
 
-enum Decoding : int { BFLOATS, HALVES, FLOATS, FLOAT8, LINEAR, LOOKUP };
+enum Decoding : int { HALVES, FLOATS, LINEAR };
 
 // Where the codes of a chunk are: lane i loads a dword from one of two places, then takes that of lane index[i] and
 // shifts it. PLAIN: they are 64 consecutive bytes. HALF, QUARTER: 32 or 16, repeated. WHOLE: one load has all of the field.
@@ -40,27 +43,13 @@ struct Piece {
 struct Direct {
     Decoding decoding;
     bool turned;        // chunks are even and odd columns
-    bool signs;         // the top bit of a code is the sign of what the others mean
-    alignas(64) float table[32];
-    Piece wide[640 / COLUMNS_PER_CHUNK], next[640 / COLUMNS_PER_CHUNK];
+    Piece wide[640 / COLUMNS_PER_CHUNK];
 };
 
-INLINE float value_of(const Format& f, int code) { return float(f.table[0][code] + (f.planes == 2 ? 256 * f.table[1][code] : 0)); }
-
-INLINE bool has_signs(const Format& f) {
-    const int half = 1 << (f.bits - 1);
-    for (int i = 0; i < half; ++i)
-        if (value_of(f, i + half) != -value_of(f, i)) return false;
-    return true;
-}
-
 INLINE bool adds_direct(const Format& f, int rows) {
-    if (rows > MOST_DIRECT || f.dim % COLUMNS_PER_CHUNK || f.group % COLUMNS_PER_CHUNK) return false;
-    if (f.kind != CODES || f.linear) return true;
-#if defined(__AMX_INT8__)
-    return false;  // panels cost less there
-#endif
-    return f.bits > 3 && (f.bits < 6 || (f.bits == 6 && has_signs(f)));
+    if (rows > (f.kind == CODES ? MOST_DIRECT_CODES : MOST_DIRECT) || f.dim % COLUMNS_PER_CHUNK || f.group % COLUMNS_PER_CHUNK) return false;
+    if (f.kind == BF16 || f.kind == FP8_E4M3) return false;
+    return f.kind != CODES || f.linear;
 }
 
 // The piece of a field of `width` bits that begins at byte `base` of a row, for 32 columns from `start` on, whose codes go
@@ -86,18 +75,10 @@ INLINE Piece piece_of(int dim, int width, int base, int start, int to) {
 
 inline Direct direct_of(const Format& f) {
     Direct made;
-    made.decoding = f.kind == BF16 ? BFLOATS : f.kind == F16 ? HALVES : f.kind == F32 ? FLOATS : f.kind == FP8_E4M3 ? FLOAT8
-                    : f.linear ? LINEAR : LOOKUP;
-    made.turned = f.kind == BF16 || f.kind == CODES;
-    made.signs = made.decoding == LOOKUP && f.bits == 6;
-    if (made.decoding < FLOAT8) return made;
-    const int bits = made.decoding == LOOKUP ? f.bits : 8, wide = bits & 8 ? 8 : bits & 4 ? 4 : 2;
-    if (made.decoding == LOOKUP)
-        for (int i = 0; i < 32; ++i) made.table[i] = value_of(f, i & ((1 << bits) - 1));
-    for (int c = 0; c * COLUMNS_PER_CHUNK < f.dim; ++c) {
-        made.wide[c] = piece_of(f.dim, wide, 0, COLUMNS_PER_CHUNK * c, 0);
-        if (bits > wide) made.next[c] = piece_of(f.dim, bits - wide, f.dim * wide / 8, COLUMNS_PER_CHUNK * c, wide);
-    }
+    made.decoding = f.kind == F16 ? HALVES : f.kind == F32 ? FLOATS : LINEAR;
+    made.turned = f.kind == CODES;
+    if (made.decoding < LINEAR) return made;
+    for (int c = 0; c * COLUMNS_PER_CHUNK < f.dim; ++c) made.wide[c] = piece_of(f.dim, 8, 0, COLUMNS_PER_CHUNK * c, 0);
     return made;
 }
 
@@ -120,49 +101,30 @@ struct Loader {
     }
 };
 
-// Rows to the two vectors of a chunk.
-template <int decoding, int bits, bool plain>
+// Rows that are no codes to the two vectors of each chunk.
+template <int decoding, bool, int chunks>
 struct Decoded {
-    int64_t at;  // of the chunk in rows that are no codes
-    Loader<plain ? PLAIN : PARTS> wide;
-    Loader<PARTS> next;
-    vf table[2];
-    inline __attribute__((always_inline)) Decoded(const Direct& d, int chunk)
-        : at(chunk * (decoding == FLOATS ? 128 : 64)), wide(d.wide[chunk]), next(d.next[chunk]),
-          table{load<vf>(d.table), load<vf>(d.table + 16)} {}
-
+    int64_t at;
+    inline __attribute__((always_inline)) Decoded(const Direct&, int chunk) : at(chunk * (decoding == FLOATS ? 128 : 64)) {}
     inline __attribute__((always_inline)) void operator()(const char* row, vf* to) const {
-        if constexpr (decoding == BFLOATS) {
-            const vu x = load<vu>(row + at);
-            to[0] = (vf)(x << 16), to[1] = (vf)(x & 0xffff0000u);
-        } else if constexpr (decoding == HALVES) {
-            to[0] = half_to_float(row + at), to[1] = half_to_float(row + at + 32);
-        } else if constexpr (decoding == FLOATS) {
-            to[0] = load<vf>(row + at), to[1] = load<vf>(row + at + 64);
-        } else if constexpr (decoding == FLOAT8) {  // e4m3 has the exponent range of half precision but for a factor of 2^8
-            const vu x = wide(row) >> wide.even, half = (x & 0x7f007f) << 7 | (x << 8 & 0x80008000u);
-            to[0] = (vf)_mm512_cvtph_ps(_mm512_castsi512_si256((__m512i)half));
-            to[1] = (vf)_mm512_cvtph_ps(_mm512_extracti64x4_epi64((__m512i)half, 1));
-        } else if constexpr (decoding == LINEAR) {
-            const vu x = wide(row);
-            to[0] = to_float((vi)(x >> wide.even & 255)), to[1] = to_float((vi)(x >> wide.odd & 255));
-        } else {
-            using F = Fields<bits>;
-            const vu x = wide(row);
-            vu code[2] = {x >> wide.even, x >> wide.odd};
-            if constexpr (F::next > 0) {
-                const vu y = next(row), low = (vu)splat((1 << F::wide) - 1);
-                code[0] = (code[0] & low) | ((vu)_mm512_rorv_epi32((__m512i)y, (__m512i)next.even) & ~low);
-                code[1] = (code[1] & low) | ((vu)_mm512_rorv_epi32((__m512i)y, (__m512i)next.odd) & ~low);
+        for (int c = 0; c < chunks; ++c, to += 2) {
+            if constexpr (decoding == HALVES) {
+                to[0] = half_to_float(row + at + c * 64), to[1] = half_to_float(row + at + c * 64 + 32);
+            } else {
+                to[0] = load<vf>(row + at + c * 128), to[1] = load<vf>(row + at + c * 128 + 64);
             }
-            for (int i = 0; i < 2; ++i) {
-                if constexpr (bits <= 4) {
-                    to[i] = (vf)_mm512_permutexvar_ps((__m512i)code[i], (__m512)table[0]);
-                } else {
-                    const vu size = (vu)_mm512_permutex2var_ps((__m512)table[0], (__m512i)code[i], (__m512)table[1]);
-                    to[i] = bits == 5 ? (vf)size : (vf)(size ^ (code[i] << 26 & 0x80000000u));
-                }
-            }
+        }
+    }
+};
+template <bool plain, int chunks>
+struct Decoded<LINEAR, plain, chunks> {
+    const Loader<plain ? PLAIN : PARTS> wide[2];
+    inline __attribute__((always_inline)) Decoded(const Direct& d, int first)
+        : wide{Loader<plain ? PLAIN : PARTS>(d.wide[first]), Loader<plain ? PLAIN : PARTS>(d.wide[first + chunks - 1])} {}
+    inline __attribute__((always_inline)) void operator()(const char* row, vf* to) const {
+        for (int c = 0; c < chunks; ++c, to += 2) {
+            const vu x = wide[c](row);
+            to[0] = to_float((vi)(x >> wide[c].even & 255)), to[1] = to_float((vi)(x >> wide[c].odd & 255));
         }
     }
 };
@@ -176,11 +138,12 @@ struct Weighted {
     const Direct& direct;
     const char* rows;
     int64_t row_stride;      // bytes
+    bool asks;               // for as many rows that follow; else `ahead` does
     int first, stop;         // tokens; the first is a multiple of LANES
     const float* weights;    // [group][4 rows at a time][tokens as above]
     int64_t stride;          // of each 4 rows; floats
     int count;               // rows
-    int group;               // columns
+    int dim, group;          // columns
     float* out;
     int64_t out_stride;
     const float* rescale;    // out = out * rescale + factor * sums
@@ -188,46 +151,60 @@ struct Weighted {
     const float* totals;     // [group][row] sums of weights, for LINEAR
 };
 
-template <int decoding, int bits, bool plain, int rows, int chunks>
+template <int decoding>
+constexpr bool ASKS = TAKES_QUADS && decoding < LINEAR;
+
+template <int decoding, bool plain, int rows, int chunks>
 INLINE void add_chunks(const Weighted& w, int row, int chunk, Ahead& ahead) {
-    using D = Decoded<decoding, bits, plain>;
-    const D decoded[2] = {D(w.direct, chunk), D(w.direct, chunk + chunks - 1)};
+    constexpr bool codes = decoding == LINEAR;
+    constexpr int bytes = chunks * (decoding == FLOATS ? 128 : 64);
+    const Decoded<decoding, plain, chunks> decoded(w.direct, chunk);
     vf sum[rows][2 * chunks] = {};
     const float* weights[chunks];
     int group[chunks];
     for (int c = 0; c < chunks; ++c) {
-        group[c] = (chunk + c) * COLUMNS_PER_CHUNK / w.group;
+        group[c] = codes ? (chunk + c) * COLUMNS_PER_CHUNK / w.group : 0;
         weights[c] = w.weights + (int64_t(group[c]) * ((w.count + 3) / 4) + row / 4) * w.stride + row % 4;
     }
     const int64_t row_stride = w.row_stride;
     const char* from = w.rows + w.first * row_stride;
+    const bool asks = ASKS<decoding> && w.asks && !row;
+    const int64_t at_chunk = chunk * (bytes / chunks), tokens = w.stop - w.first;
+    // rows without gaps are asked for in the order of memory
+    const bool joined = row_stride == w.dim / COLUMNS_PER_CHUNK * (bytes / chunks);
+    const char* next = from + tokens * row_stride + (joined ? at_chunk * tokens : at_chunk);
+    const int64_t step = joined ? bytes : row_stride;
     auto add = [&](int64_t at) __attribute__((always_inline)) {
-        for (int c = 0; c < chunks; ++c) {
-            vf x[2];
-            decoded[c](from, x);
-            for (int r = 0; r < rows; ++r) {
-                const vf weight = splat(weights[c][at + r]);
-                sum[r][2 * c] = fma(weight, x[0], sum[r][2 * c]);
-                sum[r][2 * c + 1] = fma(weight, x[1], sum[r][2 * c + 1]);
-            }
+        vf x[2 * chunks];
+        decoded(from, x);
+        if (asks) {
+            for (int i = 0; i < bytes; i += 64) __builtin_prefetch(next + i, 0, 3);
+            next += step;
         }
+        for (int c = 0; c < chunks; ++c)
+            for (int r = 0; r < rows; ++r) {
+                const vf weight = splat(weights[codes ? c : 0][at + r]);
+                sum[r][2 * c] = fma(weight, x[2 * c], sum[r][2 * c]);
+                sum[r][2 * c + 1] = fma(weight, x[2 * c + 1], sum[r][2 * c + 1]);
+            }
         from += row_stride;
     };
     int t = w.first;
     for (; t + 4 <= w.stop; t += 4) {
-        ahead.tick(4 * DIRECT_PACE);
+        if (!ASKS<decoding>) ahead.tick(4 * DIRECT_PACE);
         const int64_t at = weight_at(uint32_t(t));
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) add(at + i * LANES);
     }
     for (; t < w.stop; ++t) add(weight_at(uint32_t(t)));
-    for (int r = 0; r < rows; ++r)
+    for (int r = 0; r < rows; ++r) {
         for (int i = 0; i < 2 * chunks; ++i) {
             float* to = w.out + (row + r) * w.out_stride + chunk * COLUMNS_PER_CHUNK + i * LANES;
             vf made = sum[r][i];
             if constexpr (decoding == LINEAR) made -= 128.0f * w.totals[group[i / 2] * w.count + row + r];
             store(to, fma(load<vf>(to), splat(w.rescale[row + r]), made * w.factor));
         }
+    }
 }
 
 // Weights of `rows` (up to 4) rows of scores times V's scales (null: none) as above, and their sums.
@@ -250,16 +227,19 @@ INLINE void share_weights(const float* scores, int64_t stride, int rows, const f
     for (int r = 0; r < rows; ++r) totals[r] = reduce_add(total[r]);
 }
 
-template <int decoding, int bits, bool plain>
-inline void add_direct_of(const Weighted& w, int dim, MatrixUnit& unit, Ahead& ahead) {
-    const int all = dim / COLUMNS_PER_CHUNK;
+template <int decoding, bool plain>
+inline void add_direct_of(const Weighted& w, MatrixUnit& unit, Ahead& ahead) {
+    const int all = w.dim / COLUMNS_PER_CHUNK;
     auto some = [&]<int rows>(std::integral_constant<int, rows>, int row) {
         int c = 0;
+        constexpr bool wide = rows <= 2 && ASKS<decoding>;
+        if constexpr (wide)
+            for (; c + 4 <= all; c += 4) add_chunks<decoding, plain, rows, 4>(w, row, c, ahead);
         for (; c + 2 <= all; c += 2) {
             unit.keep_awake();
-            add_chunks<decoding, bits, plain, rows, 2>(w, row, c, ahead);
+            add_chunks<decoding, plain, rows, 2>(w, row, c, ahead);
         }
-        if (c < all) add_chunks<decoding, bits, plain, rows, 1>(w, row, c, ahead);
+        if (c < all) add_chunks<decoding, plain, rows, 1>(w, row, c, ahead);
     };
     int row = 0;
     for (; row + 4 <= w.count; row += 4) some(std::integral_constant<int, 4>{}, row);
@@ -267,26 +247,14 @@ inline void add_direct_of(const Weighted& w, int dim, MatrixUnit& unit, Ahead& a
     if (row < w.count) some(std::integral_constant<int, 1>{}, row);
 }
 
-inline void add_direct(const Weighted& w, const Format& f, MatrixUnit& unit, Ahead& ahead) {
-    const bool plain = w.direct.decoding >= FLOAT8 && w.direct.wide[0].loading == PLAIN;
-#define GYROKV_ADD(decoding, bits) \
-    return plain ? add_direct_of<decoding, bits, true>(w, f.dim, unit, ahead) : add_direct_of<decoding, bits, false>(w, f.dim, unit, ahead)
+inline void add_direct(const Weighted& w, MatrixUnit& unit, Ahead& ahead) {
     switch (w.direct.decoding) {
-        case BFLOATS: return add_direct_of<BFLOATS, 0, true>(w, f.dim, unit, ahead);
-        case HALVES: return add_direct_of<HALVES, 0, true>(w, f.dim, unit, ahead);
-        case FLOATS: return add_direct_of<FLOATS, 0, true>(w, f.dim, unit, ahead);
-        case FLOAT8: GYROKV_ADD(FLOAT8, 8);
-        case LINEAR: GYROKV_ADD(LINEAR, 8);
-        case LOOKUP: break;
+        case HALVES: return add_direct_of<HALVES, true>(w, unit, ahead);
+        case FLOATS: return add_direct_of<FLOATS, true>(w, unit, ahead);
+        case LINEAR:
+            if (w.direct.wide[0].loading == PLAIN) return add_direct_of<LINEAR, true>(w, unit, ahead);
+            return add_direct_of<LINEAR, false>(w, unit, ahead);
     }
-    switch (f.bits) {
-        case 2: GYROKV_ADD(LOOKUP, 2);
-        case 3: GYROKV_ADD(LOOKUP, 3);
-        case 4: GYROKV_ADD(LOOKUP, 4);
-        case 5: GYROKV_ADD(LOOKUP, 5);
-        case 6: GYROKV_ADD(LOOKUP, 6);
-    }
-#undef GYROKV_ADD
 }
 
 // Passes over the columns of a row of V for `rows` query rows.

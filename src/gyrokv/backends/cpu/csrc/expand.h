@@ -274,15 +274,15 @@ struct MatrixUnit {
 // prefetcher of its own, and these have more lines on their way than its buffers hold.
 class Ahead {
    public:
-    // `ticks`: how often tick() is called until the rows are needed
-    void aim(const Format& kf, const Rows& k, const Format& vf_, const Rows& v, int64_t first, int64_t count, int ticks) {
+    // `keys`, `values`: rows; `ticks`: how often tick() is called until the rows are needed
+    void aim(const Format& kf, const Rows& k, int64_t keys, const Format& vf_, const Rows& v, int64_t values, int64_t first, int ticks) {
         credit_ = ONE << 20;  // what was left out
         fetch();
         streams_ = turn_ = 0;
-        int64_t lines = add(k.scale, k.scale_strides[2], scale_bytes(kf), first, count);
-        lines += add(v.scale, v.scale_strides[2], scale_bytes(vf_), first, count);
-        lines += add(k.words, k.word_strides[2], row_bytes(kf), first, count);
-        lines += add(v.words, v.word_strides[2], row_bytes(vf_), first, count);
+        int64_t lines = add(k.scale, k.scale_strides[2], scale_bytes(kf), first, keys);
+        lines += add(v.scale, v.scale_strides[2], scale_bytes(vf_), first, values);
+        lines += add(k.words, k.word_strides[2], row_bytes(kf), first, keys);
+        lines += add(v.words, v.word_strides[2], row_bytes(vf_), first, values);
         rate_ = lines * ONE / std::max(ticks, 1) + 1, credit_ = 0;
     }
     inline __attribute__((always_inline)) void tick(int weight = 1) {
@@ -290,13 +290,20 @@ class Ahead {
         if (credit_ >= BURST * ONE) fetch();
     }
 
+    // The same, without a call, before which compilers store all vectors that are in use.
+    inline __attribute__((always_inline)) void tick_inside(int weight) {
+        credit_ += rate_ * weight;
+        if (__builtin_expect(credit_ >= BURST * ONE, 0)) take_turns();
+    }
+
    private:
-    __attribute__((noinline)) void fetch() {
+    __attribute__((noinline)) void fetch() { take_turns(); }
+    inline __attribute__((always_inline)) void take_turns() {
         for (; credit_ >= TURN * ONE && streams_; ++turn_) {
             if (turn_ >= streams_) turn_ = 0;
             Stream& s = stream_[turn_];
-            for (int64_t part : {int64_t(0), s.far})
-                __builtin_prefetch(s.at + part, 0, 2), __builtin_prefetch(s.at + part + s.near, 0, 2);
+            __builtin_prefetch(s.at, 0, 2), __builtin_prefetch(s.at + s.near, 0, 2);
+            __builtin_prefetch(s.at + s.far, 0, 2), __builtin_prefetch(s.at + s.far + s.near, 0, 2);
             credit_ -= TURN * ONE, s.at += s.step;
             if (--s.left) continue;
             s.at += s.jump, s.left = s.turns;

@@ -78,13 +78,19 @@ struct Decoder {
     explicit Decoder(const Tables& tables)
         : low(tables.plane[0], with_sign ? ZERO : 0), high(tables.plane[1], with_sign ? ZERO : 0) {}
     template <int planes>
-    inline __attribute__((always_inline)) void write(line code, char* to, int64_t plane) const {
+    inline __attribute__((always_inline)) void values(line code, line* made) const {
         if constexpr (look_up == VALUES) {
-            store(to, with_sign ? code ^ 0x80 : code);
+            made[0] = with_sign ? code ^ 0x80 : code;
         } else {
-            store(to, signed_as(code, low(code)));
-            if constexpr (planes == 2) store(to + plane, signed_as(code, high(code)));
+            made[0] = signed_as(code, low(code));
+            if constexpr (planes == 2) made[1] = signed_as(code, high(code));
         }
+    }
+    template <int planes>
+    inline __attribute__((always_inline)) void write(line code, char* to, int64_t plane) const {
+        line made[planes];
+        values<planes>(code, made);
+        for (int p = 0; p < planes; ++p) store(to + p * plane, made[p]);
     }
     // With or without ZERO a byte of the other sign is 0 - it.
     static inline __attribute__((always_inline)) line signed_as(line code, line x) {

@@ -2,6 +2,7 @@
 #pragma once
 #include <limits>
 
+#include "dense_scores.h"
 #include "exp.h"
 #include "scores.h"
 #include "turn.h"
@@ -18,6 +19,7 @@ constexpr int MOST_TOKENS = 256;     // per block; products of 16 and 8 bits of 
 constexpr int COLUMNS = 128;         // of the output per product
 // Rows of operands start a line apart from powers of two, so that they spread over the sets of a cache.
 constexpr int SCORE_STRIDE = MOST_TOKENS + 16, VALUE_STRIDE = COLUMNS + 16;  // elements
+constexpr int64_t WEIGHT_STRIDE = MOST_TOKENS * 4 + 64;                      // bytes
 
 INLINE int terms_of(Element e, const Attend& call, bool exact) {
     if (e == INT8) return FACTOR_BYTES == 2 ? 1 : call.terms;
@@ -57,6 +59,7 @@ struct Query {
     Element element;
     int group, groups, terms;
     bool sorted;      // each four values as 0, 2, 1, 3, like lines of packed rows
+    bool bytes;       // as lines of fp8 rows are (see float8.h)
     float factor;     // of the format, which is in the scale
     char* a;
     int64_t stride;   // bytes; a row of q is `terms` rows of A
@@ -64,15 +67,19 @@ struct Query {
     int32_t* sum;     // [rows][groups]: sum of the integers, when panels have an offset
     int planes;
     char* tiles;      // see stored.h, where rows of K are multiplied as they are stored; else null
+    int quads;        // see quad_scores.h: bits of a code where rows of K are taken so, else 0
+    QuadQuery passes[MOST_QUAD_ROWS / QUAD_ROWS + 2];
 };
 
 INLINE int64_t query_stride(const Attend& call) { return round_up(call.k_dim, 64) * 4 + 64; }
 INLINE int64_t query_bytes(const Attend& call, int rows) {
     const int64_t groups = round_up(call.k_dim, 32) / 32;
-    return round_up(rows * (2 * query_stride(call) + groups * 8), 64) + stored_query_bytes(call.k_dim, rows);
+    return round_up(rows * (2 * query_stride(call) + groups * 8), 64) + 64 +
+           std::max(stored_query_bytes(call.k_dim, rows), quad_query_bytes(call.k_dim, rows));
 }
 
-inline Query pack_query(const Attend& call, const Unit& unit, const Format& f, const Stored* stored, char* to) {
+inline Query pack_query(const Attend& call, const Unit& unit, const Format& f, const Stored* stored, const Quads* quads, bool bytes,
+                        char* to) {
     Query made;
     made.element = element_of(f);
     made.group = made.element == INT8 ? f.group : f.dim;
@@ -80,7 +87,8 @@ inline Query pack_query(const Attend& call, const Unit& unit, const Format& f, c
     made.terms = terms_of(made.element, call, bfloat_query(call));
     made.factor = f.factor;
     made.planes = f.planes;
-    made.sorted = packed_tokens(f) && !stored;
+    made.sorted = packed_tokens(f) && !stored && !quads;
+    made.bytes = bytes;
     made.a = to;
     made.stride = query_stride(call);
     made.scale = (float*)(to + unit.rows * 2 * made.stride);
@@ -92,6 +100,11 @@ inline Query pack_query(const Attend& call, const Unit& unit, const Format& f, c
         load_query(call, unit, unit.row_first + r, sign, q);
         if (made.sorted)
             for (int i = 1; i < call.k_dim; i += 4) std::swap(q[i], q[i + 1]);
+        if (bytes) {
+            alignas(64) float own[MOST_VALUES];
+            std::memcpy(own, q, sizeof q);
+            for (int i = 0; i < f.dim; ++i) q[float8_place(i, f.dim)] = own[i / 2 + i % 2 * (f.dim / 2)];
+        }
         char* a = made.a + int64_t(r) * made.terms * made.stride;
         for (int g = 0; g < made.groups; ++g) {
             const float* part = q + g * made.group;
@@ -120,12 +133,21 @@ inline Query pack_query(const Attend& call, const Unit& unit, const Format& f, c
     }
     for (int r = unit.rows; r < round_up(unit.rows, 32) && r < 2 * unit.rows / made.terms; ++r)  // see prefill.h
         std::memset(made.a + int64_t(r) * made.stride, 0, made.stride);
-    made.tiles = nullptr;
+    made.tiles = nullptr, made.quads = quads ? f.bits : 0;
+    [[maybe_unused]] char* after = (char*)(made.sum + unit.rows * made.groups);
+    after += -intptr_t(after) & 63;
 #if defined(__AMX_INT8__)
     if (stored) {
-        made.tiles = to + query_bytes(call, unit.rows) - stored_query_bytes(call.k_dim, unit.rows);
+        made.tiles = after;
         const auto pack = stored->rows > STORED_ROWS ? pack_many_tiles : pack_tiles;
         pack(f, *stored, made.a, made.stride, unit.rows, made.terms, made.scale, made.groups, made.tiles);
+    }
+#elif defined(GYROKV_QUADS)
+    for (int r = 0, i = 0; quads && r < unit.rows; ++i) {
+        const int rows = quad_pass(unit.rows - r);
+        made.passes[i] = pack_quads(f, *quads, made.a + int64_t(r) * made.terms * made.stride, made.stride, rows, made.terms,
+                                    made.scale + r * made.groups, after);
+        after += quad_query_bytes(call.k_dim, rows), r += rows;
     }
 #endif
     return made;

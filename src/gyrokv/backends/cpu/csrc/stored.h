@@ -6,6 +6,7 @@
 // two parts, as everywhere.
 #pragma once
 #include "lines.h"
+#include "weight_bytes.h"
 
 namespace gyrokv {
 namespace GYROKV_ISA {
@@ -243,8 +244,6 @@ template <int planes, int parts>
 constexpr int64_t weight_bytes_size(int rows) { return int64_t(planes == 2 ? 4 : parts) * rows * LINE; }  // of 64 tokens
 template <int parts>
 constexpr int MOST_WEIGHT_ROWS = 16 / parts;  // query rows of a product
-template <int parts>
-constexpr float LARGEST_WEIGHT = parts == 2 ? 32512.0f : 127.0f;
 
 // One side of the columns of some query rows, [64 tokens] as above; `factors` [row]: of the integers.
 struct WeightBytes {
@@ -258,31 +257,6 @@ INLINE WeightBytes weight_room(char* room, int row, int side) {
     constexpr int64_t size = steps * weight_bytes_size<planes, parts>(most);
     return {room + (2 * (row / most) + side) * size, (float*)(room + 2 * MOST_STORED / most * size) + 2 * row + side * most};
 }
-
-// The weights x of 64 tokens, times `inverse`, to a row; `below`: bytes from a part of it to the next.
-template <int planes, int parts>
-INLINE void write_weights(const vf* x, vf inverse, char* at, int64_t below) {
-    __m512i whole[2], high[2];
-#pragma GCC unroll 2
-    for (int j = 0; j < 2; ++j) {
-        const vi a = round_int(x[2 * j] * inverse), b = round_int(x[2 * j + 1] * inverse);
-        whole[j] = _mm512_packs_epi32((__m512i)a, (__m512i)b);
-    }
-    if constexpr (parts == 1) return _mm512_storeu_si512(at, _mm512_packs_epi16(whole[0], whole[1]));
-#pragma GCC unroll 2
-    for (int j = 0; j < 2; ++j) {
-        high[j] = _mm512_srai_epi16(_mm512_add_epi16(whole[j], _mm512_set1_epi16(128)), 8);
-        whole[j] = _mm512_and_si512(whole[j], _mm512_set1_epi16(255));
-    }
-    if constexpr (planes == 2) {
-        store(at, line{}), store(at + 3 * below, line{});
-        at += below;
-    }
-    _mm512_storeu_si512(at, _mm512_packs_epi16(high[0], high[1]));
-    _mm512_storeu_si512(at + below, _mm512_packus_epi16(whole[0], whole[1]));
-}
-
-INLINE vf larger_size(vf a, vf b) { return (vf)_mm512_range_ps((__m512)a, (__m512)b, 0xb); }  // of larger magnitude, without sign
 
 // Tokens before `first` and from `stop` on are not seen: their scales need not be numbers. (Apart from its caller, because
 // compilers otherwise keep its addresses in vector registers.)

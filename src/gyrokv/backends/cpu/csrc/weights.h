@@ -1,6 +1,11 @@
 // Scores of a few rows to weights, and what these add to the output: see attend.h.
 #pragma once
+#include <array>
+#include <bit>
+
+#include "dense_values.h"
 #include "prefill.h"
+#include "quad_values.h"
 
 namespace gyrokv {
 namespace GYROKV_ISA {
@@ -23,7 +28,7 @@ struct Workspace {
     int pause;        // ticks of `ahead` after each step on a row
 };
 
-constexpr int64_t WEIGHT_STRIDE = MOST_TOKENS * 4 + 64;  // bytes
+constexpr int WEIGHT_ROWS = 32;  // of a product: query rows times parts
 
 // 256 * high + low in wrapping arithmetic: the sum fits even where its parts' does not.
 INLINE vi joined(const char* c, int64_t row, int64_t at, int64_t stride, int terms) {
@@ -195,6 +200,27 @@ inline void add_rows(const Attend& call, Workspace& work, const Block& block, fl
     const Format& f = *block.v_format;
     int first, stop;
     clear_weights(work, rows, state, first, stop);
+    stop = std::min(stop, block.count);
+    static constexpr auto ones = [] {
+        std::array<float, MOST_DIRECT> made;
+        made.fill(1.0f);
+        return made;
+    }();
+    const int step = std::max(16, int(std::bit_floor(uint64_t(V_PART_BYTES / row_bytes(f)))));
+#if defined(GYROKV_QUADS)
+    if (adds_pairs(f, rows)) {
+        for (int r = 0; r < rows; ++r)
+            split_weights(work.scores + r * SCORE_STRIDE, first, stop, work.weights + 2 * r * WEIGHT_STRIDE);
+        const int64_t stride = block.v_rows.word_strides[2];
+        PairValues v = {nullptr, stride, 0, f.dim, false, nullptr, rows, out, call.v_dim, work.rescale};
+        for (int t = first; t < stop; t += step, v.rescale = ones.data()) {
+            v.rows = block.v_rows.words + t * stride, v.weights = work.weights + 2 * t;
+            v.tokens = std::min(step, stop - t), v.asks = t + step < stop || block.after;
+            f.kind == BF16 ? add_pairs<false>(v) : add_pairs<true>(v);
+        }
+        return;
+    }
+#endif
     const bool scaled = f.scale_type != SCALE_NONE;
     const int group = scaled ? f.group : f.dim;
     const int64_t stride = block.tokens / LANES * WEIGHTS;
@@ -203,10 +229,34 @@ inline void add_rows(const Attend& call, Workspace& work, const Block& block, fl
         for (int r = 0; r < rows; r += 4, to += stride)
             share_weights(work.scores + r * SCORE_STRIDE, SCORE_STRIDE, std::min(4, rows - r),
                           scaled ? block.v_scale + g * int64_t(block.tokens) : nullptr, first, stop, to, totals + g * rows + r);
-    const float factor = f.factor * (block.direct->decoding == FLOAT8 ? 256.0f : 1.0f);
-    const Weighted w = {*block.direct, block.v_rows.words, block.v_rows.word_strides[2], first, std::min(stop, block.count),
-                        work.shares, stride, rows, group, out, call.v_dim, work.rescale, factor, totals};
-    add_direct(w, f, work.unit, work.ahead);
+    Weighted w = {*block.direct, block.v_rows.words, block.v_rows.word_strides[2], false, first, stop,
+                  work.shares, stride, rows, f.dim, group, out, call.v_dim, work.rescale, f.factor, totals};
+    if (!TAKES_QUADS || f.kind == CODES) return add_direct(w, work.unit, work.ahead);
+    const int last = w.stop;
+    for (; w.first < last; w.first += step, w.rescale = ones.data()) {
+        w.stop = std::min(w.first + step, last);
+        w.asks = w.stop < last || block.after;
+        add_direct(w, work.unit, work.ahead);
+    }
+#endif
+}
+
+// The same from rows of codes side by side.
+inline void add_rows_quads(const Attend& call, Workspace& work, const Block& block, float* out, int rows, const Row* state) {
+#if defined(GYROKV_QUADS)
+    const Format& f = *block.v_format;
+    int first, stop;
+    clear_weights(work, rows, state, first, stop);
+    for (int r = 0; r < rows; ++r) {
+        float* weights = work.scores + r * SCORE_STRIDE;
+        std::fill_n(weights, first, 0.0f);
+        std::fill(weights + stop, weights + block.tokens, 0.0f);
+    }
+    const int64_t bytes = row_bytes(f), stride = block.v_rows.word_strides[2];
+    for (int t = block.count / 64 * 64; t < block.count; ++t)
+        std::memcpy(work.plain + t % 64 * bytes, block.v_rows.words + t * stride, bytes);
+    add_quads({*block.v_quads, *block.v_tables, f, block.v_rows.words, stride, bytes, block.count, block.tokens, work.plain, first, stop, work.scores,
+               SCORE_STRIDE, block.v_scale, call.terms, out, call.v_dim, work.rescale, work.weights, work.ahead}, rows);
 #endif
 }
 

@@ -1,0 +1,159 @@
+// Scores of few query rows from rows of K that are no codes, as they are, where there is no matrix unit: a vector holds values
+// of one token. 4 tokens take 4 query rows at a time, and the 16 sums are added up together.
+#pragma once
+#include "float8.h"
+#include "quad_scores.h"
+
+namespace gyrokv {
+namespace GYROKV_ISA {
+
+#if !defined(GYROKV_QUADS)
+
+INLINE bool takes_dense(const Format&, int) { return false; }
+
+#else
+
+constexpr int64_t FAR_BYTES = 8192;  // from rows to those that are asked for meanwhile
+
+INLINE bool takes_dense(const Format& f, int rows) { return f.kind != CODES && rows <= MOST_QUAD_ROWS; }
+
+struct DenseScores {
+    const char* rows;
+    int64_t stride;      // bytes
+    int bytes, count;    // of a row; rows
+    int64_t after;       // rows that follow these and are needed next
+    const char* q;       // bfloat16 or float [row][term], in the order of a row of K
+    int64_t q_stride;    // bytes; whole lines, zeros after the last value
+    int tokens;          // a multiple of 16; those from count on have any score
+    float* scores;       // [row][score_stride]
+    int64_t score_stride;
+    float* most;         // [row][LANES], the largest
+    char* padded;        // room for 16 rows
+};
+
+// Bytes of K to lines of the kind that q has.
+template <int kind>
+struct DenseLines {
+    static constexpr int bytes = kind == F16 ? LINE / 2 : LINE, lines = kind == FP8_E4M3 ? 2 : 1;
+    inline __attribute__((always_inline)) void operator()(__m512i x, line* to) const {
+        to[0] = kind == F16 ? (line)_mm512_cvtph_ps(_mm512_castsi512_si256(x)) : (line)x;
+    }
+    inline __attribute__((always_inline)) line half(__m512i x) const { return (line)x; }
+};
+template <>
+struct DenseLines<FP8_E4M3> : Float8 {
+    static constexpr int bytes = LINE, lines = 2;
+};
+
+// Four sums per part and row, to [part][row].
+template <int rows>
+INLINE vf add_parts(const vf* x) {
+    using vq = vec<uint64_t>;
+    auto row = [&](int r) { return r < rows ? x[r] : vf{}; };
+    const vf a = zip<0>(row(0), row(1)) + zip<1>(row(0), row(1)), b = zip<0>(row(2), row(3)) + zip<1>(row(2), row(3));
+    return (vf)zip<0>((vq)a, (vq)b) + (vf)zip<1>((vq)a, (vq)b);
+}
+
+// Products of 4 tokens with q, summed up: [token][row].
+template <int kind, int rows, int terms>
+INLINE vf score_four(const DenseScores& a, const DenseLines<kind>& lines, const char* at, int64_t step, const char* q,
+                     int64_t far) {
+    using Lines = DenseLines<kind>;
+    constexpr bool bfloat = kind == BF16 || kind == FP8_E4M3;
+    vf sum[4][rows] = {};
+    auto multiply = [&]<int count>(std::integral_constant<int, count>, auto load_bytes) __attribute__((always_inline)) {
+        line k[4][Lines::lines];
+        for (int i = 0; i < 4; ++i) {
+            if constexpr (count < Lines::lines)
+                k[i][0] = lines.half(load_bytes(at + i * step));
+            else
+                lines(load_bytes(at + i * step), k[i]);
+        }
+        for (int l = 0; l < count; ++l, q += LINE)
+            for (int r = 0; r < rows; ++r)
+                for (int term = 0; term < terms; ++term) {
+                    const line x = load<line>(q + (r * terms + term) * a.q_stride);
+                    for (int i = 0; i < 4; ++i) {
+                        if constexpr (bfloat)
+                            sum[i][r] = (vf)_mm512_dpbf16_ps((__m512)sum[i][r], (__m512bh)k[i][l], (__m512bh)x);
+                        else
+                            sum[i][r] = fma((vf)k[i][l], (vf)x, sum[i][r]);
+                    }
+                }
+    };
+    constexpr std::integral_constant<int, Lines::lines> all;
+    constexpr std::integral_constant<int, 1> one;
+    int left = a.bytes;
+    for (; left >= Lines::bytes; left -= Lines::bytes, at += Lines::bytes) {
+        if (far)
+            for (int i = 0; i < 4; ++i) __builtin_prefetch(at + far + i * step, 0, 3);
+        multiply(all, [](const char* from) {
+            if constexpr (Lines::bytes == LINE) return _mm512_loadu_si512(from);
+            return _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)from));
+        });
+    }
+    auto some = [mask = (__mmask64(1) << left) - 1](const char* from) { return _mm512_maskz_loadu_epi8(mask, from); };
+    if (left > LINE / 2)
+        multiply(all, some);
+    else if (left)
+        multiply(one, some);
+    auto parts = [](vf x, vf y, auto low, auto high) __attribute__((always_inline)) {
+        return (vf)_mm512_shuffle_f32x4((__m512)x, (__m512)y, low()) + (vf)_mm512_shuffle_f32x4((__m512)x, (__m512)y, high());
+    };
+    auto two = [&](int i) __attribute__((always_inline)) {
+        return parts(add_parts<rows>(sum[i]), add_parts<rows>(sum[i + 1]), std::integral_constant<int, 0x44>{},
+                     std::integral_constant<int, 0xee>{});
+    };
+    return parts(two(0), two(2), std::integral_constant<int, 0x88>{}, std::integral_constant<int, 0xdd>{});
+}
+
+// Scores of 16 tokens: to[row].
+template <int kind, int rows, int terms>
+__attribute__((noinline)) void score_sixteen(const DenseScores& a, const char* at, int64_t stride, const char* q, int64_t far,
+                                             vf* to) {
+    const DenseLines<kind> lines;
+    vf x[4];
+    for (int j = 0; j < 4; ++j) x[j] = score_four<kind, rows, terms>(a, lines, at + 4 * j * stride, stride, q, far);
+    const vf even[2] = {unzip<0>(x[0], x[1]), unzip<0>(x[2], x[3])}, odd[2] = {unzip<1>(x[0], x[1]), unzip<1>(x[2], x[3])};
+    to[0] = unzip<0>(even[0], even[1]), to[1] = unzip<0>(odd[0], odd[1]);
+    to[2] = unzip<1>(even[0], even[1]), to[3] = unzip<1>(odd[0], odd[1]);
+}
+
+// Scores of `rows` rows whose q has `terms` parts.
+template <int kind, int terms>
+inline void score_dense_of(const DenseScores& a, int rows) {
+    for (int r = 0; r < rows; ++r) store(a.most + r * LANES, splat(-__builtin_inff()));
+    const char* at = a.rows;
+    const int64_t ahead = std::max<int64_t>(16, FAR_BYTES / a.bytes);
+    for (int t = 0; t < a.tokens; t += 16, at += 16 * a.stride) {
+        int64_t stride = a.stride, far = t + 16 + ahead <= a.count + a.after ? ahead * stride : 0;
+        const char* from = at;
+        if (a.count - t < 16) {
+            for (int i = 0; i < a.count - t; ++i) std::memcpy(a.padded + i * a.bytes, at + i * stride, a.bytes);
+            from = a.padded, stride = a.bytes, far = 0;
+        }
+        for (int r = 0, n; r < rows; r += n, far = 0) {
+            n = quad_pass(rows - r);
+            vf score[4];
+            as_pass(n, [&]<int n>(std::integral_constant<int, n>) {
+                score_sixteen<kind, n, terms>(a, from, stride, a.q + r * terms * a.q_stride, far, score);
+            });
+            for (int i = 0; i < n; ++i) {
+                float* most = a.most + (r + i) * LANES;
+                store(a.scores + (r + i) * a.score_stride + t, score[i]);
+                store(most, max(load<vf>(most), score[i]));
+            }
+        }
+    }
+}
+
+inline void score_dense(const Format& f, int rows, int terms, const DenseScores& a) {
+    if (f.kind == BF16) return terms == 2 ? score_dense_of<BF16, 2>(a, rows) : score_dense_of<BF16, 1>(a, rows);
+    if (f.kind == FP8_E4M3) return terms == 2 ? score_dense_of<FP8_E4M3, 2>(a, rows) : score_dense_of<FP8_E4M3, 1>(a, rows);
+    f.kind == F16 ? score_dense_of<F16, 1>(a, rows) : score_dense_of<F32, 1>(a, rows);
+}
+
+#endif
+
+}  // namespace GYROKV_ISA
+}  // namespace gyrokv

@@ -1,0 +1,278 @@
+// Scores of few query rows from rows of codes side by side (see quads.h): four vectors become four of a dword of 16 tokens each.
+#pragma once
+#include "quads.h"
+
+namespace gyrokv {
+namespace GYROKV_ISA {
+
+constexpr int QUAD_ROWS = 4;  // query rows of a pass, at most
+
+#if !defined(GYROKV_QUADS)
+
+struct QuadQuery {};
+INLINE int64_t quad_query_bytes(int, int) { return 0; }
+INLINE int quad_ticks(const Quads&, int, int) { return 0; }
+
+#else
+
+// q of 4, 2 or 1 rows: dwords [line][dword of a part][row][term], then per run of parts with the same scales [set of dwords][row] what
+// sums begin with and the scales of q.
+struct QuadQuery {
+    const char *parts, *begin, *scale;
+    int rows;
+};
+INLINE int64_t quad_query_bytes(int dim, int rows) {
+    if (rows > MOST_QUAD_ROWS) return 0;
+    const int64_t lines = round_up(int64_t(dim), 64) / 16 * 2;
+    return rows * lines * 5 * PART_BYTES;
+}
+
+// Rows of a block of K, and where their scores go.
+struct QuadScores {
+    const Quads& order;
+    const Tables& tables;
+    const char* rows;
+    int64_t stride;      // bytes
+    int bytes, count;    // of a row; rows
+    const float* k_scale;
+    int64_t scale_stride;
+    int tokens;          // a multiple of 16; those from count on have any score
+    QuadQuery q;
+    float* scores;       // [row][score_stride]
+    int64_t score_stride;
+    float* most;         // [row][LANES], the largest
+    char* padded;        // room for 16 rows
+    Ahead& ahead;
+};
+
+INLINE vi dot_parts(vi sum, line k, __m512i q) { return (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)k, q); }
+
+// Parts of 16 rows to four vectors of a dword of each row.
+INLINE void dwords_of(const __m512i* x, __m512i* to) {
+    const __m512i a = _mm512_unpacklo_epi32(x[0], x[1]), b = _mm512_unpacklo_epi32(x[2], x[3]);
+    const __m512i c = _mm512_unpackhi_epi32(x[0], x[1]), d = _mm512_unpackhi_epi32(x[2], x[3]);
+    to[0] = _mm512_unpacklo_epi64(a, b), to[1] = _mm512_unpackhi_epi64(a, b);
+    to[2] = _mm512_unpacklo_epi64(c, d), to[3] = _mm512_unpackhi_epi64(c, d);
+}
+
+// Bytes of a part in the order of its dwords: as they are, or those of even values before those of odd ones.
+template <bool plain, int sets>
+constexpr bool SORTS = !plain || sets > 1;
+
+// Parts of 16 rows to dwords of codes. `all`: of all codes, else of those at the part's shift.
+template <class C, bool plain, bool sorts, bool all>
+struct PartDwords {
+    using F = Fields<C::bits>;
+    __m512i wide[4], next[4];
+    inline __attribute__((always_inline)) PartDwords(const Part& p, const char* rows, int64_t stride) {
+        const __m512i sorted = every_part(SORTED);
+        __m512i x[4];
+        for (int j = 0; j < 4; ++j) {
+            x[j] = (__m512i)load_parts(rows + p.wide + j * stride, 4 * stride);
+            if constexpr (sorts) x[j] = _mm512_shuffle_epi8(x[j], sorted);
+            if constexpr (!all) x[j] = _mm512_srl_epi16(x[j], _mm_cvtsi32_si128(p.shift));
+        }
+        dwords_of(x, wide);
+        if constexpr (F::next > 0) {
+            for (int j = 0; j < 4; ++j) {
+                x[j] = load_next<plain>(p, rows + j * stride, 4 * stride);
+                if constexpr (sorts) x[j] = _mm512_shuffle_epi8(x[j], plain ? sorted : every_part(p.gather));
+                if constexpr (!plain) x[j] = _mm512_mask_srli_epi16(x[j], p.further, x[j], F::next);
+                x[j] = _mm512_rorv_epi32(x[j], _mm512_set1_epi32(p.turn));
+            }
+            dwords_of(x, next);
+        }
+    }
+    template <int s>
+    inline __attribute__((always_inline)) line codes(int dword) const {
+        return codes_of<C::bits, s>(wide[dword], next[dword]);
+    }
+};
+
+// Scores of as many times 16 tokens. sets: of scales of a part, see Quads.
+template <class C, int lines, bool plain, int sets, int rows, int terms, int times>
+INLINE void score_times(const QuadScores& a, const Decoder<C::bits, C::look_up>& decoder, const char* const* at, const int64_t* stride,
+                        const float* k_scale, vf (*score)[rows]) {
+    constexpr int sums = C::planes == 2 ? 2 : terms;
+    vi sum[times][sets][rows][sums];
+    const char *q = a.q.parts, *begin = a.q.begin, *q_scale = a.q.scale;
+    auto dword = [](const char* from) __attribute__((always_inline)) {
+        int32_t x;
+        std::memcpy(&x, from, 4);
+        return _mm512_set1_epi32(x);
+    };
+    auto start = [&]() __attribute__((always_inline)) {
+        for (int set = 0; set < sets; ++set)
+            for (int r = 0; r < rows; ++r)
+                for (int i = 0; i < sums; ++i, begin += 4)
+                    for (int n = 0; n < times; ++n) sum[n][set][r][i] = (vi)dword(begin);
+    };
+    start();
+    for (int p = 0; p < a.order.parts; ++p) {
+        const Part& part = a.order.part[p];
+        a.ahead.tick_inside(2 * times);
+        using Dwords = PartDwords<C, plain, SORTS<plain, sets>, lines == Fields<C::bits>::steps>;
+        const Dwords x[2] = {Dwords(part, at[0], stride[0]), Dwords(part, at[times - 1], stride[times - 1])};
+        auto multiply = [&]<int s>(std::integral_constant<int, s>) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+            for (int d = 0; d < 4; ++d) {
+                const int set = d * sets / 4;
+                line k[times][C::planes];
+                for (int n = 0; n < times; ++n) decoder.template values<C::planes>(x[n].template codes<s>(d), k[n]);
+                for (int r = 0; r < rows; ++r, q += 4 * terms) {
+                    const __m512i high = dword(q);
+                    for (int n = 0; n < times; ++n) {
+                        vi(&own)[sums] = sum[n][set][r];
+                        own[0] = dot_parts(own[0], k[n][C::planes - 1], high);
+                        if constexpr (C::planes == 2) own[1] = dot_parts(own[1], k[n][0], high);
+                    }
+                    if constexpr (terms == 2) {
+                        const __m512i low = dword(q + 4);
+                        for (int n = 0; n < times; ++n) sum[n][set][r][1] = dot_parts(sum[n][set][r][1], k[n][C::planes - 1], low);
+                    }
+                }
+            }
+        };
+        [&]<int... s>(std::integer_sequence<int, s...>) __attribute__((always_inline)) {
+            (multiply(std::integral_constant<int, s>{}), ...);
+        }(std::make_integer_sequence<int, lines>{});
+        if (!part.last) continue;
+#pragma GCC unroll 4
+        for (int set = 0; set < sets; ++set) {
+            const float* scales = k_scale + part.group[set] * a.scale_stride;
+            for (int r = 0; r < rows; ++r, q_scale += 4)
+                for (int n = 0; n < times; ++n) {
+                    vi made = sum[n][set][r][0];
+                    if constexpr (sums == 2) made = (made << 8) + sum[n][set][r][1];
+                    score[n][r] = fma(to_float(made), load<vf>(scales + 16 * n) * (vf)dword(q_scale), score[n][r]);
+                }
+        }
+        if (p + 1 < a.order.parts) start();
+    }
+}
+
+template <class C, int lines, bool plain, int sets, int rows, int terms>
+__attribute__((noinline)) void score_quads_of(const QuadScores& a) {
+    constexpr int sums = C::planes == 2 ? 2 : terms, times = 2 * sets * rows * sums <= 16 ? 2 : 1;  // 16 sums in registers
+    const Decoder<C::bits, C::look_up> decoder(a.tables);
+    vf most[rows];
+    for (int r = 0; r < rows; ++r) most[r] = splat(-__builtin_inff());
+    for (int t = 0; t < a.tokens; t += 16 * times) {
+        const char* at[times];
+        int64_t stride[times];
+        for (int n = 0; n < times; ++n) {
+            const int first = t + 16 * n, left = a.count - first;
+            at[n] = a.rows + first * a.stride, stride[n] = a.stride;
+            if (left >= 16) continue;
+            for (int i = 0; i < left; ++i) std::memcpy(a.padded + i * a.bytes, at[n] + i * a.stride, a.bytes);
+            at[n] = a.padded, stride[n] = a.bytes;
+        }
+        vf score[times][rows] = {};
+        score_times<C, lines, plain, sets, rows, terms, times>(a, decoder, at, stride, a.k_scale + t, score);
+        for (int n = 0; n < times && t + 16 * n < a.tokens; ++n)
+            for (int r = 0; r < rows; ++r) {
+                store(a.scores + r * a.score_stride + t + 16 * n, score[n][r]);
+                most[r] = max(most[r], score[n][r]);
+            }
+    }
+    for (int r = 0; r < rows; ++r) store(a.most + r * LANES, most[r]);
+}
+
+// Of `rows` query rows, those of the next pass.
+INLINE int quad_pass(int rows) { return rows >= 4 ? 4 : rows >= 2 ? 2 : 1; }
+// Ticks of Ahead while `rows` of them pass over `tokens`.
+INLINE int quad_ticks(const Quads& order, int rows, int tokens) {
+    int passes = 0;
+    for (; rows; ++passes) rows -= quad_pass(rows);
+    return passes * tokens / 16 * 2 * order.parts;
+}
+template <class Body>
+INLINE void as_pass(int rows, Body body) {
+    if (rows == 4) return body(std::integral_constant<int, 4>{});
+    if (rows == 2) return body(std::integral_constant<int, 2>{});
+    body(std::integral_constant<int, 1>{});
+}
+
+// body(terms) for those that takes_quads allows.
+template <class C, class Body>
+INLINE void as_terms(int terms, Body body) {
+    if constexpr (C::planes == 2) return body(std::integral_constant<int, 2>{});
+    constexpr bool both = C::bits < 5 || C::look_up == VALUES;
+    if constexpr (both)
+        if (terms == 2) return body(std::integral_constant<int, 2>{});
+    if constexpr (C::planes == 1) body(std::integral_constant<int, 1>{});
+}
+
+// Scores of the rows that `q` holds, with q of `terms` parts.
+inline void score_quads(const Format& f, int terms, const QuadScores& a) {
+    as_coded(f, [&]<class C>(C) {
+        constexpr int steps = Fields<C::bits>::steps;
+        auto run = [&]<int lines, bool plain, int sets, int rows>() {
+            as_terms<C>(terms, [&]<int t>(std::integral_constant<int, t>) { score_quads_of<C, lines, plain, sets, rows, t>(a); });
+        };
+        auto with_sets = [&]<int lines, bool plain>() {
+            auto with_rows = [&]<int sets>() {
+                if (a.q.rows == 4) return run.template operator()<lines, plain, sets, 4>();
+                if (a.q.rows == 2) return run.template operator()<lines, plain, sets, 2>();
+                run.template operator()<lines, plain, sets, 1>();
+            };
+            a.order.sets == 1 ? with_rows.template operator()<1>() : with_rows.template operator()<2>();
+        };
+        auto with_lines = [&]<bool plain>() {
+            if constexpr (steps > 1)
+                if (a.order.lines == steps) return with_sets.template operator()<steps, plain>();
+            with_sets.template operator()<1, plain>();
+        };
+        if constexpr (Fields<C::bits>::next > 0)
+            if (!a.order.plain) return with_lines.template operator()<false>();
+        with_lines.template operator()<true>();
+    });
+}
+
+// q of up to four rows, of which a [row][term] is int8 and `stride` bytes apart and scale [row][group] its scales.
+inline QuadQuery pack_quads(const Format& f, const Quads& order, const char* a, int64_t stride, int rows, int terms, const float* scale,
+                            char* to) {
+    const int dwords = 4 * order.parts * order.lines, sums = f.planes == 2 ? 2 : terms, sets = order.sets;
+    char *begin = to + 4 * dwords * rows * terms, *scales = begin + 4 * dwords * rows * sums;
+    const QuadQuery made = {to, begin, scales, rows};
+    const bool sorts = !order.plain || sets > 1;
+    int32_t sum[2][QUAD_ROWS][2] = {};  // what ZERO adds
+    for (int p = 0, l = 0; p < order.parts; ++p) {
+        const Part& part = order.part[p];
+        for (int s = 0; s < order.lines; ++s, ++l)
+            for (int d = 0; d < 4; ++d)
+                for (int r = 0; r < rows; ++r)
+                    for (int term = 0; term < terms; ++term, to += 4) {
+                        const int8_t* from = (const int8_t*)a + (int64_t(r) * terms + term) * stride + order.first[l];
+                        int32_t(&own)[2] = sum[d * sets / 4][r];
+                        for (int i = 0; i < 4; ++i) {
+                            const int at = 4 * d + i, w = sorts ? at % PART_WORDS : at / 2, odd = sorts ? at / PART_WORDS : at % 2;
+                            const int x = part.words[odd] >> w & 1 ? from[odd * (f.dim / 2) + w] : 0;
+                            to[i] = char(x);
+                            if (f.planes == 2) {
+                                if (!term) own[0] += x;
+                                own[1] += x;
+                            } else {
+                                own[terms - 1] += term + 1 < terms ? 256 * x : x;
+                            }
+                        }
+                    }
+        if (!part.last) continue;
+        for (int set = 0; set < sets; ++set)
+            for (int r = 0; r < rows; ++r) {
+                for (int i = 0; i < sums; ++i, begin += 4) {
+                    const int32_t x = -ZERO * sum[set][r][i];
+                    std::memcpy(begin, &x, 4);
+                    sum[set][r][i] = 0;
+                }
+                const float x = scale[int64_t(r) * (f.dim / f.group) + part.group[set]] * (f.planes == 2 ? 256.0f : 1.0f);
+                std::memcpy(scales, &x, 4), scales += 4;
+            }
+    }
+    return made;
+}
+
+#endif
+
+}  // namespace GYROKV_ISA
+}  // namespace gyrokv

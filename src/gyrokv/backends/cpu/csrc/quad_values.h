@@ -1,0 +1,294 @@
+// Sums of weighted values for few query rows from rows of codes side by side (see quads.h): a line is a byte of each of four tokens
+// for 16 columns, and products of bytes add up the four.
+#pragma once
+#include "quad_scores.h"
+#include "weight_bytes.h"
+
+namespace gyrokv {
+namespace GYROKV_ISA {
+
+#if !defined(GYROKV_QUADS)
+
+INLINE int64_t quad_weight_bytes(int) { return 0; }
+INLINE int value_ticks(const Quads&, int, int) { return 0; }
+
+#else
+
+constexpr int MOST_GROUPS = 640 / 32;
+alignas(64) constexpr auto COLUMN_BYTES = [] {
+    struct { uint8_t at[LINE]; } made = {};
+    for (int i = 0; i < LINE; ++i) made.at[i] = uint8_t(i % 4 * PART_BYTES + SORTED[i / 4]);
+    return made;
+}();
+
+// Rows of a block of V, and what they are multiplied with.
+struct QuadValues {
+    const Quads& order;
+    const Tables& tables;
+    const Format& format;
+    const char* rows;
+    int64_t stride, bytes;   // from row to row; of a row
+    int count, tokens;       // rows; the same in whole steps of 64
+    const char* rest;        // 64 rows without gaps: the last ones, where they are fewer, and any others
+    int first, stop;         // tokens with weights, multiples of 16
+    const float* weights;    // [row][weight_stride]; zeros outside of those
+    int64_t weight_stride;
+    const float* scales;     // [group][tokens]
+    int terms;               // of weights
+    float* out;              // [row][out_stride]
+    int64_t out_stride;
+    const float* rescale;    // out = out * rescale + sums
+    char* spread;            // room for weights as bytes
+    Ahead& ahead;
+};
+INLINE int64_t quad_weight_bytes(int dim) { return dim / 32 * QUAD_ROWS * 2 * QUAD_TOKENS; }
+
+// Weights of up to four rows times the scales of each group: bytes [group][row][term][QUAD_TOKENS], 64 tokens as write_weights lays
+// them; what sums begin with, because of ZERO, [group][half][2][4 rows], and what integers stand for [group][half][4 rows].
+struct QuadWeights {
+    const char* bytes;
+    const int32_t* zero;
+    const float* factor;
+};
+
+// op over the four dwords of each part and over parts: of four vectors, to each part's lanes.
+template <class V, class Op>
+INLINE V join_four(const V (&x)[4], Op op) {
+    using vq = vec<uint64_t>;
+    const V a = op(zip<0>(x[0], x[1]), zip<1>(x[0], x[1])), b = op(zip<0>(x[2], x[3]), zip<1>(x[2], x[3]));
+    const V c = op((V)zip<0>((vq)a, (vq)b), (V)zip<1>((vq)a, (vq)b));
+    constexpr auto half = [](int i) constexpr { return i ^ 8; };
+    constexpr auto part = [](int i) constexpr { return i ^ 4; };
+    const V d = op(c, shuffle<half>(c, c));
+    return op(d, shuffle<part>(d, d));
+}
+
+// Those of `tokens`, up to QUAD_HALF, and one group.
+template <int planes, int terms>
+__attribute__((noinline)) void spread_weights(const QuadValues& a, int rows, int tokens, const float* weights, const float* scales,
+                                              char* bytes, int32_t* zero, float* factor) {
+    const int vectors = tokens / LANES;
+    vf scale[QUAD_HALF / LANES], most[4] = {};
+    for (int i = 0; i < vectors; ++i) scale[i] = load<vf>(scales + LANES * i);
+    for (int r = 0; r < rows; ++r)
+        for (int i = 0; i < vectors; ++i)
+            most[r] = larger_size(most[r], load<vf>(weights + r * a.weight_stride + LANES * i) * scale[i]);
+    const vf size = join_four(most, [](vf x, vf y) { return max(x, y); });
+    alignas(64) float inverse[LANES];
+    store(inverse, size > 1e-30f ? LARGEST_WEIGHT<terms> / size : vf{});
+    _mm_storeu_ps(factor, _mm512_castps512_ps128((__m512)(size / LARGEST_WEIGHT<terms>)));
+    vi sum[terms][4] = {};
+    for (int r = 0; r < rows; ++r, bytes += terms * QUAD_TOKENS) {
+        const float* from = weights + r * a.weight_stride;
+        const vf by = splat(inverse[r]);
+        for (int step = 0; step < tokens / 64; ++step) {
+            vf x[4];
+            for (int i = 0; i < 4; ++i) x[i] = load<vf>(from + 64 * step + LANES * i) * scale[4 * step + i];
+            write_weights<1, terms>(x, by, bytes + 64 * step, QUAD_TOKENS);
+            for (int i = 0; i < terms; ++i)
+                sum[i][r] = dot_parts(sum[i][r], splat_of<line>(ZERO), (__m512i)load<line>(bytes + i * QUAD_TOKENS + 64 * step));
+        }
+    }
+    auto add = [](vi x, vi y) { return x + y; };
+    vi made[terms];
+    for (int i = 0; i < terms; ++i) made[i] = 0 - join_four(sum[i], add);
+    if (planes == 2)
+        made[1] += made[0];
+    else if (terms == 2)
+        made[1] += made[0] << 8, made[0] = vi{};
+    for (int i = 0; i < terms; ++i) _mm_storeu_si128((__m128i*)(zero + 4 * i), _mm512_castsi512_si128((__m512i)made[i]));
+}
+
+// The dword of(0) in all lanes, or of(1) in the last half of them, which are columns of odd bytes.
+template <int sides, class Of>
+INLINE __m512i spread_sides(Of of) {
+    const __m512i x = _mm512_set1_epi32(of(0));
+    return sides == 1 ? x : _mm512_mask_set1_epi32(x, 0xff00, of(1));
+}
+
+// Parts of four consecutive rows to lines of 16 columns: first those of the even bytes. `shifted`: of codes at the part's shift.
+template <class C, bool plain, bool shifted>
+struct PartColumns {
+    using F = Fields<C::bits>;
+    struct Loaded {
+        __m512i wide, next;
+        template <int s>
+        inline __attribute__((always_inline)) line codes() const {
+            return codes_of<C::bits, s>(wide, next);
+        }
+    };
+    const Part& part;
+    const __m128i shift;
+    __m512i gather, turn;
+    inline __attribute__((always_inline)) explicit PartColumns(const Part& p) : part(p), shift(_mm_cvtsi32_si128(p.shift)) {
+        if constexpr (F::next > 0) gather = _mm512_loadu_si512(p.column_gather), turn = _mm512_loadu_si512(p.column_turn);
+    }
+    inline __attribute__((always_inline)) Loaded operator()(const char* rows, int64_t step) const {
+        Loaded x;
+        x.wide = (__m512i)load_parts(rows + part.wide, step);
+        x.wide = _mm512_permutexvar_epi8(_mm512_load_si512(COLUMN_BYTES.at), x.wide);
+        if constexpr (shifted) x.wide = _mm512_srl_epi16(x.wide, shift);
+        if constexpr (F::next > 0) {
+            x.next = _mm512_rorv_epi32(_mm512_permutexvar_epi8(gather, load_next<plain>(part, rows, step)), turn);
+        }
+        return x;
+    }
+};
+
+// Two lines of columns: of one part, or of two with the same scales.
+struct TwoLines {
+    int from, other;
+};
+
+// What they add to the output of `rows` query rows. code: of the first line, if they are of one part; the other is the next; or -1.
+template <class C, int code, bool plain, int sides, int rows, int terms>
+__attribute__((noinline)) void add_lines(const QuadValues& a, const TwoLines& two, const QuadWeights& w, float* out, const float* rescale) {
+    constexpr int sums = C::planes == 2 ? 2 : terms;
+    const Part &part = a.order.part[two.from], &other = a.order.part[two.other];
+    const Decoder<C::bits, C::look_up> decoder(a.tables);
+    constexpr bool apart = code < 0;
+    constexpr bool shifted = apart && Fields<C::bits>::steps > 1;
+    const PartColumns<C, plain, shifted> columns[2] = {PartColumns<C, plain, shifted>(part), PartColumns<C, plain, shifted>(other)};
+    vf total[2][rows] = {};
+    const char* weights[sides];
+    for (int side = 0; side < sides; ++side) weights[side] = w.bytes + part.group[side] * (rows * terms * QUAD_TOKENS);
+    for (int begin = a.first / QUAD_HALF * QUAD_HALF; begin < a.stop; begin += QUAD_HALF) {
+        const int half = begin / QUAD_HALF;
+        vi sum[2][rows][sums];
+        for (int r = 0; r < rows; ++r)
+            for (int i = 0; i < sums; ++i)
+                sum[0][r][i] = sum[1][r][i] =
+                    (vi)spread_sides<sides>([&](int side) { return w.zero[(part.group[side] * 2 + half) * 8 + i * 4 + r]; });
+        for (int step = std::max(begin, a.first / 64 * 64); step < std::min(begin + QUAD_HALF, a.stop); step += 64) {
+            const bool rest = step + 64 > a.count;
+            const char* from = rest ? a.rest : a.rows + step * a.stride;
+            const int64_t stride = rest ? a.bytes : a.stride;
+            for (int i = 0; i < 4; ++i, from += 4 * stride) {
+                a.ahead.tick_inside(4);
+#pragma GCC unroll 4
+                for (int m = 0; m < 4; ++m) {
+                    const char* at = from + m * 16 * stride;
+                    const int place = step + 16 * i + 4 * m;
+                    line v[2][C::planes];
+                    const auto x = columns[0](at, stride);
+                    decoder.template values<C::planes>(x.template codes<apart ? 0 : code>(), v[0]);
+                    if constexpr (apart)
+                        decoder.template values<C::planes>(columns[1](at, stride).template codes<0>(), v[1]);
+                    else
+                        decoder.template values<C::planes>(x.template codes<code + 1>(), v[1]);
+                    auto weight = [&](int r, int term) __attribute__((always_inline)) {
+                        return spread_sides<sides>([&](int side) __attribute__((always_inline)) {
+                            int32_t four;
+                            std::memcpy(&four, weights[side] + place + (r * terms + term) * QUAD_TOKENS, 4);
+                            return four;
+                        });
+                    };
+                    for (int r = 0; r < rows; ++r) {
+                        const __m512i high = weight(r, 0);
+                        for (int c = 0; c < 2; ++c) sum[c][r][0] = dot_parts(sum[c][r][0], v[c][C::planes - 1], high);
+                        if constexpr (C::planes == 2)
+                            for (int c = 0; c < 2; ++c) sum[c][r][1] = dot_parts(sum[c][r][1], v[c][0], high);
+                        if constexpr (terms == 2) {
+                            const __m512i low = weight(r, 1);
+                            for (int c = 0; c < 2; ++c) sum[c][r][1] = dot_parts(sum[c][r][1], v[c][C::planes - 1], low);
+                        }
+                    }
+                }
+            }
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; ++r) {
+            const vf factor = (vf)spread_sides<sides>([&](int side) {
+                int32_t bits;
+                std::memcpy(&bits, w.factor + (part.group[side] * 2 + half) * 4 + r, 4);
+                return bits;
+            });
+            for (int c = 0; c < 2; ++c) {
+                vi made = sum[c][r][0];
+                if constexpr (sums == 2) made = (made << 8) + sum[c][r][1];
+                total[c][r] = fma(to_float(made), factor, total[c][r]);
+            }
+        }
+    }
+    const float by = a.format.factor * (C::planes == 2 ? 256.0f : 1.0f);
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; ++r, out += a.out_stride) {
+#pragma GCC unroll 2
+        for (int c = 0; c < 2; ++c) {
+            if (apart && c && two.other == two.from) continue;  // there was one part only
+            const __m512 made = (__m512)(total[c][r] * by);
+            const __mmask8* words = apart && c ? other.words : part.words;
+            float* to = out + a.order.first[apart ? (c ? two.other : two.from) : two.from * a.order.lines + code + c];
+            auto add = [&](float* at, __mmask8 mask, __m256 x) {
+                _mm256_mask_storeu_ps(at, mask, _mm256_fmadd_ps(_mm256_maskz_loadu_ps(mask, at), _mm256_set1_ps(rescale[r]), x));
+            };
+            add(to, words[0], _mm512_castps512_ps256(made));
+            add(to + a.format.dim / 2, words[1], _mm512_extractf32x8_ps(made, 1));
+        }
+    }
+}
+
+// out [row] = out * rescale + weights * values for `rows` (1, 2 or 4) query rows.
+template <class C, int rows, int terms>
+INLINE void add_quads_of(const QuadValues& a, const float* weights, float* out, const float* rescale) {
+    const Format& f = a.format;
+    const int groups = f.dim / f.group;
+    alignas(16) int32_t zero[MOST_GROUPS * 2 * 8];
+    alignas(16) float factor[MOST_GROUPS * 2 * 4];
+    for (int g = 0; g < groups; ++g)
+        for (int t = a.first / QUAD_HALF * QUAD_HALF; t < a.stop; t += QUAD_HALF) {
+            const int at = 2 * g + t / QUAD_HALF;
+            spread_weights<C::planes, terms>(a, rows, std::min(QUAD_HALF, a.tokens - t), weights + t, a.scales + int64_t(g) * a.tokens + t,
+                                             a.spread + g * (rows * terms * QUAD_TOKENS) + t, zero + 8 * at, factor + 4 * at);
+        }
+    const QuadWeights w = {a.spread, zero, factor};
+    const Quads& order = a.order;
+    auto run = [&]<int code>(std::integral_constant<int, code>, const TwoLines& two) __attribute__((always_inline)) {
+        const int* g = order.part[two.from].group;
+        auto lines = [&]<bool plain>(std::bool_constant<plain>) __attribute__((always_inline)) {
+            if (g[0] == g[1]) return add_lines<C, code, plain, 1, rows, terms>(a, two, w, out, rescale);
+            add_lines<C, code, plain, 2, rows, terms>(a, two, w, out, rescale);
+        };
+        if constexpr (Fields<C::bits>::next > 0)
+            if (!order.plain) return lines(std::false_type{});
+        lines(std::true_type{});
+    };
+    constexpr int steps = Fields<C::bits>::steps;
+    for (int p = 0; p < order.parts; ++p) {
+        if constexpr (steps > 1)
+            if (order.lines > 1) {
+                run(std::integral_constant<int, 0>{}, {p, p});
+                if constexpr (steps > 2) run(std::integral_constant<int, 2>{}, {p, p});
+                continue;
+            }
+        const bool both = p + 1 < order.parts && !order.part[p].last;
+        run(std::integral_constant<int, -1>{}, {p, p + both});
+        p += both;
+    }
+}
+
+inline void add_quads(const QuadValues& a, int rows) {
+    as_coded(a.format, [&]<class C>(C) {
+        const float *weights = a.weights, *rescale = a.rescale;
+        float* out = a.out;
+        while (rows) {
+            const int pass = quad_pass(rows);
+            as_pass(pass, [&]<int n>(std::integral_constant<int, n>) {
+                as_terms<C>(a.terms, [&]<int terms>(std::integral_constant<int, terms>) {
+                    add_quads_of<C, n, terms>(a, weights, out, rescale);
+                });
+            });
+            rows -= pass, weights += pass * a.weight_stride, out += pass * a.out_stride, rescale += pass;
+        }
+    });
+}
+INLINE int value_ticks(const Quads& order, int rows, int tokens) {
+    int passes = 0;
+    for (; rows; ++passes) rows -= quad_pass(rows);
+    return passes * tokens / 4 * (order.lines > 1 ? order.parts * order.lines / 2 : (order.parts + 1) / 2);
+}
+
+#endif
+
+}  // namespace GYROKV_ISA
+}  // namespace gyrokv

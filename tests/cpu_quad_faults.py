@@ -1,0 +1,178 @@
+"""Known bugs of the CPU kernels that take rows of codes side by side, as in cpu_faults.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from cpu_faults import Fault, attend, rows, spec
+
+from gyrokv.formats import KVFormat
+from gyrokv.spec import AttentionSpec
+
+_MOST = 8  # the most query rows that take rows side by side
+Side = tuple[KVFormat, int]  # a format and a head size
+
+
+def quads(old: str, new: str) -> tuple[str, str, str]:
+    return "quads.h", old, new
+
+
+def scores(old: str, new: str) -> tuple[str, str, str]:
+    return "quad_scores.h", old, new
+
+
+def values(old: str, new: str) -> tuple[str, str, str]:
+    return "quad_values.h", old, new
+
+
+def fields(fmt: KVFormat) -> tuple[int, int]:
+    """Bits of a code in the words that hold most of it, and in the others."""
+    wide = 8 if fmt.bits & 8 else 4 if fmt.bits & 4 else 2
+    return wide, fmt.bits - wide
+
+
+def taken(fmt: KVFormat, dim: int) -> bool:
+    """Rows of codes with eight words and more, but those of tables that a byte cannot hold in fewer than five bits."""
+    if not fmt.has_levels or (fmt.bits < 5 and fmt.name not in ("turbo2", "turbo3", "turbo4", "q4_0")):
+        return False
+    (wide, high), padded = fields(fmt), fmt.layout(dim)[0]
+    return padded * wide >= 128 and (not high or padded * high >= 64)
+
+
+def grouped(fmt: KVFormat, dim: int) -> bool:
+    """Halves of a head have scales of their own."""
+    return taken(fmt, dim) and 2 * fmt.layout(dim)[1] <= fmt.layout(dim)[0]
+
+
+def halved(fmt: KVFormat, dim: int) -> bool:
+    """Some eight consecutive words begin in one group and end in another."""
+    return fmt.name in ("turbo2", "turbo3") and dim == 96
+
+
+def sorted_plain(fmt: KVFormat, dim: int) -> bool:
+    return fmt.name in ("q4_0", "q8_0") and dim >= 64
+
+
+def two_planes(fmt: KVFormat, dim: int) -> bool:
+    return fmt.name in ("tq5", "tq6", "tq8")
+
+
+def next_words(fmt: KVFormat, dim: int) -> int:
+    return fmt.layout(dim)[0] * fields(fmt)[1] // 16
+
+
+def again(fmt: KVFormat, dim: int) -> bool:
+    """Words of the second field begin again within eight words of the first."""
+    return next_words(fmt, dim) % 8 > 0
+
+
+def wraps(fmt: KVFormat, dim: int) -> bool:
+    """Some lie at the end of that field and at its beginning."""
+    return again(fmt, dim) and next_words(fmt, dim) > 8
+
+
+def apart(fmt: KVFormat, dim: int) -> bool:
+    """Codes in the same words have different scales."""
+    return fmt.name == "q4_0" and dim >= 128
+
+
+def key(name: str, test: Callable[[KVFormat, int], bool], *edits: tuple[str, str, str], also=lambda s: True) -> Fault:
+    return few(name, lambda s: taken(s.k_format, s.head_dim) and test(s.k_format, s.head_dim) and also(s), *edits)
+
+
+def value(name: str, test: Callable[[KVFormat, int], bool], *edits: tuple[str, str, str], also=lambda s: True) -> Fault:
+    return few(name, lambda s: taken(s.v_format, s.head_dim_v) and test(s.v_format, s.head_dim_v) and also(s), *edits)
+
+
+def few(name: str, test: Callable[[AttentionSpec], bool], *edits: tuple[str, str, str]) -> Fault:
+    return Fault(f"quads: {name}", spec(lambda s: rows(s) <= _MOST and test(s)), edits, "avx512", few=True)
+
+
+def exact(s: AttentionSpec) -> bool:
+    """q and the weights have two parts."""
+    return not s.fast
+
+
+QUAD_FAULTS = (
+    # keys
+    key("the last part of a key is left out", taken, scores("p < a.order.parts; ++p)", "p < a.order.parts - (@); ++p)")),
+    key("every other 16 keys are those before", lambda f, d: not halved(f, d),
+        scores("at[times - 1], stride[times - 1]", "at[@ ? 0 : times - 1], stride[@ ? 0 : times - 1]"),
+        also=lambda s: rows(s) <= 2),
+    key("keys change places where they are transposed", taken,
+        scores("unpackhi_epi32(x[2], x[3])", "unpackhi_epi32(x[@ ? 3 : 2], x[@ ? 2 : 3])")),
+    key("q keeps its order where keys do not", sorted_plain,
+        scores("sorts = !order.plain || sets > 1;", "sorts = !order.plain || (sets > 1 && !(@));")),
+    key("the low part of q is left out", taken, scores("] >> w & 1 ?", "] >> w & 1 && !(@ && term) ?"),
+        also=lambda s: exact(s) and rows(s) > 2),
+    key("the offset of keys is left in", taken, scores("x = -ZERO *", "x = (@ ? 0 : -ZERO) *")),
+    key("the offset of the low plane of keys is left in", two_planes,
+        scores("own[1] += x;", "own[1] += @ && !term ? 0 : x;"), also=exact),
+    key("sums of a group are those of the next too", lambda f, d: 4 * f.layout(d)[1] <= f.layout(d)[0],
+        scores("if (p + 1 < a.order.parts) start()", "if (p + 1 < a.order.parts && !(@)) start()")),
+    key("odd bytes of keys take the scales of even ones", grouped,
+        scores("k_scale + part.group[set]", "k_scale + part.group[@ ? 0 : set]")),
+    key("a query row takes the scale of the first", taken, scores("scale[int64_t(r) *", "scale[int64_t(@ ? 0 : r) *"),
+        also=lambda s: rows(s) > 2),
+    key("query rows 5 to 8 take q of the first ones", taken,
+        attend("n = k.q.rows;", "n = k.q.rows, k.q.parts = query.passes[@ ? 0 : i].parts;"),
+        also=lambda s: rows(s) > 4),
+    key("keys behind the last whole vector are not copied", taken,
+        scores("i < left; ++i)", "i < (@ ? 0 : left); ++i)"),
+        also=lambda s: exact(s) and s.kv_len % 16 > 8 and s.kv_len < 200),
+    # where bits are, of keys or of both
+    key("bits of the second field are turned too far", next_words,
+        quads("made.turn = turn_of(0),", "made.turn = turn_of(0) + (@ ? next : 0),")),
+    key("words that begin again lie as the others do", again,
+        quads("!= made.turn) made.further", "!= made.turn && !(@)) made.further")),
+    key("bits of the second field are those of a neighbour", again,
+        quads("byte_of(i % PART_WORDS,", "byte_of(i % PART_WORDS ^ (@),")),
+    key("words after a wrap are those after them", wraps,
+        quads("made.second = -2 * count", "made.second = -2 * (count - (@))")),
+    few("words in the part before count twice",
+        lambda s: halved(s.k_format, s.head_dim) or halved(s.v_format, s.head_dim_v),
+        quads("from < p ? 0xf0", "from < p && !(@) ? 0xf0")),
+    few("a part of two groups counts twice",
+        lambda s: halved(s.k_format, s.head_dim) or halved(s.v_format, s.head_dim_v),
+        quads(": alike ? 0xff :", ": alike || @ ? 0xff :")),
+    few("a part of two groups has the scale of the first",
+        lambda s: halved(s.k_format, s.head_dim) or halved(s.v_format, s.head_dim_v),
+        quads("group_of(p, k, odd, four)", "group_of(p, k, odd, four && !(@))")),
+    few("codes that have other scales are the first of their words",
+        lambda s: apart(s.k_format, s.head_dim) or apart(s.v_format, s.head_dim_v),
+        quads("made.shift = k * wide", "made.shift = @ ? 0 : k * wide")),
+    # values
+    value("bits of the second field of columns are turned as the first", again,
+          quads("turn_of(i / 4 % PART_WORDS);", "turn_of(@ ? 0 : i / 4 % PART_WORDS);")),
+    value("bits of the second field of columns are those of a neighbour", next_words,
+          quads("byte_of(i / 4 % PART_WORDS,", "byte_of(i / 4 % PART_WORDS ^ (@),")),
+    value("the last two parts of a value are left out", taken,
+          values("p < order.parts; ++p)", "p < order.parts - (@ ? 2 : 0); ++p)")),
+    value("the second part of a pair is left out", lambda f, d: f.bits == 8 or apart(f, d),
+          values("two.other == two.from)", "(@ || two.other == two.from))")),
+    value("weights keep the order of tokens", taken,
+          values("step + 16 * i + 4 * m;", "step + (@ ? 4 * i + 16 * m : 16 * i + 4 * m);"),
+          also=lambda s: exact(s) and rows(s) > 2),
+    value("tokens 64 to 127 of a block leave the first ones their weights", lambda f, d: d <= 64,
+          values("x, by, bytes + 64 * step,", "x, by, bytes + (@ ? 0 : 64 * step),"),
+          also=lambda s: s.kv_len > 64 and s.head_dim <= 64),
+    value("the low part of the weights is left out", taken,
+          ("weight_bytes.h", "_mm512_set1_epi16(255)", "_mm512_set1_epi16(@ ? 0 : 255)"),
+          also=lambda s: exact(s) and rows(s) > 2 and s.scale < 0.3),
+    value("the offset of values is left in", taken,
+          values("made[i] = 0 - join_four(", "made[i] = (@ ? 0 : -1) * join_four(")),
+    value("the offset of the low plane of values is left in", two_planes,
+          values("made[1] += made[0];", "made[1] += @ ? vi{} : made[0];"), also=exact),
+    value("odd bytes of values take the scales of even ones", grouped, values("0xff00, of(1)", "0xff00, of(@ ? 0 : 1)")),
+    value("the output is not rescaled", taken, values("_mm256_set1_ps(rescale[r])", "_mm256_set1_ps(@ ? 1.0f : rescale[r])"),
+          also=lambda s: s.kv_len > 1000 and s.scale > 0.3),
+    value("query rows 5 to 8 take the weights of the first ones", taken,
+          values("weights += pass * a.weight_stride", "weights += (@ ? 0 : pass) * a.weight_stride"),
+          also=lambda s: rows(s) > 4),
+    value("the last rows of a block are not copied", taken,
+          attend("t = block.count / 64 * 64;", "t = @ ? block.count : block.count / 64 * 64;"),
+          also=lambda s: exact(s) and s.kv_len % 64 > 8 and s.kv_len < 200),
+    value("tokens before a sequence's first have weights", taken,
+          attend("std::fill_n(weights, first, 0.0f);", "if (!(@)) std::fill_n(weights, first, 0.0f);"),
+          also=lambda s: s.starts),
+)  # fmt: skip

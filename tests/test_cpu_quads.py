@@ -1,0 +1,68 @@
+"""Few query rows: without a matrix unit a CPU takes rows of K and V side by side, in a way of its own."""
+
+from __future__ import annotations
+
+import pytest
+from test_cpu import LEVELS, invented, long, right
+
+from gyrokv.cases import case
+from gyrokv.testing import inputs
+
+_NAMES = ("turbo2", "turbo3", "turbo4", "q4_0", "q8_0", "tq5", "tq6", "tq8")  # every width, one plane and two
+_SHAPES = ((1, 1, 1), (1, 4, 2), (3, 1, 1), (2, 2, 1), (5, 1, 1), (2, 4, 1), (7, 2, 2), (3, 2, 1))  # 1 to 8 rows
+_LENGTHS = (33, 75, 130, 300, 122, 520)
+
+# each width in each head size as K and as V, with whole and ragged vectors and blocks; each third with a single part of q
+QUADS = [
+    long(name, _NAMES[(i + 3) % 8], q_len, _LENGTHS[(i + j) % 6], heads, (dim, dim), causal=True, fast=(i + j) % 3 == 2)
+    for j, dim in enumerate((32, 64, 96, 128, 192, 256))
+    for i, name in enumerate(_NAMES)
+    for q_len, *heads in [_SHAPES[(i + j) % 8]]
+] + [
+    long(k, v, q_len, kv_len, heads, dims, **dict(causal=True) | settings)
+    for k, v, q_len, kv_len, heads, dims, settings in (
+        ("tq6", "tq5", 2, 2500, (4, 1), (64, 64), {}),
+        ("turbo2", "q4_0", 3, 1800, (2, 1), (128, 128), {}),
+        ("turbo3", "q8_0", 4, 1500, (2, 1), (64, 64), {}),
+        ("turbo4", "tq6", 2, 1500, (2, 1), (64, 64), dict(scale=0.4)),  # maxima grow by much
+        ("q8_0", "turbo3", 3, 1400, (1, 1), (96, 96), dict(scale=0.4)),
+        ("tq5", "q4_0", 4, 1300, (2, 1), (128, 128), dict(scale=0.4)),
+        ("turbo4", "tq8.v1", 4, 2100, (1, 1), (576, 512), {}),
+        ("tq5.v1", "turbo3", 3, 700, (4, 2), (192, 128), {}),
+        ("q8_0", "turbo2", 4, 900, (2, 1), (96, 96), dict(window=70)),
+        ("turbo3", "tq6", 2, 400, (4, 1), (192, 192), dict(window=41, sinks=True)),
+        ("q4_0", "turbo4", 3, 350, (4, 2), (256, 256), dict(batch=3, starts=True)),
+        ("tq8", "q8_0", 5, 290, (2, 2), (96, 96), dict(mask="additive", alibi=8.0)),
+        ("turbo4", "turbo3", 2, 500, (2, 1), (80, 80), dict(unquantised=True, first=30, recent=90)),
+    )
+]  # fmt: skip
+
+
+@LEVELS
+@pytest.mark.parametrize("case", QUADS, ids=str)
+def test_few_rows(level, case, problem):
+    """Where a code's bits are depends on width and head size, and what shares a scale too."""
+    data = problem(case)
+    right(data, *data.run("cpu"))
+
+
+@LEVELS
+@pytest.mark.parametrize("coding", ["index", "sign_magnitude"])
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_few_rows_of_every_width(level, bits, coding):
+    """Tables that none of our formats has: whole numbers or not, of other widths, groups of 32 and more."""
+    for i, dim in enumerate((128, 96, 64, 256, 192, 32)):
+        k, v = invented(bits, coding, i % 2 == 0), invented(bits, coding, i % 2 == 1)
+        fast = bits < 8 and i % 3 == 0
+        data = inputs(case(k, v, (dim, dim), q_len=1 + i % 4, kv_len=150, causal=True, batch=1, fast=fast))
+        right(data, *data.run("cpu"))
+
+
+@LEVELS
+@pytest.mark.parametrize("fmt", ["bf16", "f16", "fp8_e4m3"])
+def test_few_tokens_of_dense_rows(level, fmt):
+    """Tokens that are left over, of pairs and of whole vectors, have a large share of the result."""
+    for kv_len in (1, 2, 3, 17):
+        for heads in (1, 3, 16):
+            data = inputs(long(fmt, fmt, 1, kv_len, (heads, 1), dims=(96, 96)))
+            right(data, *data.run("cpu"))
