@@ -42,7 +42,9 @@ def test_lengths_change_without_a_new_view(name, settings, backend_here, device)
     data.view.lengths.sub_(torch.tensor([7, 0, 9], device=device))
     after = attend(data.q, data.view, backend=name)
     want = attend(data.q, data.view, backend="reference")
-    assert torch.equal(after[1], before[1]) and not torch.equal(after[0], before[0])
+    # not bitwise: the sums of torch's products may depend on the other sequences' lengths
+    torch.testing.assert_close(after[1], before[1], rtol=1e-5, atol=1e-5)
+    assert not torch.equal(after[0], before[0])
     assert float((after - want).norm() / want.norm()) < 1e-3
 
 
