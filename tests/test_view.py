@@ -42,8 +42,8 @@ def test_lengths_change_without_a_new_view(name, settings, backend_here, device)
     data.view.lengths.sub_(torch.tensor([7, 0, 9], device=device))
     after = attend(data.q, data.view, backend=name)
     want = attend(data.q, data.view, backend="reference")
-    # not bitwise: the sums of torch's products may depend on the other sequences' lengths
-    torch.testing.assert_close(after[1], before[1], rtol=1e-5, atol=1e-5)
+    slack = 1e-5 if name == "torch" else 0.0  # the sums of torch's products may depend on the other sequences' lengths
+    torch.testing.assert_close(after[1], before[1], rtol=slack, atol=slack)
     assert not torch.equal(after[0], before[0])
     assert float((after - want).norm() / want.norm()) < 1e-3
 
