@@ -41,8 +41,9 @@ inline float score_rows(Workspace& work, const Query& query, const Block& block,
 #if defined(GYROKV_QUADS)
     if (block.k_quads) {
         const Format& f = *block.k_format;
-        QuadScores k = {*block.k_quads, *block.k_tables, block.k_rows.words, block.k_rows.word_strides[2], int(row_bytes(f)), block.count,
-                        block.k_scale, block.tokens, tokens, {}, work.scores, SCORE_STRIDE, work.most, work.plain, work.ahead};
+        QuadScores k = {*block.k_quads, *block.k_tables, block.k_rows.words, block.k_rows.word_strides[2], int(row_bytes(f)),
+                        block.count, block.k_scale, block.tokens, tokens, {}, work.scores, SCORE_STRIDE, work.most, work.plain,
+                        work.ahead};
         for (int i = row / QUAD_ROWS, n; rows; ++i, rows -= n, k.scores += n * SCORE_STRIDE, k.most += n * LANES) {
             k.q = query.passes[i], n = k.q.rows;
             score_quads(f, query.terms, k);
@@ -206,7 +207,7 @@ inline void attend_rows(const Attend& call, const Unit& unit, Workspace& work, c
 }
 
 // Tokens per block: few rows keep the panels in the first cache, many rows spread the cost of making them. Weights of
-// quantised rows are rounded relative to the largest of a block, so these blocks stay short.
+// quantised rows are rounded relative to the largest of a block, so these blocks stay short; codes side by side round them by halves.
 INLINE int tokens_per_block(const Attend& call, int rows) {
     int64_t bytes = 1;
     bool integers = false, stored = false, short_blocks = false, quads = true, dense = true;

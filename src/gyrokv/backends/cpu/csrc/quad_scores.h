@@ -89,7 +89,7 @@ struct PartDwords {
     }
 };
 
-// Scores of as many times 16 tokens. sets: of scales of a part, see Quads.
+// Scores of `times` 16 tokens. sets: of scales of a part, see Quads.
 template <class C, int lines, bool plain, int sets, int rows, int terms, int times>
 INLINE void score_times(const QuadScores& a, const Decoder<C::bits, C::look_up>& decoder, const char* const* at, const int64_t* stride,
                         const float* k_scale, vf (*score)[rows]) {
@@ -186,6 +186,7 @@ INLINE int quad_ticks(const Quads& order, int rows, int tokens) {
     for (; rows; ++passes) rows -= quad_pass(rows);
     return passes * tokens / 16 * 2 * order.parts;
 }
+// body(rows) of a pass.
 template <class Body>
 INLINE void as_pass(int rows, Body body) {
     if (rows == 4) return body(std::integral_constant<int, 4>{});

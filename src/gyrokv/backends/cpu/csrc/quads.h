@@ -48,7 +48,7 @@ INLINE bool takes_quads(const Format& f, int rows, int terms) {
 alignas(16) constexpr uint8_t SORTED[PART_BYTES] = {0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15};
 INLINE __m512i every_part(const void* p) { return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)p)); }
 
-// Where the bits of a part are. The next field's words begin again after next_words: those of a part may lie at the field's end and
+// Where the bits of a part are. The next field has fewer words, which begin again: those of a part may lie at the field's end and
 // at its beginning, and the last of them may have to be moved further than the first.
 struct Part {
     int32_t wide, next, second;   // bytes from the beginning of a row; second: from `next` to words after a wrap
