@@ -27,10 +27,12 @@
 // Tensor maps of q, k, v: 16 bits, dims (dim, token, head, batch), true sizes and strides, swizzle of 128 bytes, zeros out of
 // bounds, boxes q (64, 8, PACK, 1) or, with PACK 1, (64, 64, 1, 1), k (64, KEYS, 1, 1), v (64, 32, 1, 1); in pages at most as
 // many tokens as divide these and a page. Of a mask with MASK_BOXES: dims (key, query, head, batch), 1 where it broadcasts, boxes
-// of 128 bytes (of f32 32, not swizzled) and all positions of a tile, or, with HEAD_MASK, 64 / PACK positions of PACK heads; any map without.
+// of 128 bytes (of f32 32, not swizzled) and all positions of a tile, or, with HEAD_MASK or PACK 1, 64 / PACK positions of PACK
+// heads; any map without.
 constexpr int ROWS = 64 * CLUSTER, BLOCKS = CLUSTER, SPAN = KEYS;
 constexpr bool ROUNDED = true;
 constexpr bool GUESSES = false;
+constexpr bool SEEDED = false;
 #include "hopper_prefill.cuh"
 
 constexpr int CHUNKS = DK / 64;
