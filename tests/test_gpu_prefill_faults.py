@@ -16,6 +16,7 @@ from gyrokv.backends import gpu
 from gyrokv.backends.gpu import nvrtc
 from gyrokv.cases import Case, case
 from gyrokv.testing import inputs
+from gyrokv.view import KVView
 
 BF16, F16 = torch.bfloat16, torch.float16
 SIZES = dict(batch=2, q_heads=8, kv_heads=2, q_len=200, kv_len=333, dtype=BF16)
@@ -79,6 +80,8 @@ FAULTS = (
           dict(softcap=2.0), 64),
     Fault("magnitudes_are_within_any_cap", hopper("? half * half : half", "? half * half : INFINITE"),
           dict(softcap=2.0)),
+    Fault("sums_tell_of_no_large_score", hopper("fmaxf(own[0], own[1]) <= cap.most", "true"),
+          dict(softcap=30.0, scale=2.0), 64),
     Fault("a_mask_is_a_row_off", hopper("+ lane % 8, lane / (COMMON", "+ (lane + 1) % 8, lane / (COMMON"), ADDITIVE),
     Fault("a_mask_of_bytes_is_a_row_off", hopper("row(0) + lane / 4,", "row(0) + (lane / 4 + 1) % 8,"),
           dict(mask="bool")),
@@ -162,6 +165,25 @@ def test_a_row_of_low_values_is_looked_at_again(dim, backend_here):
     trusting += hopper("low = Mask::AGAIN && __any_sync", "low = false && __any_sync")
     with nvrtc.sources(trusting):
         assert _lowest_values(dim) > 1e-1
+
+
+def _far_below(dim: int) -> float:
+    """How far the lse of scores is off that are all far below half the cap."""
+    q, k = torch.full((1, 8, 200, dim), -1.0), torch.linspace(45.0, 60.0, 512)[:, None].expand(1, 2, 512, dim) * 8 / dim
+    q, k = q.to("cuda", BF16), k.to("cuda", BF16)
+    scores = 30.0 * torch.tanh(q[0, 0, :1].double() @ k[0, 0].double().T / 8 / 30.0)
+    _, lse = attend(q, KVView.of(k, k), scale=1 / 8, softcap=30.0, causal=False, backend="gpu", return_lse=True)
+    return float((lse.double() - scores.logsumexp(1)).abs().max())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", (64, 128, 256))
+def test_scores_far_below_half_the_cap_are_capped(dim, backend_here):
+    """Their weights are too small to be seen by the sums of a block."""
+    backend_here("gpu")
+    assert _far_below(dim) < 1e-2
+    with nvrtc.sources(hopper("fminf(own[0], own[1]) >= cap.least", "true")):
+        assert _far_below(dim) > 1e-1
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f.name)

@@ -14,6 +14,7 @@ constexpr bool SHIFTS = UNEVEN && MASK == 0 && K_PAGED == 0 && V_PAGED == 0 && R
 
 constexpr bool SCALED = SEEDED && MASK > 1;  // q, and so scores
 constexpr bool BOUNDED = SOFTCAP == 2;  // scores are so small that exponents need no reference
+constexpr bool TRUSTS = BOUNDED && MASK == 0 && !ANY_SCALE && DV <= 128;  // sums tell whether scores are within half the cap
 constexpr int TURN = 64 / PACK;         // positions of each 64 rows
 constexpr int RUN = PACK > 1 ? 8 : 64;  // of a box of q
 
@@ -342,6 +343,9 @@ struct Cap {
   static constexpr float TERMS[2][4] = {{0.99992484f, -0.33085483f, 0.11254052f},
                                         {0.99999768f, -0.33320653f, 0.13145135f, -0.04337221f}};
   float cap, limit, twice, terms[DEGREE + 1];
+  // TRUSTS: sums that a thread's weights of a row have only if no score is above half the cap, and those below count for nothing:
+  // less than 2^-12 of them all. The polynomial grows with x, wherever x is.
+  float least, most;
 
   INLINE Cap(const Prefill& p) {
     float inverse = (ANY_SCALE ? 1.0f : p.scale) / p.softcap, power = inverse;
@@ -350,6 +354,13 @@ struct Cap {
     limit = inverse > 1e-4f && inverse < 1e4f ? SUMMED > 1 ? half * half : half : -1.0f;  // powers stay finite
 #pragma unroll
     for (int i = 0; i <= DEGREE; ++i, power *= inverse * inverse) terms[i] = TERMS[DEGREE - 2][i] * cap * power;
+    most = exp2_fast(0.462f * cap), least = (float)(KEYS / 4 << 12) / most;  // 0.462: tanh(1 / 2)
+  }
+  INLINE float polynomial(float x) const {
+    float w = x * x, y = terms[DEGREE];
+#pragma unroll
+    for (int n = DEGREE - 1; n >= 0; --n) y = __fmaf_rn(y, w, terms[n]);
+    return x * y;
   }
   INLINE bool within(const float (&s)[SCORES]) const {  // all scores of the warp
     float most[2] = {0.0f, 0.0f};
@@ -365,12 +376,7 @@ struct Cap {
   INLINE void apply(float (&s)[SCORES]) const {
     if (within(s)) {
 #pragma unroll
-      for (int i = 0; i < SCORES; ++i) {
-        float w = s[i] * s[i], y = terms[DEGREE];
-#pragma unroll
-        for (int n = DEGREE - 1; n >= 0; --n) y = __fmaf_rn(y, w, terms[n]);
-        s[i] *= y;
-      }
+      for (int i = 0; i < SCORES; ++i) s[i] = polynomial(s[i]);
     } else {
 #pragma unroll
       for (int i = 0; i < SCORES; ++i) {  // tanh(x) = 1 - 2 / (exp(2 x) + 1)
@@ -387,6 +393,7 @@ struct Softmax : Sums {
   // With GUESSES instead, where a thread's sum of weights of a block passes MOST. blind: no row of the warp has seen a key;
   // low: in one of them a value that means "masked" may count.
   static constexpr float MOST = 256.0f;
+  static constexpr bool ALONE = GUESSES || TRUSTS;  // own: a block's sums by themselves
   float own[2];
   // settled: in none of them may one count.
   bool blind = true, low = false, settled = !Mask::AGAIN;
@@ -435,18 +442,40 @@ struct Softmax : Sums {
     }
   }
   INLINE bool is_low(int r) const { return top[r] < Mask::LOW && top[r] > NOTHING; }
-  INLINE void weigh(const float (&s)[SCORES], float scale, u32 (&w)[UNITS][4]) {
+  template <class F>
+  INLINE void weigh(u32 (&w)[UNITS][4], F make) {  // make(unit, its weights)
     float before[2] = {total[0], total[1]};
-    if (GUESSES) total[0] = total[1] = -0.0f;  // what added to it takes no instruction
+    if (ALONE) total[0] = total[1] = -0.0f;  // what added to it takes no instruction
 #pragma unroll
-    for (int unit = 0; unit < UNITS; ++unit) weights(s, unit, scale, w[unit]);
-    if (GUESSES) {
+    for (int unit = 0; unit < UNITS; ++unit) make(unit, w[unit]);
+    if (ALONE) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) own[r] = total[r], total[r] = before[r];
     }
   }
+  INLINE void weigh(const float (&s)[SCORES], float scale, u32 (&w)[UNITS][4]) {
+    weigh(w, [&](int unit, u32 (&w)[4]) { weights(s, unit, scale, w); });
+  }
+  // Weights of scores that were not taken. Whether these are small is seen by sums, which are there anyway; else they are capped.
+  INLINE void weigh_small(float (&s)[SCORES], const Prefill& p, u32 (&w)[UNITS][4]) {
+    const Cap cap(p);
+    if (cap.least < cap.most) {
+      weigh(w, [&](int unit, u32 (&w)[4]) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          float x[2];
+#pragma unroll
+          for (int e = 0; e < 2; ++e) x[e] = exp2_fast(cap.polynomial(s[8 * unit + 2 * i + e]));
+          w[i] = add(i % 2, x[0], x[1]);
+        }
+      });
+      if (__all_sync(~0u, fminf(own[0], own[1]) >= cap.least && fmaxf(own[0], own[1]) <= cap.most)) return;
+    }
+    cap.apply(s);
+    weigh(s, 1.0f, w);
+  }
   INLINE void count() {  // the same sums in whichever way a block went
-    if (GUESSES) total[0] += own[0], total[1] += own[1];
+    if (ALONE) total[0] += own[0], total[1] += own[1];
   }
   // Weights by the references from before; false, and nothing is counted, where sums tell that they may be too low. Sums are
   // there anyway, maxima take an instruction per key.

@@ -136,7 +136,7 @@ INLINE void attend_role(const Prefill& p, const TensorMap* out_map, u32 shared, 
     if constexpr (MASK > 0) mask.start(p, rows);
 
     int block = tile.block, next;
-    bool masked, held;  // held: the mask's tile is still looked at
+    bool whole, masked, held;  // whole: every row of the warp sees every key; held: the mask is still looked at
     auto seed = [&] {
       masked = tile.masked(block), held = masked && !softmax.settled;
       if (!masked) return;
@@ -179,7 +179,7 @@ INLINE void attend_role(const Prefill& p, const TensorMap* out_map, u32 shared, 
       release_v();
     };
     auto begin = [&](auto values_run) {  // scores, beside the products of values that may still run
-      const bool whole = EARLY && __all_sync(~0u, Range(p, tile, block, rows, lane % 4).whole());
+      whole = EARLY && __all_sync(~0u, Range(p, tile, block, rows, lane % 4).whole());
       if constexpr (!SEEDED) {
         masked = held = tile.masked(block);
         if (MASK && masked) mask.fetch();
@@ -188,9 +188,15 @@ INLINE void attend_role(const Prefill& p, const TensorMap* out_map, u32 shared, 
       products_wait<decltype(values_run)::value>();
       settle(s);
       release_k();
+      if (TRUSTS && whole) return;
       softmax.take(s, p, mask, !SEEDED && masked, [&] {
         if (!whole) Range(p, tile, block, rows, lane % 4).hide(s);
       });
+    };
+    auto weigh = [&] {
+      if (TRUSTS && whole) softmax.weigh_small(s, p, w);
+      else softmax.weigh(s, scale, w);
+      softmax.count();
     };
     auto release_mask = [&] {
       if (MASK && held) mask.release();
@@ -204,8 +210,7 @@ INLINE void attend_role(const Prefill& p, const TensorMap* out_map, u32 shared, 
       begin(Bool<false>());
       softmax.refer(s, p, mask, held);
       release_mask();
-      softmax.weigh(s, scale, w);
-      softmax.count();
+      weigh();
       int before = block;
       while ((block = next) >= 0) {
         if constexpr (SEEDED) seed();
@@ -230,8 +235,7 @@ INLINE void attend_role(const Prefill& p, const TensorMap* out_map, u32 shared, 
 #pragma unroll
           for (int i = 0; i < DV / 2; ++i) o[i] *= softmax.factor[i / 2 % 2];
         }
-        softmax.weigh(s, scale, w);
-        softmax.count();
+        weigh();
       }
       values(before);
     }
