@@ -169,7 +169,7 @@ class _Call:
             mask, own = calls.MASKS[self.mask.dtype], calls.strides(self.mask)[1] != 0
             boxed = _boxed(self.mask, self.rows.first - self.rows.view.first)
         types = *self.rows.types, out
-        masks = own, boxed, self.scale <= 1.0 and math.frexp(self.scale)[0] == 0.5
+        masks = own, boxed, self.scale <= 1.0 and math.frexp(self.scale)[0] == 0.5, self.block_map is not None
         return shape(self.spec, self.dims, types, mask, keys, self.room, self.rows.pages, self.rows.clears, *masks)
 
     def results(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -42,6 +42,7 @@ class Shape:
     clears: bool  # values that a sequence does not have are read
     boxed: bool = False  # tiles of the mask come by a tensor map
     seeded: bool = False  # products of scores begin with the mask's values
+    mapped: bool = False  # the mask has a block map
     cluster: int = 1  # blocks that load k and v for each other; of the wide kernel
 
     @property
@@ -136,7 +137,8 @@ class Shape:
             "DK": self.dk, "DV": self.dv, "KEYS": self.keys, "K_STAGES": k, "V_STAGES": v, "Q_TYPE": self.q_type,
             "V_TYPE": self.v_type, "OUT_TYPE": self.out_type, "PACK": self.pack, "MASK": self.mask,
             "HEAD_MASK": int(self.head_mask), "MASK_STAGES": self.mask_stages, "MASK_BOXES": int(self.boxed),
-            "SEEDS": int(self.seeded), "SOFTCAP": self.softcap, "ALIBI": int(self.alibi), "ANY_SCALE": int(self.any_scale),
+            "SEEDS": int(self.seeded), "MAPPED": int(self.mapped), "SOFTCAP": self.softcap,
+            "ALIBI": int(self.alibi), "ANY_SCALE": int(self.any_scale),
             "RAGGED": int(self.ragged), "CLEARS": int(self.clears), "K_PAGED": self.pages[0], "V_PAGED": self.pages[1],
         }  # fmt: skip
         return tuple((names | own).items())
@@ -263,12 +265,12 @@ def _forms(dk: int, dv: int) -> list[tuple[tuple[str, int], ...]]:
 def shape(
     spec: AttentionSpec, dims: tuple[int, int], types: tuple[torch.dtype, ...], mask: int, keys: int = 0, room: int = 0,
     pages: tuple[int, int] = (0, 0), clears: bool = False, head_mask: bool = False, boxed: bool = False,
-    exact: bool = False,
+    exact: bool = False, mapped: bool = False,
 ) -> Shape | Portable:  # fmt: skip
     """The kernel of a problem whose rows have ``dims`` values. ``types``: of k, v and the output; ``mask``: 0 for none;
     ``room``: 0 for Hopper's kernels, otherwise bytes of shared memory that a block of a portable one may have; ``pages``,
-    ``clears``, ``head_mask``: see :class:`Shape`; ``boxed``: a tensor map can describe the mask; ``exact``: q times
-    the scale rounds nothing.
+    ``clears``, ``head_mask``, ``mapped``: see :class:`Shape`; ``boxed``: a tensor map can describe the mask; ``exact``: q
+    times the scale rounds nothing.
 
     Hopper's blocks share what they load once ``keys`` rows of K and V no longer stay in L2; not under a mask, whose map
     has one tile shape.
@@ -286,7 +288,7 @@ def shape(
     made = Shape(dk, dv, *(Q_TYPES[t] for t in types), mask, head_mask and pack > 1, pack, *features)
     seeded = mask == 1 or mask > 1 and exact and not made.alibi
     seeded = seeded and made.groups == 3 and not (softcap or made.any_scale)
-    return replace(made, boxed=boxed and made.keys * _SIZES[mask] >= 128, seeded=seeded)
+    return replace(made, boxed=boxed and made.keys * _SIZES[mask] >= 128, seeded=seeded, mapped=mapped)
 
 
 def tile(spec: AttentionSpec, room: int = 0) -> tuple[int, int]:

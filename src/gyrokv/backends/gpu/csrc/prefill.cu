@@ -15,7 +15,7 @@
 // The host defines DK, DV (multiples of 64, at most 576), KEYS (128; 64 for DV > 512), CLUSTER (1, 2), K_STAGES, V_STAGES
 // (even), PACK, Q_TYPE (0 f16, 1 bf16: of q and k), V_TYPE, OUT_TYPE (0 f16, 1 bf16, 2 f32), MASK (0 none, 1 boolean, 2 f32,
 // 3 f16, 4 bf16; not with CLUSTER 2), MASK_STAGES (1 or more with a mask), MASK_BOXES (1: a tensor map describes the mask, of which
-// a block of keys has 128 bytes or more), HEAD_MASK (the heads of a KV head have masks of their
+// a block of keys has 128 bytes or more), MAPPED (1: it has a map), HEAD_MASK (the heads of a KV head have masks of their
 // own), SOFTCAP (2: at most 60, V of bfloat16, no additive mask), ALIBI, ANY_SCALE (0: scale > 2^-60), RAGGED (1:
 // sequences have starts or lengths of their own), CLEARS (1: values that a sequence does not have are read too), K_PAGED,
 // V_PAGED (slots of a page, a multiple of 16, where the rows of tensor maps are [page, head, slot, dim]; or 0). Head sizes

@@ -139,7 +139,7 @@ INLINE void attend_role(const Prefill& p, const TensorMap* out_map, u32 shared, 
     bool whole, masked, held;  // whole: every row of the warp sees every key; held: the mask is still looked at
     auto seed = [&] {
       masked = tile.masked(block), held = masked && !softmax.settled;
-      if (!masked) return;
+      if (!masked || p.kv_len <= 0) return;  // there are keys; without a branch the assembler puts all this behind the next barrier
       mask.fetch();
       mask.seed(s);
       if (!held) mask.release();
