@@ -14,7 +14,8 @@ constexpr int ROWS = 64 * GROUPS, BLOCKS = 1, SPAN = KEYS;
 constexpr bool ROUNDED = SOFTCAP && MASK > 0;  // elsewhere issue slots are what limits
 // EARLY: what a block needs is asked for while its products run; plain attention takes longer that way. SEEDED: products of scores
 // begin with a mask's values, not with zeros. GUESSES: weights come before maxima, which are then seldom needed.
-constexpr bool EARLY = MASK > 0 || SOFTCAP > 0, SEEDED = SEEDS, GUESSES = MASK > 0 && !SOFTCAP;
+constexpr bool EARLY = MASK > 0 || SOFTCAP > 0, SEEDED = SEEDS;
+constexpr bool GUESSES = !SOFTCAP && (MASK > 0 || GROUPS == 2);  // plain attention at 64 dims: see CONTRIBUTING.md
 #include "hopper_prefill.cuh"
 
 constexpr int CHUNKS = DK / 64, COLUMNS = DV / 64;
