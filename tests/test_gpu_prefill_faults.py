@@ -177,7 +177,7 @@ def _far_below(dim: int) -> float:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dim", (64, 128, 256))
+@pytest.mark.parametrize("dim", (64, 128))
 def test_scores_far_below_half_the_cap_are_capped(dim, backend_here):
     """Their weights are too small to be seen by the sums of a block."""
     backend_here("gpu")
