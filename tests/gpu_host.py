@@ -171,6 +171,7 @@ def _prefill(
                 mask = (mask.view(torch.bfloat16) if d["MASK"] == 4 else mask).double()
                 slope = ctypes.c_float.from_address(call.slopes + 4 * h).value if d["ALIBI"] else 1.0
                 seen, s = seen & (mask > -65504.0), s + slope * mask.nan_to_num()
+            assert d.get("MAPPED", bool(call.map)) == bool(call.map)
             if call.map:
                 rows = 64 * (d.get("GROUPS") or d["CLUSTER"]) // d["PACK"]
                 tiles = tuple(-(-n // t) for n, t in zip(s.shape, (rows, d["KEYS"])))

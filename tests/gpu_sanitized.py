@@ -17,6 +17,7 @@ from gyrokv.cases import case
 from gyrokv.testing import inputs, poisoned_memory
 
 BF16 = torch.bfloat16
+ADDITIVE = dict(mask="additive", mask_dtype=BF16)
 CASES = (
     case("turbo4", "q8_0", (128, 128), kv_len=113, causal=True),
     case("turbo2", "turbo3", (64, 64), kv_len=333, q_len=3, causal=True, window=100),
@@ -28,7 +29,9 @@ CASES = (
     case("q8_0", "turbo4", (128, 128), kv_len=300, q_len=70, dtype=BF16, causal=True, lengths=True, paged=True),
     case("bf16", "turbo4", (512, 512), kv_len=300, q_len=70, dtype=BF16, causal=True, lengths=True, window=100),
     case("bf16", "bf16", (64, 64), kv_len=300, q_len=70, q_heads=8, kv_heads=2, dtype=BF16, softcap=30.0, mask="bool"),
-    case("bf16", "bf16", (128, 128), kv_len=304, q_len=70, q_heads=8, dtype=BF16, mask="additive", mask_dtype=BF16),
+    case("bf16", "bf16", (64, 64), kv_len=304, q_len=70, q_heads=8, dtype=BF16, mask_axes="bhqk", **ADDITIVE),
+    case("bf16", "bf16", (64, 64), kv_len=300, q_len=70, q_heads=8, kv_heads=2, dtype=BF16, softcap=50.0, causal=True),
+    case("bf16", "bf16", (128, 128), kv_len=304, q_len=70, q_heads=8, dtype=BF16, **ADDITIVE),
     case("bf16", "bf16", (256, 256), kv_len=302, q_len=70, dtype=BF16, mask="additive", masked=-1e5),
     case("bf16", "bf16", (512, 512), kv_len=300, q_len=70, dtype=BF16, mask="additive", mask_axes="bhqk"),
 )

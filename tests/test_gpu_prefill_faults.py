@@ -16,6 +16,7 @@ from gyrokv.backends import gpu
 from gyrokv.backends.gpu import nvrtc
 from gyrokv.cases import Case, case
 from gyrokv.testing import inputs
+from gyrokv.view import KVView
 
 BF16, F16 = torch.bfloat16, torch.float16
 SIZES = dict(batch=2, q_heads=8, kv_heads=2, q_len=200, kv_len=333, dtype=BF16)
@@ -79,6 +80,8 @@ FAULTS = (
           dict(softcap=2.0), 64),
     Fault("magnitudes_are_within_any_cap", hopper("? half * half : half", "? half * half : INFINITE"),
           dict(softcap=2.0)),
+    Fault("sums_tell_of_no_large_score", hopper("fmaxf(own[0], own[1]) <= cap.most", "true"),
+          dict(softcap=30.0, scale=2.0), 64),
     Fault("a_mask_is_a_row_off", hopper("+ lane % 8, lane / (COMMON", "+ (lane + 1) % 8, lane / (COMMON"), ADDITIVE),
     Fault("a_mask_of_bytes_is_a_row_off", hopper("row(0) + lane / 4,", "row(0) + (lane / 4 + 1) % 8,"),
           dict(mask="bool")),
@@ -88,13 +91,13 @@ FAULTS = (
     Fault("the_lowest_value_times_a_slope_is_a_number", hopper("!AGAIN && y <= LEAST", "false && y <= LEAST"),
           dict(mask="additive", mask_dtype=F16, masked=-65504.0, alibi=8.0)),
     Fault("a_mask's_first_stage_is_read_again", hopper("(at + ring.stage * MaskTile::BYTES)", "(at)"), ADDITIVE),
-    Fault("16_bytes_are_of_the_first_tile", hopper("copy<16>(to, block)", "copy<16>(to, 0)"),
+    Fault("16_bytes_are_of_the_first_tile", hopper("copy<16>(to, block, first)", "copy<16>(to, 0, first)"),
           dict(mask="bool", kv_len=336), 256),
-    Fault("4_bytes_are_of_the_first_tile", hopper("copy<4>(to, block)", "copy<4>(to, 0)"), ADDITIVE | dict(kv_len=334)),
-    Fault("words_are_of_the_first_tile", hopper("copy_words<true>(to, block)", "copy_words<true>(to, 0)"),
+    Fault("4_bytes_are_of_the_first_tile", hopper("copy<4>(to, block,", "copy<4>(to, 0,"), ADDITIVE | dict(kv_len=334)),
+    Fault("words_are_of_the_first_tile", hopper("copy_words<true>(to, block, first)", "copy_words<true>(to, 0, first)"),
           ADDITIVE),
     Fault("words_lose_their_second_half", hopper("shift + bytes > 4 ? words[1] : 0;", "0;"), ADDITIVE),
-    Fault("heads_take_the_first_one's_mask", hopper("span / TURN % PACK * p.mask_head", "0 * p.mask_head"),
+    Fault("heads_take_the_first_one's_mask", hopper("span / TURN * p.mask_head", "0 * p.mask_head"),
           ADDITIVE | dict(mask_axes="bhqk")),
     Fault("a_head_takes_another_slope", hopper("p.slopes[rows.head[r]]", "p.slopes[0]"), ADDITIVE | dict(alibi=8.0)),
     Fault("a_tile_to_look_at_counts_as_visible", shared("state(at) == 1); }", "state(at) == 2); }"),
@@ -105,11 +108,20 @@ FAULTS = (
     Fault("warps_store_in_the_first_one's_place", narrow("(PACK > 1 ? position_of(2 * warp) : 16 * warp), h", "0, h"), {}),
     Fault("warps_store_in_the_first_head's_place", narrow("head = tile.head + head_of(2 * warp);", "head = tile.head;"), {}),
     Fault("a_row_ends_with_the_columns_of_its_begin", hopper("int column = 8 * (j + t);", "int column = 8 * t;"), {}, 512),
-    Fault("boxes_of_a_mask_are_those_of_the_first_keys", hopper("block * KEYS + part * (", "part * ("), BOXES),
+    Fault("boxes_of_a_mask_are_those_of_the_first_keys", hopper("block * KEYS + i * (", "i * ("), BOXES),
     Fault("the_second_box_of_a_mask_is_the_first",
-          hopper("block * KEYS + part * (BOX / MaskTile::SIZE)", "block * KEYS"), BOXES),
-    Fault("all_warpgroups_have_the_boxes_of_the_first", hopper("tile.row + i * TURN);", "tile.row);"),
+          hopper("block * KEYS + i * (BOX / MaskTile::SIZE)", "block * KEYS"), BOXES),
+    Fault("all_warpgroups_have_the_boxes_of_the_first", hopper("tile.row + part * TURN, head", "tile.row, head"),
           BOXES | dict(mask_axes="bhqk")),
+    Fault("all_warpgroups_have_the_copies_of_the_first", hopper("part * TURN, here);", "0, here);"),
+          ADDITIVE | dict(mask_axes="bhqk")),
+    Fault("queries_are_not_scaled", narrow("if (SCALED) scale_queries(", "if (false) scale_queries("), ADDITIVE, 64),
+    Fault("scores_begin_with_zeros", narrow("i > 0 || SEEDED && masked", "i > 0"), dict(mask="bool"), 64),
+    Fault("visible_scores_begin_with_those_before", narrow("i > 0 || SEEDED && masked", "i > 0 || SEEDED"),
+          ADDITIVE | dict(block_map=True, kv_len=1000), 64),
+    Fault("scores_begin_with_the_first_tile_again", hopper("(at + ring.stage * MaskTile::BYTES)", "(at)"), ADDITIVE, 64),
+    Fault("the_lowest_value_is_a_number_to_begin_with", hopper("          mask.hide(s);\n", ""),
+          dict(mask="additive", mask_dtype=F16, masked=-65504.0), 64),
     Fault("heads_have_the_boxes_of_the_first", hopper("p.mask_head ? tile.head : 0", "0"), BOXES | dict(mask_axes="bhqk")),
     Fault("the_second_half_of_a_box's_keys_is_the_first", hopper("unit / 4 * MaskTile::NEXT", "0"), BOXES),
     Fault("all_boxes_of_floats_are_the_first", hopper("from + part * MaskTile::NEXT", "from"), FLOATS),
@@ -153,6 +165,25 @@ def test_a_row_of_low_values_is_looked_at_again(dim, backend_here):
     trusting += hopper("low = Mask::AGAIN && __any_sync", "low = false && __any_sync")
     with nvrtc.sources(trusting):
         assert _lowest_values(dim) > 1e-1
+
+
+def _far_below(dim: int) -> float:
+    """How far the lse of scores is off that are all far below half the cap."""
+    q, k = torch.full((1, 8, 200, dim), -1.0), torch.linspace(45.0, 60.0, 512)[:, None].expand(1, 2, 512, dim) * 8 / dim
+    q, k = q.to("cuda", BF16), k.to("cuda", BF16)
+    scores = 30.0 * torch.tanh(q[0, 0, :1].double() @ k[0, 0].double().T / 8 / 30.0)
+    _, lse = attend(q, KVView.of(k, k), scale=1 / 8, softcap=30.0, causal=False, backend="gpu", return_lse=True)
+    return float((lse.double() - scores.logsumexp(1)).abs().max())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", (64, 128))
+def test_scores_far_below_half_the_cap_are_capped(dim, backend_here):
+    """Their weights are too small to be seen by the sums of a block."""
+    backend_here("gpu")
+    assert _far_below(dim) < 1e-2
+    with nvrtc.sources(hopper("fminf(own[0], own[1]) >= cap.least", "true")):
+        assert _far_below(dim) > 1e-1
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f.name)

@@ -13,7 +13,7 @@ from gpu_host import run
 
 from gyrokv import GyroKVError
 from gyrokv.backends import gpu
-from gyrokv.backends.gpu import nvrtc, prefill, staging
+from gyrokv.backends.gpu import nvrtc, prefill, shapes, staging
 from gyrokv.cases import Case, case, groups
 from gyrokv.testing import assert_matches, inputs
 
@@ -146,3 +146,26 @@ def test_a_window_needs_no_more_than_it_sees():
         out, lse, launches = run(data)
         assert_matches(data, out, lse, gpu.BOUND)
         assert all(call.kv_len == 99 for name, _, call in launches if name != "unpack")
+
+
+@pytest.mark.parametrize(
+    ("settings", "mask", "exact", "seeded"),
+    [
+        (dict(mask="bool"), 1, False, True), (dict(mask="additive"), 4, True, True), (dict(), 0, True, False),
+        (dict(mask="additive"), 2, False, False), (dict(mask="additive", alibi=8.0), 3, True, False),
+        (dict(mask="bool", softcap=50.0), 1, True, False), (dict(mask="bool", scale=-0.1), 1, False, False),
+    ],
+)  # fmt: skip
+def test_when_scores_begin_with_a_mask(settings, mask, exact, seeded):
+    """Where heads have 64 values, if nothing comes between a score and its mask."""
+    for dim in (64, 128, 512):
+        spec = case("bf16", "bf16", (dim, dim), **(SIZES | settings)).spec
+        made = shapes.shape(spec, (dim, dim), (torch.bfloat16,) * 3, mask, exact=exact)
+        assert made.seeded == (seeded and dim == 64)
+
+
+@pytest.mark.parametrize(("scale", "exact"), [(0.125, 1), (0.25, 1), (0.1, 0), (2.0, 0), (2.0**-70, 0), (-0.125, 0)])
+def test_a_scale_that_rounds_nothing(scale, exact):
+    data = inputs(case("bf16", "bf16", scale=scale, mask="additive", **SIZES))
+    *_, launches = run(data)
+    assert [dict(defines)["SEEDS"] for _, defines, _ in launches] == [exact]

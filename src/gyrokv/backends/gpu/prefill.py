@@ -9,6 +9,7 @@ the same queries are joined by the kernels themselves.
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from ctypes import c_char, c_float, c_int, c_int64, c_uint32, c_uint64, c_void_p
@@ -168,7 +169,8 @@ class _Call:
             mask, own = calls.MASKS[self.mask.dtype], calls.strides(self.mask)[1] != 0
             boxed = _boxed(self.mask, self.rows.first - self.rows.view.first)
         types = *self.rows.types, out
-        return shape(self.spec, self.dims, types, mask, keys, self.room, self.rows.pages, self.rows.clears, own, boxed)
+        masks = own, boxed, self.scale <= 1.0 and math.frexp(self.scale)[0] == 0.5, self.block_map is not None
+        return shape(self.spec, self.dims, types, mask, keys, self.room, self.rows.pages, self.rows.clears, *masks)
 
     def results(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         sizes, device = (self.spec.batch, self.spec.q_heads, self.spec.q_len), self.q.device
@@ -242,7 +244,7 @@ class _Call:
             if made.boxed:
                 sizes = q.shape[0], q.shape[1], q.shape[2], keys
                 parts = (slice(i, i + n) if s else slice(1) for i, n, s in zip(at, sizes, calls.strides(self.mask)))
-                own = (64 // made.pack, made.pack) if made.head_mask else (made.rows, 1)
+                own = (64 // made.pack, made.pack) if made.apart else (made.rows, 1)
                 where[3] = _tensor_map(self.mask[tuple(parts)], *own)
             if made.groups:
                 many = min(2, made.pack)  # heads in the 16 rows of a warp

@@ -41,6 +41,8 @@ class Shape:
     pages: tuple[int, int]  # slots of a page of k and v where rows are read from pages, else 0
     clears: bool  # values that a sequence does not have are read
     boxed: bool = False  # tiles of the mask come by a tensor map
+    seeded: bool = False  # products of scores begin with the mask's values
+    mapped: bool = False  # the mask has a block map
     cluster: int = 1  # blocks that load k and v for each other; of the wide kernel
 
     @property
@@ -80,17 +82,24 @@ class Shape:
         return 128 * self.dk + 4 * 8192, 128 * self.keys, 64 * ((self.dv // 64 + 1) // 2 * 64), 16 * 80 + 64
 
     @property
+    def apart(self) -> bool:
+        """Every row of a tile has its own in the mask: then warpgroups have tiles of it for themselves."""
+        return self.head_mask or self.pack == 1
+
+    @property
     def mask_bytes(self) -> int:
         """Of a tile of the mask in shared memory."""
         size = _SIZES[self.mask]
-        return self.rows * (self.pack if self.head_mask else 1) * max(128, self.keys * size) if size else 0
+        return (64 if self.apart else self.rows) * max(128, self.keys * size) if size else 0
 
     @property
     def mask_stages(self) -> int:
-        """Two where that leaves the fewest stages of k and v that there may be, in the wide kernel one more of k."""
+        """Two for each part of a block where that leaves the fewest stages of k and v that there may be, in the wide kernel
+        one more of k."""
         before, k, v, after = self._parts
+        parts = self.groups if self.apart and self.groups else 1
         room = _SHARED - before - after - _BARRIERS - (2 * k + 2 * v if self.groups else 3 * k + 4 * v)
-        return max(1, min(2, room // self.mask_bytes)) if self.mask else 0
+        return max(parts, min(2 * parts, room // self.mask_bytes)) if self.mask else 0
 
     @property
     def out_bytes(self) -> int:
@@ -128,7 +137,8 @@ class Shape:
             "DK": self.dk, "DV": self.dv, "KEYS": self.keys, "K_STAGES": k, "V_STAGES": v, "Q_TYPE": self.q_type,
             "V_TYPE": self.v_type, "OUT_TYPE": self.out_type, "PACK": self.pack, "MASK": self.mask,
             "HEAD_MASK": int(self.head_mask), "MASK_STAGES": self.mask_stages, "MASK_BOXES": int(self.boxed),
-            "SOFTCAP": self.softcap, "ALIBI": int(self.alibi), "ANY_SCALE": int(self.any_scale),
+            "SEEDS": int(self.seeded), "MAPPED": int(self.mapped), "SOFTCAP": self.softcap,
+            "ALIBI": int(self.alibi), "ANY_SCALE": int(self.any_scale),
             "RAGGED": int(self.ragged), "CLEARS": int(self.clears), "K_PAGED": self.pages[0], "V_PAGED": self.pages[1],
         }  # fmt: skip
         return tuple((names | own).items())
@@ -255,10 +265,12 @@ def _forms(dk: int, dv: int) -> list[tuple[tuple[str, int], ...]]:
 def shape(
     spec: AttentionSpec, dims: tuple[int, int], types: tuple[torch.dtype, ...], mask: int, keys: int = 0, room: int = 0,
     pages: tuple[int, int] = (0, 0), clears: bool = False, head_mask: bool = False, boxed: bool = False,
+    exact: bool = False, mapped: bool = False,
 ) -> Shape | Portable:  # fmt: skip
     """The kernel of a problem whose rows have ``dims`` values. ``types``: of k, v and the output; ``mask``: 0 for none;
     ``room``: 0 for Hopper's kernels, otherwise bytes of shared memory that a block of a portable one may have; ``pages``,
-    ``clears``, ``head_mask``: see :class:`Shape`; ``boxed``: a tensor map can describe the mask.
+    ``clears``, ``head_mask``, ``mapped``: see :class:`Shape`; ``boxed``: a tensor map can describe the mask; ``exact``: q
+    times the scale rounds nothing.
 
     Hopper's blocks share what they load once ``keys`` rows of K and V no longer stay in L2; not under a mask, whose map
     has one tile shape.
@@ -274,7 +286,9 @@ def shape(
     softcap = (2 if bounded else 1) if spec.softcap > 0 else 0
     features = softcap, spec.alibi > 0, spec.scale < _SMALL_SCALE, ragged, pages, clears, cluster
     made = Shape(dk, dv, *(Q_TYPES[t] for t in types), mask, head_mask and pack > 1, pack, *features)
-    return replace(made, boxed=boxed and made.keys * _SIZES[mask] >= 128)
+    seeded = mask == 1 or mask > 1 and exact and not made.alibi
+    seeded = seeded and made.groups == 3 and not (softcap or made.any_scale)
+    return replace(made, boxed=boxed and made.keys * _SIZES[mask] >= 128, seeded=seeded, mapped=mapped)
 
 
 def tile(spec: AttentionSpec, room: int = 0) -> tuple[int, int]:

@@ -1,7 +1,8 @@
 // What Hopper's prefill kernels share: which tiles a block takes, masks in shared memory, caps, the running softmax.
 // Each 64 rows of a tile hold 64 / PACK positions. Where heads share a tile, 8 positions of one head are followed by the same 8 of
 // the next, so that a thread's two rows are two heads at one position: what it reads of a mask serves both.
-// They define GUESSES too: weights are made before maxima are looked for.
+// They define GUESSES too: weights are made before maxima are looked for; and SEEDED: scores come with the mask added, of floats
+// in units of exponents of e.
 #pragma once
 #include "hopper.cuh"
 // Not where tiles are parts of a block, or blocks of a tile: then neighbours have blocks in common, which L2 serves faster. Nor where
@@ -11,7 +12,9 @@ constexpr bool UNEVEN = KEYS % (ROWS / PACK) && ROWS / PACK % KEYS;
 constexpr bool SHIFTS = UNEVEN && MASK == 0 && K_PAGED == 0 && V_PAGED == 0 && RAGGED == CLEARS;
 #include "prefill.cuh"
 
+constexpr bool SCALED = SEEDED && MASK > 1;  // q, and so scores
 constexpr bool BOUNDED = SOFTCAP == 2;  // scores are so small that exponents need no reference
+constexpr bool TRUSTS = BOUNDED && MASK == 0 && !ANY_SCALE && DV <= 128;  // sums tell whether scores are within half the cap
 constexpr int TURN = 64 / PACK;         // positions of each 64 rows
 constexpr int RUN = PACK > 1 ? 8 : 64;  // of a box of q
 
@@ -110,10 +113,13 @@ INLINE void write_row(const Prefill& p, const Tile& tile, const Rows& rows, int 
 
 // A mask's tile in shared memory, as stored: rows of PITCH bytes, part c (16 bytes; 32 of floats, of which a quad of threads reads
 // 32) of row r at c ^ r, within 128 bytes; of boxes, 128 bytes of all rows (of floats 32, in order) come before the next (NEXT
-// bytes apart). Heads that share a mask share its rows.
+// bytes apart). Heads that share a mask share its rows. Where every row of a tile has its own (APART), each 64 rows are a tile of
+// the mask, that a warpgroup releases when it has looked, whatever the others do.
 struct MaskTile {
+  static constexpr bool APART = HEAD_MASK || PACK == 1;
+  static constexpr int PARTS = APART ? ROWS / 64 : 1;  // of a block of keys
   static constexpr int SIZE = MASK == 1 ? 1 : MASK == 2 ? 4 : 2, WIDTH = KEYS * SIZE > 128 ? KEYS * SIZE : 128;
-  static constexpr int COUNT = HEAD_MASK ? ROWS : POSITIONS, BYTES = COUNT * WIDTH;
+  static constexpr int COUNT = APART ? 64 : POSITIONS, BYTES = COUNT * WIDTH;
   static constexpr int PART = SIZE == 4 ? 32 : 16;
   static constexpr bool IN_ORDER = MASK_BOXES && SIZE == 4;  // four rows of 32 bytes are all banks
   static constexpr int PITCH = IN_ORDER ? 32 : MASK_BOXES ? 128 : WIDTH, NEXT = MASK_BOXES ? COUNT * PITCH : 128;
@@ -121,13 +127,13 @@ struct MaskTile {
   INLINE static u32 place(int row, int byte) { return row * PITCH + (IN_ORDER ? byte : byte ^ row % (128 / PART) * PART); }
 };
 
-// Its ring of MASK_STAGES: 64 threads arrive at a barrier ``full`` of a stage, a lane of each warp that reads at ``empty``.
+// Their ring of MASK_STAGES: 64 threads arrive at a barrier ``full`` of a stage, a lane of each warp that reads at ``empty``.
 using MaskRing = Ring<MASK ? MASK_STAGES : 1>;
 
 // 64 threads copy tiles of the mask to shared memory: asynchronously, 16 bytes at a time or 4, where all strides are such.
 struct MaskLoader {
   static constexpr int SIZE = MaskTile::SIZE, ROW = KEYS * SIZE;  // row: bytes
-  static constexpr int MANY = HEAD_MASK ? TURN : POSITIONS;       // rows of one head that follow each other
+  static constexpr int MANY = HEAD_MASK ? TURN : MaskTile::COUNT;  // rows of one head that follow each other
   const Prefill& p;
   const char* from;
   i64 token, key;  // bytes
@@ -143,21 +149,20 @@ struct MaskLoader {
   // f(where a part of a row comes from, from there to that of the thread's next row, where to, row, rows, step of rows, byte in
   // the row, bytes up to the last key)
   template <int PART, class F>
-  INLINE void each(u32 to, int block, F f) const {
+  INLINE void each(u32 to, int block, int first, F f) const {
     constexpr int PARTS = ROW / PART, STEP = PARTS < 64 ? 64 / PARTS : 1;
     for (int byte = thread % PARTS * PART; byte < ROW; byte += 64 * PART) {
       int row = PARTS < 64 ? thread / PARTS : 0, left = (p.kv_len - block * KEYS) * SIZE - byte;
       for (int span = 0; span < MaskTile::COUNT; span += MANY) {
-        int first = HEAD_MASK ? span / 64 * TURN : 0;
         const char* at = from + (first + row) * token + (block * KEYS + byte / SIZE) * key;
-        if (HEAD_MASK) at += span / TURN % PACK * p.mask_head * SIZE;
+        if (HEAD_MASK) at += span / TURN * p.mask_head * SIZE;
         f(at, STEP * token, to + span * MaskTile::PITCH, row, min(MANY, rows - first), STEP, byte, left);
       }
     }
   }
   template <int PART>
-  INLINE void copy(u32 to, int block) const {
-    each<PART>(to, block, [&](const char* at, i64 next, u32 to, int row, int end, int step, int byte, int left) {
+  INLINE void copy(u32 to, int block, int first) const {
+    each<PART>(to, block, first, [&](const char* at, i64 next, u32 to, int row, int end, int step, int byte, int left) {
       int bytes = min(max(left, 0), PART);
 #pragma unroll 4
       for (; row < end; row += step, at += next) copy_async_first<PART>(to + MaskTile::place(row, byte), at, bytes);
@@ -179,9 +184,9 @@ struct MaskLoader {
     return x;
   }
   template <bool DENSE>
-  INLINE void copy_words(u32 to, int block) const {
+  INLINE void copy_words(u32 to, int block, int first) const {
     constexpr int LOADS = 8;  // under way
-    each<4>(to, block, [&](const char* at, i64 next, u32 to, int row, int end, int step, int byte, int left) {
+    each<4>(to, block, first, [&](const char* at, i64 next, u32 to, int row, int end, int step, int byte, int left) {
       for (; row < end; row += LOADS * step) {
         u32 x[LOADS];
 #pragma unroll
@@ -192,44 +197,39 @@ struct MaskLoader {
       }
     });
   }
-  INLINE void load(u32 to, int block, u32 full) const {
-    if (by16) copy<16>(to, block);
-    else if (by4) copy<4>(to, block);
-    else if (SIZE < 4 && key == SIZE) copy_words<true>(to, block);
-    else copy_words<false>(to, block);
+  // rows of a tile of the mask, from row ``first`` of a tile on
+  INLINE void load(u32 to, int block, int first, u32 full) const {
+    if (by16) copy<16>(to, block, first);
+    else if (by4) copy<4>(to, block, first);
+    else if (SIZE < 4 && key == SIZE) copy_words<true>(to, block, first);
+    else copy_words<false>(to, block, first);
     if (by4) arrive_after_copies(full);
     else arrive(full);
   }
 };
 
-// f(byte in the tile, key, row) of its boxes: of PITCH bytes and either all rows or, where heads have masks of their own, 64
-template <class F>
-INLINE void each_mask_box(const Tile& tile, int block, F f) {
-  constexpr int BOX = MaskTile::PITCH;  // bytes of a row
-  for (int part = 0; part < MaskTile::WIDTH / BOX; ++part)
-    for (int i = 0; i < (HEAD_MASK ? ROWS / 64 : 1); ++i)
-      f(part * MaskTile::NEXT + i * 64 * BOX, block * KEYS + part * (BOX / MaskTile::SIZE), tile.row + i * TURN);
-}
-
-// All that are looked at. to: the first stage; full, empty: its barriers. Boxes are asked for by one thread.
+// All that are looked at. to: the first stage; full, empty: its barriers. Boxes of PITCH bytes and all rows of a tile are asked
+// for by one thread.
 INLINE void load_mask(const Prefill& p, const TensorMap* map, u32 to, u32 full, u32 empty) {
+  constexpr int BOX = MaskTile::PITCH;
   MaskRing ring;
   each_tile(p, [&](const Tile& tile) {
     const MaskLoader loader(p, tile, threadIdx.x % 64);
     int head = p.mask_head ? tile.head : 0, batch = p.mask_batch ? tile.batch : 0;
     for (int block = tile.block; block >= 0; block = tile.seen(block - 1)) {
       if (!tile.masked(block)) continue;
-      u32 at = to + ring.stage * MaskTile::BYTES, here = full + 8 * ring.stage;
-      wait(empty + 8 * ring.stage, ring.parity ^ 1);
-      if constexpr (MASK_BOXES) {
-        if (threadIdx.x == 64) {
+      for (int part = 0; part < MaskTile::PARTS; ++part, ring.advance()) {
+        u32 at = to + ring.stage * MaskTile::BYTES, here = full + 8 * ring.stage;
+        wait(empty + 8 * ring.stage, ring.parity ^ 1);
+        if constexpr (!MASK_BOXES) {
+          loader.load(at, block, part * TURN, here);
+        } else if (threadIdx.x == 64) {
           arrive_expect(here, MaskTile::BYTES);
-          each_mask_box(tile, block, [&](int byte, int key, int row) { load_box(at + byte, map, key, row, head, batch, here); });
+          for (int i = 0; i < MaskTile::WIDTH / BOX; ++i)
+            load_box(at + i * MaskTile::NEXT, map, block * KEYS + i * (BOX / MaskTile::SIZE), tile.row + part * TURN, head, batch,
+                     here);
         }
-      } else {
-        loader.load(at, block, here);
       }
-      ring.advance();
     }
   });
 }
@@ -252,8 +252,9 @@ struct Mask {
   INLINE Mask(u32 to, u32 full, u32 empty, int sixtyfour, int warp, int lane) : full(full), empty(empty) {
     auto row = [=](int r) {
       int eight = 2 * warp + r, position = position_of(eight);
-      return (HEAD_MASK ? sixtyfour * 64 + head_of(eight) * TURN : sixtyfour * TURN) + position;
+      return (HEAD_MASK ? head_of(eight) * TURN : MaskTile::APART ? 0 : sixtyfour * TURN) + position;
     };
+    if (MaskTile::APART) ring.advance(sixtyfour);
     if (SIZE == 2) at = to + MaskTile::place(row(COMMON ? 0 : lane / 8 % 2) + lane % 8, lane / (COMMON ? 8 : 16) * 16);
     else at = to + MaskTile::place(row(0) + lane / 4, lane % 4 * 2 * SIZE);
   }
@@ -262,10 +263,18 @@ struct Mask {
     for (int r = 0; r < 2; ++r)
       factor[r] = (ALIBI ? p.slopes[rows.head[r]] : 1.0f) * (SOFTCAP ? LOG2E : 1.0f / (ANY_SCALE ? 1.0f : p.scale));
   }
-  INLINE void fetch() {  // before look: waits for a tile, and reads what there are registers for
+  INLINE void fetch() {  // before look or seed: waits for a tile, and reads what there are registers for
     wait(full + 8 * ring.stage, ring.parity);
     asm volatile("mov.u32 %0, %1;" : "=r"(from) : "r"(at + ring.stage * MaskTile::BYTES));  // made once, not for every read
-    read(0, first);
+    if (!SEEDED) read(0, first);
+  }
+  INLINE void seed(float (&s)[SCORES]) {  // what is added to scores that are 0, there and then: the compiler would select 64 times
+    each<false>(s, [&](Value y, int, float& score) {
+      float x = 0.0f;
+      if constexpr (MASK == 1) hide_zero(y, x);
+      else x = y;
+      asm volatile("mov.f32 %0, %1;" : "=f"(score) : "f"(x));
+    });
   }
   INLINE void look(float (&s)[SCORES]) {
     each<true>(s, [&](Value y, int r, float& score) {
@@ -281,7 +290,7 @@ struct Mask {
   INLINE void release() {
     __syncwarp();
     if (threadIdx.x % 32 == 0) arrive(empty + 8 * ring.stage);
-    ring.advance();
+    ring.advance(MaskTile::PARTS);
   }
 
  private:
@@ -334,6 +343,9 @@ struct Cap {
   static constexpr float TERMS[2][4] = {{0.99992484f, -0.33085483f, 0.11254052f},
                                         {0.99999768f, -0.33320653f, 0.13145135f, -0.04337221f}};
   float cap, limit, twice, terms[DEGREE + 1];
+  // TRUSTS: sums that a thread's weights of a row have only if no score is above half the cap, and those below count for nothing:
+  // less than 2^-12 of them all. The polynomial grows with x, wherever x is.
+  float least, most;
 
   INLINE Cap(const Prefill& p) {
     float inverse = (ANY_SCALE ? 1.0f : p.scale) / p.softcap, power = inverse;
@@ -342,6 +354,13 @@ struct Cap {
     limit = inverse > 1e-4f && inverse < 1e4f ? SUMMED > 1 ? half * half : half : -1.0f;  // powers stay finite
 #pragma unroll
     for (int i = 0; i <= DEGREE; ++i, power *= inverse * inverse) terms[i] = TERMS[DEGREE - 2][i] * cap * power;
+    most = exp2_fast(0.462f * cap), least = (float)(KEYS / 4 << 12) / most;  // 0.462: tanh(1 / 2)
+  }
+  INLINE float polynomial(float x) const {
+    float w = x * x, y = terms[DEGREE];
+#pragma unroll
+    for (int n = DEGREE - 1; n >= 0; --n) y = __fmaf_rn(y, w, terms[n]);
+    return x * y;
   }
   INLINE bool within(const float (&s)[SCORES]) const {  // all scores of the warp
     float most[2] = {0.0f, 0.0f};
@@ -357,12 +376,7 @@ struct Cap {
   INLINE void apply(float (&s)[SCORES]) const {
     if (within(s)) {
 #pragma unroll
-      for (int i = 0; i < SCORES; ++i) {
-        float w = s[i] * s[i], y = terms[DEGREE];
-#pragma unroll
-        for (int n = DEGREE - 1; n >= 0; --n) y = __fmaf_rn(y, w, terms[n]);
-        s[i] *= y;
-      }
+      for (int i = 0; i < SCORES; ++i) s[i] = polynomial(s[i]);
     } else {
 #pragma unroll
       for (int i = 0; i < SCORES; ++i) {  // tanh(x) = 1 - 2 / (exp(2 x) + 1)
@@ -379,11 +393,13 @@ struct Softmax : Sums {
   // With GUESSES instead, where a thread's sum of weights of a block passes MOST. blind: no row of the warp has seen a key;
   // low: in one of them a value that means "masked" may count.
   static constexpr float MOST = 256.0f;
+  static constexpr bool ALONE = GUESSES || TRUSTS;  // own: a block's sums by themselves
   float own[2];
-  bool blind = true, low = false;
+  // settled: in none of them may one count.
+  bool blind = true, low = false, settled = !Mask::AGAIN;
 
   INLINE static float unit(const Prefill& p) {  // log2 of e to a score, once capped
-    return SOFTCAP ? 1.0f : (ANY_SCALE ? 1.0f : p.scale) * LOG2E;
+    return SOFTCAP ? 1.0f : (ANY_SCALE || SCALED ? 1.0f : p.scale) * LOG2E;
   }
 
   // Scores of a block, of which unit(p) are a power of 2: what is added and hidden. masked: is its mask to be looked at?
@@ -422,21 +438,44 @@ struct Softmax : Sums {
       }
       blind = __all_sync(~0u, fmaxf(top[0], top[1]) == NOTHING);
       low = Mask::AGAIN && __any_sync(~0u, is_low(0) || is_low(1));
+      settled = !Mask::AGAIN || __all_sync(~0u, fminf(top[0], top[1]) >= Mask::LOW);
     }
   }
   INLINE bool is_low(int r) const { return top[r] < Mask::LOW && top[r] > NOTHING; }
-  INLINE void weigh(const float (&s)[SCORES], float scale, u32 (&w)[UNITS][4]) {
+  template <class F>
+  INLINE void weigh(u32 (&w)[UNITS][4], F make) {  // make(unit, its weights)
     float before[2] = {total[0], total[1]};
-    if (GUESSES) total[0] = total[1] = -0.0f;  // what added to it takes no instruction
+    if (ALONE) total[0] = total[1] = -0.0f;  // what added to it takes no instruction
 #pragma unroll
-    for (int unit = 0; unit < UNITS; ++unit) weights(s, unit, scale, w[unit]);
-    if (GUESSES) {
+    for (int unit = 0; unit < UNITS; ++unit) make(unit, w[unit]);
+    if (ALONE) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) own[r] = total[r], total[r] = before[r];
     }
   }
+  INLINE void weigh(const float (&s)[SCORES], float scale, u32 (&w)[UNITS][4]) {
+    weigh(w, [&](int unit, u32 (&w)[4]) { weights(s, unit, scale, w); });
+  }
+  // Weights of scores that were not taken. Whether these are small is seen by sums, which are there anyway; else they are capped.
+  INLINE void weigh_small(float (&s)[SCORES], const Prefill& p, u32 (&w)[UNITS][4]) {
+    const Cap cap(p);
+    if (cap.least < cap.most) {
+      weigh(w, [&](int unit, u32 (&w)[4]) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          float x[2];
+#pragma unroll
+          for (int e = 0; e < 2; ++e) x[e] = exp2_fast(cap.polynomial(s[8 * unit + 2 * i + e]));
+          w[i] = add(i % 2, x[0], x[1]);
+        }
+      });
+      if (__all_sync(~0u, fminf(own[0], own[1]) >= cap.least && fmaxf(own[0], own[1]) <= cap.most)) return;
+    }
+    cap.apply(s);
+    weigh(s, 1.0f, w);
+  }
   INLINE void count() {  // the same sums in whichever way a block went
-    if (GUESSES) total[0] += own[0], total[1] += own[1];
+    if (ALONE) total[0] += own[0], total[1] += own[1];
   }
   // Weights by the references from before; false, and nothing is counted, where sums tell that they may be too low. Sums are
   // there anyway, maxima take an instruction per key.

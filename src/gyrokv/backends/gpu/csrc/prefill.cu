@@ -15,7 +15,7 @@
 // The host defines DK, DV (multiples of 64, at most 576), KEYS (128; 64 for DV > 512), CLUSTER (1, 2), K_STAGES, V_STAGES
 // (even), PACK, Q_TYPE (0 f16, 1 bf16: of q and k), V_TYPE, OUT_TYPE (0 f16, 1 bf16, 2 f32), MASK (0 none, 1 boolean, 2 f32,
 // 3 f16, 4 bf16; not with CLUSTER 2), MASK_STAGES (1 or more with a mask), MASK_BOXES (1: a tensor map describes the mask, of which
-// a block of keys has 128 bytes or more), HEAD_MASK (the heads of a KV head have masks of their
+// a block of keys has 128 bytes or more), MAPPED (1: it has a map), HEAD_MASK (the heads of a KV head have masks of their
 // own), SOFTCAP (2: at most 60, V of bfloat16, no additive mask), ALIBI, ANY_SCALE (0: scale > 2^-60), RAGGED (1:
 // sequences have starts or lengths of their own), CLEARS (1: values that a sequence does not have are read too), K_PAGED,
 // V_PAGED (slots of a page, a multiple of 16, where the rows of tensor maps are [page, head, slot, dim]; or 0). Head sizes
@@ -27,10 +27,12 @@
 // Tensor maps of q, k, v: 16 bits, dims (dim, token, head, batch), true sizes and strides, swizzle of 128 bytes, zeros out of
 // bounds, boxes q (64, 8, PACK, 1) or, with PACK 1, (64, 64, 1, 1), k (64, KEYS, 1, 1), v (64, 32, 1, 1); in pages at most as
 // many tokens as divide these and a page. Of a mask with MASK_BOXES: dims (key, query, head, batch), 1 where it broadcasts, boxes
-// of 128 bytes (of f32 32, not swizzled) and all positions of a tile, or, with HEAD_MASK, 64 / PACK positions of PACK heads; any map without.
+// of 128 bytes (of f32 32, not swizzled) and all positions of a tile, or, with HEAD_MASK or PACK 1, 64 / PACK positions of PACK
+// heads; any map without.
 constexpr int ROWS = 64 * CLUSTER, BLOCKS = CLUSTER, SPAN = KEYS;
 constexpr bool ROUNDED = true;
 constexpr bool GUESSES = false;
+constexpr bool SEEDED = false;
 #include "hopper_prefill.cuh"
 
 constexpr int CHUNKS = DK / 64;

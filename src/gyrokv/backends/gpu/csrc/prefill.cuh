@@ -1,7 +1,8 @@
 // What the prefill kernels share: arguments, the order of tiles, which keys a row sees, the running softmax.
 // They define ROWS (of a tile), BLOCKS (that share one), SPAN (keys of a block that one warp scores), ROUNDED (normalise by the
 // sum of the weights that values are multiplied by: a weight that stands alone need not be 1, and rounding it would count),
-// SHIFTS (the blocks of a tile begin with the first key that it sees, not with a multiple of KEYS) and PACK (1, 2 or 4 heads of
+// SHIFTS (the blocks of a tile begin with the first key that it sees, not with a multiple of KEYS), MAPPED (a mask may have a map)
+// and PACK (1, 2 or 4 heads of
 // one KV head): a tile holds the queries of POSITIONS positions in each of PACK heads.
 #pragma once
 #include "ptx.cuh"
@@ -75,7 +76,7 @@ struct Tile {
     if (p.causal || p.window) last = min(last, min(row + POSITIONS, p.q_len) - 1 + first(p));
     if (p.window) low = max(low, row + first(p) - p.window + 1);
     stop = SHIFTS ? 0 : low / KEYS, shift = SHIFTS ? low : 0;
-    map = MASK && p.map ? p.map + batch * p.map_batch + head * p.map_head + tile * p.map_row : nullptr;
+    map = MAPPED && p.map ? p.map + batch * p.map_batch + head * p.map_head + tile * p.map_row : nullptr;
     map_head = p.map_head;
     block = seen(last < low ? -1 : (last - shift) / KEYS);
   }
@@ -94,11 +95,11 @@ struct Tile {
   INLINE int end(const Prefill& p) const { return RAGGED ? own_end : p.kv_len; }     // to before here
   INLINE bool leaves_results(const Prefill& p) const { return JOINS && p.joined && block < 0; }
   INLINE int seen(int at) const {  // the next block, downwards, that is not skipped
-    if (MASK && map)
+    if (MAPPED && map)
       while (at >= stop && state(at) == 0) --at;
     return at >= stop ? at : -1;
   }
-  INLINE bool masked(int at) const { return MASK && !(map && state(at) == 1); }  // must one look at the mask of a block?
+  INLINE bool masked(int at) const { return MASK && !(MAPPED && map && state(at) == 1); }  // must one look at the mask of a block?
 
  private:
   INLINE int state(int at) const {  // of all heads

@@ -6,16 +6,16 @@
 //
 // The host defines what prefill.cu asks for, but for CLUSTER; DV at most 256, KEYS 128 (64 for DV > 128, or where 128 do not
 // fit), K_STAGES, V_STAGES (blocks of keys), GROUPS (2; 3 for DV 64), STAGED (1: there is room for the 16-bit output of a tile, and
-// no mask). Launch: grid at most the number of tiles, block 128 * (GROUPS + 1), shared memory BYTES. Tensor maps as there, with
-// boxes of KEYS keys for k and v; with STAGED of the output too: dims (dim, token, head, batch), true sizes and strides, swizzle
-// of 128 bytes, boxes (64, 8, 2, 1) or, with PACK 1, (64, 16, 1, 1); any map without.
+// no mask), SEEDS (1: a mask, no cap, ANY_SCALE 0; if it is additive, no slopes, and the scale is a power of 2, at most 1).
+// Launch: grid at most the number of tiles, block 128 * (GROUPS + 1), shared memory BYTES. Tensor maps as there, with boxes of KEYS
+// keys for k and v; with STAGED of the output too: dims (dim, token, head, batch), true sizes and strides, swizzle of 128 bytes, boxes
+// (64, 8, 2, 1) or, with PACK 1, (64, 16, 1, 1); any map without.
 constexpr int ROWS = 64 * GROUPS, BLOCKS = 1, SPAN = KEYS;
 constexpr bool ROUNDED = SOFTCAP && MASK > 0;  // elsewhere issue slots are what limits
-// EARLY: what a block needs is asked for while its products run; plain attention takes longer that way. GUESSES: weights come
-// before maxima, which are then seldom needed. VALUES_FIRST: products of values come before those of scores, and free registers
-// for a mask's values, of which a thread has 32.
-constexpr bool EARLY = MASK > 0 || SOFTCAP > 0, GUESSES = MASK > 0 && !SOFTCAP;
-constexpr bool VALUES_FIRST = GUESSES && GROUPS == 3 && MASK == 2 && !HEAD_MASK;
+// EARLY: what a block needs is asked for while its products run; plain attention takes longer that way. SEEDED: products of scores
+// begin with a mask's values, not with zeros. GUESSES: weights come before maxima, which are then seldom needed.
+constexpr bool EARLY = MASK > 0 || SOFTCAP > 0, SEEDED = SEEDS;
+constexpr bool GUESSES = !SOFTCAP && (MASK > 0 || GROUPS == 2);  // plain attention at 64 dims: see CONTRIBUTING.md
 #include "hopper_prefill.cuh"
 
 constexpr int CHUNKS = DK / 64, COLUMNS = DV / 64;
@@ -105,6 +105,20 @@ INLINE void store_rows(const TensorMap* map, const Tile& tile, u32 shared, int g
   }
 }
 
+// A warpgroup's 64 rows of q times the scale, which is a power of 2.
+INLINE void scale_queries(const Prefill& p, u32 q, int barrier) {
+  const u32 scale = BF16 ? bf16x2(p.scale, p.scale) : f16x2(p.scale, p.scale);
+  for (u32 at = q + threadIdx.x % 128 * 16; at < q + Q_BYTES; at += 128 * 16) {
+    u32 x[4];
+    load_shared<4>(at, x);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) x[i] = BF16 ? product_bf16x2(x[i], scale) : product_f16x2(x[i], scale);
+    store_shared(at, x);
+  }
+  fence_async();
+  asm volatile("bar.sync %0, 128;" ::"r"(barrier) : "memory");
+}
+
 INLINE void attend_role(const Prefill& p, const TensorMap* out_map, u32 shared, int group) {
   int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
   const float scale = Softmax::unit(p);
@@ -122,13 +136,23 @@ INLINE void attend_role(const Prefill& p, const TensorMap* out_map, u32 shared, 
     for (int i = 0; i < DV / 2; ++i) o[i] = 0.0f;
     if constexpr (MASK > 0) mask.start(p, rows);
 
+    int block = tile.block, next;
+    bool whole, masked, held;  // whole: every row of the warp sees every key; held: the mask is still looked at
+    auto seed = [&] {
+      masked = tile.masked(block), held = masked && !softmax.settled;
+      if (!masked || p.kv_len <= 0) return;  // there are keys; without a branch the assembler puts all this behind the next barrier
+      mask.fetch();
+      mask.seed(s);
+      if (!held) mask.release();
+    };
     auto scores = [&] {
+      if (SEEDED) settle(s);
       wait(barrier(shared, K_FULL + k_ring.stage), k_ring.parity);
       Operand a(shared + group * Q_BYTES), b(shared + K_AT + k_ring.stage * K_BYTES);
       products_begin();
 #pragma unroll
       for (int i = 0; i < DK / 16; ++i)
-        product<KEYS, BF16, 0>(s, a.at(i / 4 * 8192 + i % 4 * 32), b.at(i / 4 * CHUNK_BYTES + i % 4 * 32), i > 0);
+        product<KEYS, BF16, 0>(s, a.at(i / 4 * 8192 + i % 4 * 32), b.at(i / 4 * CHUNK_BYTES + i % 4 * 32), i > 0 || SEEDED && masked);
       products_commit();
     };
     auto values = [&](int block) {
@@ -140,8 +164,6 @@ INLINE void attend_role(const Prefill& p, const TensorMap* out_map, u32 shared, 
       for (int unit = 0; unit < UNITS; ++unit) product_across<DV, V_BF16>(o, w[unit], v.at(unit * 2048));
       products_commit();
     };
-    int block = tile.block, next;
-    bool masked;
     auto release_k = [&] {  // and q, after the last block: the next tile's is loaded meanwhile
       if (lane == 0) arrive(barrier(shared, K_EMPTY + k_ring.stage));
       k_ring.advance();
@@ -153,52 +175,60 @@ INLINE void attend_role(const Prefill& p, const TensorMap* out_map, u32 shared, 
       v_ring.advance();
     };
     auto end_values = [&] {
-      products_wait<VALUES_FIRST>();
+      products_wait<0>();
       settle(o);
       release_v();
     };
     auto begin = [&](auto values_run) {  // scores, beside the products of values that may still run
-      const bool whole = EARLY && __all_sync(~0u, Range(p, tile, block, rows, lane % 4).whole());
-      masked = tile.masked(block);
-      if (VALUES_FIRST && decltype(values_run)::value) end_values();
-      if (MASK && masked) mask.fetch();
+      whole = EARLY && __all_sync(~0u, Range(p, tile, block, rows, lane % 4).whole());
+      if constexpr (!SEEDED) {
+        masked = held = tile.masked(block);
+        if (MASK && masked) mask.fetch();
+      }
       if (EARLY) next = tile.seen(block - 1);
-      products_wait<decltype(values_run)::value && !VALUES_FIRST>();
+      products_wait<decltype(values_run)::value>();
       settle(s);
       release_k();
-      softmax.take(s, p, mask, masked, [&] {
+      if (TRUSTS && whole) return;
+      softmax.take(s, p, mask, !SEEDED && masked, [&] {
         if (!whole) Range(p, tile, block, rows, lane % 4).hide(s);
       });
     };
+    auto weigh = [&] {
+      if (TRUSTS && whole) softmax.weigh_small(s, p, w);
+      else softmax.weigh(s, scale, w);
+      softmax.count();
+    };
     auto release_mask = [&] {
-      if (MASK && masked) mask.release();
+      if (MASK && held) mask.release();
     };
     if (block >= 0) {
       wait(barrier(shared, Q_FULL), q_ring.parity);
       q_ring.advance();
+      if (SCALED) scale_queries(p, shared + group * Q_BYTES, 1 + GROUPS + group);
+      if constexpr (SEEDED) seed();
       scores();
       begin(Bool<false>());
-      softmax.refer(s, p, mask, masked);
+      softmax.refer(s, p, mask, held);
       release_mask();
-      softmax.weigh(s, scale, w);
-      softmax.count();
+      weigh();
       int before = block;
       while ((block = next) >= 0) {
+        if constexpr (SEEDED) seed();
         meet(1 + group);  // products are asked for in turn, so that one's softmax has the others' products beside it
-        if (VALUES_FIRST) values(before);
         scores();
-        if (!VALUES_FIRST) values(before);
+        values(before);
         before = block;
         go_by(1 + (group + 1) % GROUPS);
         begin(Bool<true>());
         if constexpr (!GUESSES) {
-          softmax.refer(s, p, mask, masked);
+          softmax.refer(s, p, mask, held);
           release_mask();
         }
-        if (!VALUES_FIRST) end_values();
+        end_values();
         if constexpr (GUESSES) {
           const bool right = softmax.guess(s, scale, w);
-          if (!right) softmax.refer(s, p, mask, masked);
+          if (!right) softmax.refer(s, p, mask, held);
           release_mask();
           if (right) continue;
         }
@@ -206,8 +236,7 @@ INLINE void attend_role(const Prefill& p, const TensorMap* out_map, u32 shared, 
 #pragma unroll
           for (int i = 0; i < DV / 2; ++i) o[i] *= softmax.factor[i / 2 % 2];
         }
-        softmax.weigh(s, scale, w);
-        softmax.count();
+        weigh();
       }
       values(before);
     }
@@ -249,7 +278,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     }
     for (int i = 0; i < MASK_STAGES; ++i) {
       barrier_init(barrier(shared, MASK_FULL + i), MASK_BOXES ? 1 : 64);
-      barrier_init(barrier(shared, MASK_EMPTY + i), 4 * GROUPS);
+      barrier_init(barrier(shared, MASK_EMPTY + i), 4 * GROUPS / MaskTile::PARTS);
     }
     fence_barrier_init();
   }
