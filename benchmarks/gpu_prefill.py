@@ -27,7 +27,6 @@ from datetime import datetime, timezone
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
-from unittest import mock
 
 import gpu_stock
 import torch
@@ -77,7 +76,7 @@ class Config(NamedTuple):
     formats: str
     dims: tuple[int, int]
     feature: str = "causal"
-    kernels: str = ""  # "pairs": of blocks that load for each other, as they do once K and V outgrow L2; "portable"
+    kernels: str = ""  # or "portable"
 
     def error(self) -> float:
         """The relative error on a small problem, in the dtype that is timed."""
@@ -85,8 +84,7 @@ class Config(NamedTuple):
         k, _, v = self.formats.partition("/")
         sizes = dict(batch=2, q_heads=8, kv_heads=2, q_len=200, kv_len=777, dtype=BF16, device="cuda")
         forced = gpu.forced("portable") if self.kernels == "portable" else nullcontext()
-        section = 0 if self.kernels == "pairs" else shapes.SECTION
-        with torch.no_grad(), forced, mock.patch.object(shapes, "SECTION", section):
+        with torch.no_grad(), forced:
             problem = inputs(case(k, v or k, self.dims, causal=causal, **sizes, **features))
             out, exact = problem.run("gpu")[0], problem.exact[0]
             return float((out.double() - exact).norm() / exact.norm())
@@ -97,7 +95,6 @@ def configurations() -> list[Config]:
     found = [Config("bf16", dims, kernels=kernels) for kernels in ("", "portable") for dims in DIMS]
     found += [Config("bf16", dims, name) for dims, name in product(DIMS[:4], FEATURES)]
     found += [Config(formats, (d, d)) for formats, d in product(FORMATS, (128, 512))]
-    found += [c._replace(kernels="pairs") for c in found if c.dims[1] > 256 and c.feature == "causal" and not c.kernels]
     return list(dict.fromkeys(found))
 
 

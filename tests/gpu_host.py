@@ -136,7 +136,7 @@ def _prefill(
     k, v = _from_pages(call, k, d["K_PAGED"], q.shape[0]), _from_pages(call, v, d["V_PAGED"], q.shape[0])
     assert q.shape[1:3] == (call.q_heads, call.q_len) and k.shape[2] == v.shape[2] == call.kv_len
     assert k.shape[0] * k.shape[1] == call.pairs and q.shape[1] == k.shape[1] * call.groups
-    blocks = d.get("CLUSTER", 1) * call.pairs * call.groups // d["PACK"] * call.tiles
+    blocks = call.pairs * call.groups // d["PACK"] * call.tiles
     assert call.groups % d["PACK"] == 0 and 0 < grid[0] <= blocks  # each takes a tile, then the next that is left
     queries, keys = torch.arange(call.q_len), torch.arange(call.kv_len)
     types = {0: torch.float16, 1: torch.bfloat16, 2: torch.float32}
@@ -173,7 +173,7 @@ def _prefill(
                 seen, s = seen & (mask > -65504.0), s + slope * mask.nan_to_num()
             assert d.get("MAPPED", bool(call.map)) == bool(call.map)
             if call.map:
-                rows = 64 * (d.get("GROUPS") or d["CLUSTER"]) // d["PACK"]
+                rows = 64 * d.get("GROUPS", 1) // d["PACK"]
                 tiles = tuple(-(-n // t) for n, t in zip(s.shape, (rows, d["KEYS"])))
                 at = call.map + b * call.map_strides[0] + h * call.map_strides[1]
                 states = torch.from_numpy(memory(at, np.uint8, tiles, (call.map_strides[2], 1)).copy())

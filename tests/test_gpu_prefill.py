@@ -250,10 +250,9 @@ def test_lengths_of_every_kind(k, dim, paged, settings, backend_here):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("settings", [dict(), dict(window=150), dict(sinks=True)], ids=str)
-def test_two_blocks_share_ragged_keys(settings, backend_here, monkeypatch):
-    """Blocks that load for each other must agree on what a sequence has."""
+def test_ragged_keys_of_wide_heads(settings, backend_here):
+    """Keys where they lie, beside values there and copies of values."""
     backend_here("gpu")
-    monkeypatch.setattr(shapes, "SECTION", 1)
     for kind in (dict(starts=True), dict(lengths=True), dict(paged=True, lengths=True)):
         settings = SIZES | dict(batch=4, kv_len=700, dtype=BF16, causal=True) | kind | settings
         for v in ("bf16", "q8_0"):

@@ -82,7 +82,7 @@ FAULTS = (
     Fault("boxes of keys lie on each other", lambda s: dense(s) and s.paged and not s.mask, "prefill_narrow.cu",
           "load_box(to + c * CHUNK_BYTES + before * 128, k_map", "load_box(to + c * CHUNK_BYTES, k_map"),
     Fault("boxes of values lie on each other", lambda s: dense(s) and s.paged and not s.mask, "prefill.cu",
-          "load_part(to + c * 64 + before * 128, v_map", "load_part(to + c * 64, v_map", dim=512),
+          "load_box(to + c * 64 + before * 128, v_map", "load_box(to + c * 64, v_map", dim=512),
     Fault("what is nowhere is not cleared", lambda s: not dense(s) and (s.lengths or s.starts), "unpack.cu",
           "else if (p.fill) to[item] = make_uint4(0, 0, 0, 0);", ""),
     Fault("all sequences have the pages of the first", lambda s: not dense(s) and s.paged and not s.mask, "unpack.cu",

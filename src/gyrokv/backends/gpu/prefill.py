@@ -22,8 +22,9 @@ from ...masks import BlockMap
 from ...spec import AttentionSpec
 from ...view import KVView
 from . import calls, nvrtc, staging
-from .shapes import SECTION, Portable, Shape, shape
+from .shapes import Portable, Shape, shape
 
+_SECTION = 24 * 2**20  # bytes of K and V that blocks read at a time, to stay in L2
 _STEP = 384  # queries are taken in multiples of it, which all tiles divide
 _LOWERED = 4  # q in half precision is divided by 2**4: values up to 2**20 are exact, larger ones saturate
 
@@ -146,11 +147,11 @@ class _Call:
         self.copied = q.dtype != rows.types[0] or not staging.mappable(q)
         self.lowered = 0 if q.dtype == rows.types[0] else _LOWERED
         self.scale *= 2.0**self.lowered
-        made = self.shape(torch.float32, rows.keys)
+        made = self.shape(torch.float32)
         most = spec.batch * spec.kv_heads
         if self.copied:
             most = max(1, staging.QUERIES // (self._bytes(1) * min(_STEP, spec.q_len)))
-        blocks = spec.groups // made.pack * -(-spec.q_len // made.rows) * made.cluster
+        blocks = spec.groups // made.pack * -(-spec.q_len // made.rows)
         self.processors = _processors(q.device.index)
         self.cut = staging.cut(spec.batch, spec.kv_heads, rows.keys, rows.room, blocks, self.processors, most)
         self.step = spec.q_len
@@ -163,14 +164,14 @@ class _Call:
         """Of a token of the queries of some KV heads, in 16 bits."""
         return pairs * self.spec.groups * self.dims[0] * 2
 
-    def shape(self, out: torch.dtype, keys: int) -> Shape | Portable:
+    def shape(self, out: torch.dtype) -> Shape | Portable:
         mask, own, boxed = 0, False, False
         if self.mask is not None:
             mask, own = calls.MASKS[self.mask.dtype], calls.strides(self.mask)[1] != 0
             boxed = _boxed(self.mask, self.rows.first - self.rows.view.first)
         types = *self.rows.types, out
         masks = own, boxed, self.scale <= 1.0 and math.frexp(self.scale)[0] == 0.5, self.block_map is not None
-        return shape(self.spec, self.dims, types, mask, keys, self.room, self.rows.pages, self.rows.clears, *masks)
+        return shape(self.spec, self.dims, types, mask, self.room, self.rows.pages, self.rows.clears, *masks)
 
     def results(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         sizes, device = (self.spec.batch, self.spec.q_heads, self.spec.q_len), self.q.device
@@ -211,7 +212,7 @@ class _Call:
         q_heads = slice(heads.start * spec.groups, heads.stop * spec.groups)
         q = self.queries(batches, q_heads, low)
         out, lse = (x[batches, q_heads, low : low + self.step] for x in (out, lse))
-        made = self.shape(out.dtype, keys)
+        made = self.shape(out.dtype)
         tiles, pairs = -(-q.shape[2] // made.rows), q.shape[0] * q.shape[1] // spec.groups
         starts, lengths, lengths_batch = rows.ends(batches)
         call = Prefill(
@@ -220,7 +221,7 @@ class _Call:
             slopes=0 if self.slopes is None else self.slopes[q_heads].data_ptr(), starts=starts, lengths=lengths,
             lengths_batch=lengths_batch, length=rows.view.length, oldest=rows.view.first, keep=rows.keep, origin=first,
             relative=rows.relative, q_heads=q.shape[1], groups=spec.groups, q_len=q.shape[2], kv_len=keys, tiles=tiles,
-            section=max(1, min(pairs, SECTION // (keys * sum(self.dims) * 2))), pairs=pairs, causal=spec.causal,
+            section=max(1, min(pairs, _SECTION // (keys * sum(self.dims) * 2))), pairs=pairs, causal=spec.causal,
             window=spec.window or 0, first=rows.view.length - spec.q_len + low - first, joined=first > rows.first,
             dv=self.dims[1], scale=self.scale, softcap=spec.softcap, v_scale=self.v_scale,
         )  # fmt: skip
@@ -249,11 +250,11 @@ class _Call:
             if made.groups:
                 many = min(2, made.pack)  # heads in the 16 rows of a warp
                 where.append(_tensor_map(out, 16 // many, many) if made.out_bytes else where[0])
-            # tiles of one length, or all of one section: dealt out among as many blocks as run at once. Else, and where
-            # that many clusters might not, the hardware deals them out.
+            # tiles of one length, or all of one section: dealt out among as many blocks as run at once. Else the hardware
+            # deals them out.
             even = not rows.ragged and (not spec.causal or spec.window or call.section == pairs)
-            deal = even and self.block_map is None and made.cluster == 1
-            blocks = min(blocks, self.processors) if deal else made.cluster * blocks
+            if even and self.block_map is None:
+                blocks = min(blocks, self.processors)
         kernel = nvrtc.kernel(made.kernel, made.defines, q.device.index, made.shared)
         kernel.launch((blocks, 1, 1), made.threads, self.stream, call, *where)
 

@@ -43,7 +43,6 @@ class Shape:
     boxed: bool = False  # tiles of the mask come by a tensor map
     seeded: bool = False  # products of scores begin with the mask's values
     mapped: bool = False  # the mask has a block map
-    cluster: int = 1  # blocks that load k and v for each other; of the wide kernel
 
     @property
     def groups(self) -> int:
@@ -53,7 +52,7 @@ class Shape:
     @property
     def rows(self) -> int:
         """Queries of a head in a tile."""
-        return 64 * (self.groups or self.cluster) // self.pack
+        return 64 * (self.groups or 1) // self.pack
 
     @property
     def threads(self) -> int:
@@ -132,7 +131,7 @@ class Shape:
     @property
     def defines(self) -> tuple[tuple[str, int], ...]:
         k, v = self.stages
-        own = {"GROUPS": self.groups, "STAGED": int(self.out_bytes > 0)} if self.groups else {"CLUSTER": self.cluster}
+        own = {"GROUPS": self.groups, "STAGED": int(self.out_bytes > 0)} if self.groups else {}
         names = {
             "DK": self.dk, "DV": self.dv, "KEYS": self.keys, "K_STAGES": k, "V_STAGES": v, "Q_TYPE": self.q_type,
             "V_TYPE": self.v_type, "OUT_TYPE": self.out_type, "PACK": self.pack, "MASK": self.mask,
@@ -154,7 +153,6 @@ _NARROW = 256  # values of a head that the narrow kernel takes
 _SMALL_SOFTCAP = 60.0  # e^60 times the keys of a sequence is a float32, and e^-60
 _SMALL_SCALE = 2.0**-60  # below, scores are multiplied by it first: its inverse might be infinite
 _RESERVED = 1024  # bytes of shared memory that a processor has beyond a block's most, and keeps for itself of each block's
-SECTION = 24 * 2**20  # bytes of K and V that blocks read at a time, to stay in L2
 
 
 @dataclass(frozen=True)
@@ -172,7 +170,7 @@ class Portable:
     ragged: bool
     room: int
 
-    cluster = pack = 1
+    pack = 1
 
     @cached_property
     def _form(self) -> tuple[tuple[str, int], ...]:
@@ -263,7 +261,7 @@ def _forms(dk: int, dv: int) -> list[tuple[tuple[str, int], ...]]:
 
 
 def shape(
-    spec: AttentionSpec, dims: tuple[int, int], types: tuple[torch.dtype, ...], mask: int, keys: int = 0, room: int = 0,
+    spec: AttentionSpec, dims: tuple[int, int], types: tuple[torch.dtype, ...], mask: int, room: int = 0,
     pages: tuple[int, int] = (0, 0), clears: bool = False, head_mask: bool = False, boxed: bool = False,
     exact: bool = False, mapped: bool = False,
 ) -> Shape | Portable:  # fmt: skip
@@ -271,20 +269,16 @@ def shape(
     ``room``: 0 for Hopper's kernels, otherwise bytes of shared memory that a block of a portable one may have; ``pages``,
     ``clears``, ``head_mask``, ``mapped``: see :class:`Shape`; ``boxed``: a tensor map can describe the mask; ``exact``: q
     times the scale rounds nothing.
-
-    Hopper's blocks share what they load once ``keys`` rows of K and V no longer stay in L2; not under a mask, whose map
-    has one tile shape.
     """
     ragged = spec.starts or spec.lengths or clears
     if room:
         features = spec.softcap > 0, spec.alibi > 0, spec.scale <= 0, ragged
         return Portable(dims, *(Q_TYPES[t] for t in types), mask, *features, room)
     dk, dv = (-(-d // 64) * 64 for d in dims)
-    cluster = 2 if not mask and max(dk, dv) > _NARROW and keys * sum(dims) * 2 > SECTION else 1
     pack = next(n for n in (4, 2, 1) if spec.groups % n == 0)
     bounded = spec.softcap <= _SMALL_SOFTCAP and types[1] == torch.bfloat16 and mask < 2
     softcap = (2 if bounded else 1) if spec.softcap > 0 else 0
-    features = softcap, spec.alibi > 0, spec.scale < _SMALL_SCALE, ragged, pages, clears, cluster
+    features = softcap, spec.alibi > 0, spec.scale < _SMALL_SCALE, ragged, pages, clears
     made = Shape(dk, dv, *(Q_TYPES[t] for t in types), mask, head_mask and pack > 1, pack, *features)
     seeded = mask == 1 or mask > 1 and exact and not made.alibi
     seeded = seeded and made.groups == 3 and not (softcap or made.any_scale)
@@ -294,5 +288,5 @@ def shape(
 def tile(spec: AttentionSpec, room: int = 0) -> tuple[int, int]:
     """Queries and keys of a tile."""
     dims = spec.k_format.layout(spec.head_dim)[0], spec.v_format.layout(spec.head_dim_v)[0]
-    found = shape(spec, dims, (spec.dtype,) * 3, int(spec.mask is not None), 0, room)
+    found = shape(spec, dims, (spec.dtype,) * 3, int(spec.mask is not None), room)
     return found.rows, found.keys

@@ -6,23 +6,6 @@ struct alignas(64) TensorMap {  // CUtensorMap
   char opaque[128];
 };
 
-INLINE u32 cluster_rank() {
-  u32 r;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
-  return r;
-}
-
-INLINE void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
-// the same place of the shared memory of another block of the cluster
-INLINE u32 in_block(u32 address, u32 rank) {
-  u32 r;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(r) : "r"(address), "r"(rank));
-  return r;
-}
-
 // one lane of a warp that is whole
 INLINE bool elected() {
   u32 is;
@@ -46,12 +29,6 @@ INLINE void fence_barrier_init() { asm volatile("fence.mbarrier_init.release.clu
 
 INLINE void arrive(u32 barrier) {
   asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
-// barrier: from in_block. A release for the whole cluster would wait for all of memory, and orders nothing that bulk copies
-// and products do.
-INLINE void arrive_in_cluster(u32 barrier) {
-  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
 INLINE void arrive_expect(u32 barrier, int bytes) {
@@ -90,15 +67,6 @@ INLINE void load_box(u32 to, const TensorMap* map, int dim, int token, int head,
   asm volatile(
       "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(to),
       "l"(map), "r"(dim), "r"(token), "r"(head), "r"(batch), "r"(barrier)
-      : "memory");
-}
-
-// the same to the same place of every block in the bits of blocks
-INLINE void load_box(u32 to, const TensorMap* map, int dim, int token, int head, int batch, u32 barrier, u16 blocks) {
-  asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
-      "[%0], [%1, {%2, %3, %4, %5}], [%6], %7;" ::"r"(to),
-      "l"(map), "r"(dim), "r"(token), "r"(head), "r"(batch), "r"(barrier), "h"(blocks)
       : "memory");
 }
 
@@ -154,7 +122,7 @@ INLINE void products_wait() {
 // For a product over the contiguous axis, 8 rows lie 1024 bytes apart; chunk: distance of 64 columns, for the other axis.
 struct Operand {
   u32 low;
-  // An address in a cluster has the block's rank above its low 24 bits. Volatile: made when needed, for else dozens are kept.
+  // A descriptor has 14 bits for an address. Volatile: made when needed, for else dozens are kept.
   INLINE Operand(u32 address, u32 chunk = 16) {
     asm volatile("mov.u32 %0, %1;" : "=r"(low) : "r"((address & 0x3FFFF) >> 4 | chunk >> 4 << 16));
   }

@@ -22,7 +22,7 @@ constexpr int RUN = PACK > 1 ? 8 : 64;  // of a box of q
 // the one before. Every other round goes backwards: tiles get shorter.
 template <class F>
 INLINE void each_tile(const Prefill& p, F f) {
-  int all = p.pairs * (p.groups / PACK) * p.tiles, many = gridDim.x / BLOCKS, mine = blockIdx.x / BLOCKS;
+  int all = p.pairs * (p.groups / PACK) * p.tiles, many = gridDim.x, mine = blockIdx.x;
   for (int first = 0; first < all; first += many, mine = many - 1 - mine)
     if (first + mine < all) {
       const Tile tile(p, first + mine);
@@ -33,7 +33,7 @@ INLINE void each_tile(const Prefill& p, F f) {
 // f(tile, look_ahead): it calls look_ahead() once, while it waits for something: to find the next tile takes a thousand cycles.
 template <class F>
 INLINE void each_tile_ahead(const Prefill& p, F f) {
-  int all = p.pairs * (p.groups / PACK) * p.tiles, many = gridDim.x / BLOCKS, mine = blockIdx.x / BLOCKS, first = 0;
+  int all = p.pairs * (p.groups / PACK) * p.tiles, many = gridDim.x, mine = blockIdx.x, first = 0;
   Tile tile, next;
   bool found;
   auto look_ahead = [&] {

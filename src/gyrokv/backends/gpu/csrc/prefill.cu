@@ -8,28 +8,24 @@
 // the next scores have been asked for. Maxima grow lazily, by 2^8 or not at all: the output is rarely rescaled, and
 // a slot says by which factor, and whether.
 //
-// A key costs 2 (DK + DV) bytes of L2 per block of 64 rows, and that is what limits long contexts. CLUSTER 2: two blocks with
-// 128 rows of one head take turns to load chunks for both. It costs waiting for each other; worth it once L2 no longer holds
-// the keys and values of a head (above some 24 MB).
+// A key costs 2 (DK + DV) bytes of L2 per block of 64 rows, and that is what limits long contexts.
 //
-// The host defines DK, DV (multiples of 64, at most 576), KEYS (128; 64 for DV > 512), CLUSTER (1, 2), K_STAGES, V_STAGES
-// (even), PACK, Q_TYPE (0 f16, 1 bf16: of q and k), V_TYPE, OUT_TYPE (0 f16, 1 bf16, 2 f32), MASK (0 none, 1 boolean, 2 f32,
-// 3 f16, 4 bf16; not with CLUSTER 2), MASK_STAGES (1 or more with a mask), MASK_BOXES (1: a tensor map describes the mask, of which
-// a block of keys has 128 bytes or more), MAPPED (1: it has a map), HEAD_MASK (the heads of a KV head have masks of their
-// own), SOFTCAP (2: at most 60, V of bfloat16, no additive mask), ALIBI, ANY_SCALE (0: scale > 2^-60), RAGGED (1:
-// sequences have starts or lengths of their own), CLEARS (1: values that a sequence does not have are read too), K_PAGED,
-// V_PAGED (slots of a page, a multiple of 16, where the rows of tensor maps are [page, head, slot, dim]; or 0). Head sizes
-// between multiples of 64 are padded by the tensor maps.
+// The host defines DK, DV (multiples of 64, at most 576), KEYS (128; 64 for DV > 512), K_STAGES, V_STAGES (even), PACK, Q_TYPE
+// (0 f16, 1 bf16: of q and k), V_TYPE, OUT_TYPE (0 f16, 1 bf16, 2 f32), MASK (0 none, 1 boolean, 2 f32, 3 f16, 4 bf16),
+// MASK_STAGES (1 or more with a mask), MASK_BOXES (1: a tensor map describes the mask, of which a block of keys has 128 bytes or
+// more), MAPPED (1: it has a map), HEAD_MASK (the heads of a KV head have masks of their own), SOFTCAP (2: at most 60, V of
+// bfloat16, no additive mask), ALIBI, ANY_SCALE (0: scale > 2^-60), RAGGED (1: sequences have starts or lengths of their own),
+// CLEARS (1: values that a sequence does not have are read too), K_PAGED, V_PAGED (slots of a page, a multiple of 16, where the
+// rows of tensor maps are [page, head, slot, dim]; or 0). Head sizes between multiples of 64 are padded by the tensor maps.
 //
-// Launch: grid at most CLUSTER * tiles, of which there are batches * q_heads / PACK * ceil(q_len * PACK / (64 * CLUSTER));
-// block 512, shared memory BYTES:
+// Launch: grid at most the number of tiles, batches * q_heads / PACK * ceil(q_len * PACK / 64); block 512, shared memory BYTES:
 //   128 DK + 32768 + K_STAGES * 128 KEYS + V_STAGES * 64 up(DV / 2, 64) + those of a mask + 1280 + 8 * barriers
 // Tensor maps of q, k, v: 16 bits, dims (dim, token, head, batch), true sizes and strides, swizzle of 128 bytes, zeros out of
 // bounds, boxes q (64, 8, PACK, 1) or, with PACK 1, (64, 64, 1, 1), k (64, KEYS, 1, 1), v (64, 32, 1, 1); in pages at most as
 // many tokens as divide these and a page. Of a mask with MASK_BOXES: dims (key, query, head, batch), 1 where it broadcasts, boxes
 // of 128 bytes (of f32 32, not swizzled) and all positions of a tile, or, with HEAD_MASK or PACK 1, 64 / PACK positions of PACK
 // heads; any map without.
-constexpr int ROWS = 64 * CLUSTER, BLOCKS = CLUSTER, SPAN = KEYS;
+constexpr int ROWS = 64, SPAN = KEYS;
 constexpr bool ROUNDED = true;
 constexpr bool GUESSES = false;
 constexpr bool SEEDED = false;
@@ -66,25 +62,19 @@ extern __shared__ __align__(1024) char memory[];
 
 INLINE u32 barrier(u32 shared, int index) { return shared + BARRIERS_AT + 8 * index; }
 
-// One warp each; one of its lanes asks for copies. Of a cluster, each block loads every other chunk, for both.
-INLINE void load_part(u32 to, const TensorMap* map, int dim, int token, int head, int batch, u32 full, bool mine) {
-  if constexpr (CLUSTER == 1) load_box(to, map, dim, token, head, batch, full);
-  else if (mine) load_box(to, map, dim, token, head, batch, full, (u16)3);
-}
-
-INLINE void load_keys(const Prefill& p, const TensorMap* q_map, const TensorMap* k_map, u32 shared, u32 rank) {
+// One warp each; one of its lanes asks for copies.
+INLINE void load_keys(const Prefill& p, const TensorMap* q_map, const TensorMap* k_map, u32 shared) {
   Ring<K_STAGES> ring;
   Ring<1> q_ring;
-  u32 turn = rank;
   each_tile(p, [&](const Tile& tile) {
     for (int block = tile.block; block >= 0; block = tile.seen(block - 1))
-      for (int c = 0; c < CHUNKS; ++c, ++turn, ring.advance()) {
+      for (int c = 0; c < CHUNKS; ++c, ring.advance()) {
         u32 full = barrier(shared, K_FULL + ring.stage), to = shared + K_AT + ring.stage * K_BYTES;
         wait(barrier(shared, K_EMPTY + ring.stage), ring.parity ^ 1);
         if (elected()) {
           arrive_expect(full, K_BYTES);
           each_box<KEYS, K_PAGED>(p, tile, block * KEYS, [&](int before, int token, int batch) {
-            load_part(to + before * 128, k_map, c * 64, token, tile.kv_head, batch, full, turn % 2);
+            load_box(to + before * 128, k_map, c * 64, token, tile.kv_head, batch, full);
           });
         }
         if (c || block != tile.block) continue;
@@ -92,13 +82,13 @@ INLINE void load_keys(const Prefill& p, const TensorMap* q_map, const TensorMap*
         q_ring.advance();
         if (elected()) {
           arrive_expect(barrier(shared, Q_FULL), 64 * DK * 2);
-          load_queries(shared, q_map, tile, rank, barrier(shared, Q_FULL));
+          load_queries(shared, q_map, tile, 0, barrier(shared, Q_FULL));
         }
       }
   });
 }
 
-INLINE void load_values(const Prefill& p, const TensorMap* v_map, u32 shared, u32 rank) {
+INLINE void load_values(const Prefill& p, const TensorMap* v_map, u32 shared) {
   Ring<V_STAGES> ring;
   each_tile(p, [&](const Tile& tile) {
     for (int block = tile.block; block >= 0; block = tile.seen(block - 1))
@@ -111,7 +101,7 @@ INLINE void load_values(const Prefill& p, const TensorMap* v_map, u32 shared, u3
             arrive_expect(full, columns * 64);
             for (int c = 0; c < columns; c += 64)
               each_box<32, V_PAGED>(p, tile, key, [&](int before, int token, int batch) {
-                load_part(to + c * 64 + before * 128, v_map, from + c, token, tile.kv_head, batch, full, c / 64 % 2 == rank);
+                load_box(to + c * 64 + before * 128, v_map, from + c, token, tile.kv_head, batch, full);
               });
           }
         }
@@ -155,10 +145,10 @@ INLINE void send(Sender& to, const Softmax& softmax, const u32 (&w)[UNITS][4]) {
   }
 }
 
-INLINE void score_role(const Prefill& p, u32 shared, u32 rank) {
+INLINE void score_role(const Prefill& p, u32 shared) {
   int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
   const float scale = Softmax::unit(p);
-  Mask mask(shared + MASK_AT, barrier(shared, MASK_FULL), barrier(shared, MASK_EMPTY), rank, warp, lane);
+  Mask mask(shared + MASK_AT, barrier(shared, MASK_FULL), barrier(shared, MASK_EMPTY), 0, warp, lane);
   Sender to{{}, shared, warp, lane};
   Ring<1> q_ring;
   Ring<K_STAGES> ring;
@@ -171,16 +161,11 @@ INLINE void score_role(const Prefill& p, u32 shared, u32 rank) {
     products_commit();
     ring.advance();
   };
-  const u32 empty = CLUSTER == 2 ? in_block(barrier(shared, K_EMPTY), lane % 2) : 0;
   auto release = [&](u32 stage) {
-    if (CLUSTER == 2) {
-      if (lane < 2) arrive_in_cluster(empty + 8 * stage);
-    } else if (lane == 0) {
-      arrive(barrier(shared, K_EMPTY + stage));
-    }
+    if (lane == 0) arrive(barrier(shared, K_EMPTY + stage));
   };
   each_tile(p, [&](const Tile& tile) {
-    const Rows rows = rows_of(tile, rank, warp, lane);
+    const Rows rows = rows_of(tile, 0, warp, lane);
     Softmax softmax;
     if constexpr (MASK > 0) mask.start(p, rows);
     float s[SCORES];
@@ -251,7 +236,7 @@ struct Output {
 };
 
 template <int COLUMNS>
-INLINE void value_role(const Prefill& p, u32 shared, u32 rank, int which) {
+INLINE void value_role(const Prefill& p, u32 shared, int which) {
   int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
   Output<COLUMNS> o;
   Ring<SLOTS> slots;
@@ -264,13 +249,8 @@ INLINE void value_role(const Prefill& p, u32 shared, u32 rank, int which) {
       o.each([&](float& x, int i) { x *= f[i / 2 % 2]; });
     }
   };
-  const u32 empty = CLUSTER == 2 ? in_block(barrier(shared, V_EMPTY), lane % 2) : 0;
   auto release = [&](u32 stage) {
-    if (CLUSTER == 2) {
-      if (lane < 2) arrive_in_cluster(empty + 8 * stage);
-    } else if (lane == 0) {
-      arrive(barrier(shared, V_EMPTY + stage));
-    }
+    if (lane == 0) arrive(barrier(shared, V_EMPTY + stage));
   };
   auto release_slot = [&] {
     __syncwarp();  // all lanes have read their factors
@@ -319,24 +299,19 @@ INLINE void value_role(const Prefill& p, u32 shared, u32 rank, int which) {
         share[r] = load_shared_f32(shared + P_AT + slots.stage * SLOT_BYTES + warp * 2048 + 32 * r + lane / 4 * 4);
     }
     release_slot();
-    const Rows rows = rows_of(tile, rank, warp, lane);
+    const Rows rows = rows_of(tile, 0, warp, lane);
 #pragma unroll
     for (int r = 0; r < 2; ++r)
       write_row<COLUMNS>(p, tile, rows, r, which * COLUMNS_A, lane % 4, share[r], [&](int i) { return o.at(i); });
   });
 }
 
-#if CLUSTER == 2
-#define SHAPE __cluster_dims__(2, 1, 1) __launch_bounds__(512, 1)
-#else
-#define SHAPE __launch_bounds__(512, 1)
-#endif
-extern "C" __global__ void SHAPE
+extern "C" __global__ void __launch_bounds__(512, 1)
     prefill(const __grid_constant__ Prefill p, const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
             const __grid_constant__ TensorMap v_map, const __grid_constant__ TensorMap mask_map) {
   wait_for_earlier_kernels();
   let_later_kernels_start();
-  u32 shared = shared_address(memory), rank = CLUSTER == 2 ? cluster_rank() : 0;
+  u32 shared = shared_address(memory);
   int warp = __shfl_sync(~0u, (int)threadIdx.x / 32, 0);
   if (threadIdx.x == 0) {
     auto init = [&](int from, int many, int count) {
@@ -345,9 +320,9 @@ extern "C" __global__ void SHAPE
     init(Q_FULL, 1, 1);
     init(Q_EMPTY, 1, 4);
     init(K_FULL, K_STAGES, 1);
-    init(K_EMPTY, K_STAGES, 4 * CLUSTER);
+    init(K_EMPTY, K_STAGES, 4);
     init(V_FULL, V_STAGES, 1);
-    init(V_EMPTY, V_STAGES, 4 * CLUSTER);
+    init(V_EMPTY, V_STAGES, 4);
     init(P_FULL, SLOTS, 4);
     init(P_EMPTY, SLOTS, 4 * VALUE_GROUPS);
     init(MASK_FULL, MASK_STAGES, MASK_BOXES ? 1 : 64);
@@ -357,27 +332,22 @@ extern "C" __global__ void SHAPE
     prefetch(&k_map);
     prefetch(&v_map);
   }
-  if (CLUSTER == 2) cluster_sync();
-  else __syncthreads();
+  __syncthreads();
   if (warp < 4) {
     registers<LOAD_REGISTERS, 128>();
-    if (warp == 0) load_keys(p, &q_map, &k_map, shared, rank);
-    if (warp == 1) load_values(p, &v_map, shared, rank);
+    if (warp == 0) load_keys(p, &q_map, &k_map, shared);
+    if (warp == 1) load_values(p, &v_map, shared);
     if (MASK && warp >= 2) load_mask(p, &mask_map, shared + MASK_AT, barrier(shared, MASK_FULL), barrier(shared, MASK_EMPTY));
   } else if (warp < 8) {
     registers<SCORE_REGISTERS, 128>();
-    score_role(p, shared, rank);
+    score_role(p, shared);
   } else if (warp < 12 || COLUMNS_A == COLUMNS_B) {
     registers<A_REGISTERS, 128>();
-    value_role<COLUMNS_A>(p, shared, rank, warp >= 12);
+    value_role<COLUMNS_A>(p, shared, warp >= 12);
   } else if constexpr (COLUMNS_B > 0) {
     registers<B_REGISTERS, 128>();
-    value_role<COLUMNS_B>(p, shared, rank, 1);
+    value_role<COLUMNS_B>(p, shared, 1);
   } else {
     registers<LOAD_REGISTERS, 128>();
-  }
-  if (CLUSTER == 2) {  // the other block may still send here
-    __syncwarp();
-    cluster_sync();
   }
 }

@@ -1,9 +1,8 @@
 // What the prefill kernels share: arguments, the order of tiles, which keys a row sees, the running softmax.
-// They define ROWS (of a tile), BLOCKS (that share one), SPAN (keys of a block that one warp scores), ROUNDED (normalise by the
-// sum of the weights that values are multiplied by: a weight that stands alone need not be 1, and rounding it would count),
-// SHIFTS (the blocks of a tile begin with the first key that it sees, not with a multiple of KEYS), MAPPED (a mask may have a map)
-// and PACK (1, 2 or 4 heads of
-// one KV head): a tile holds the queries of POSITIONS positions in each of PACK heads.
+// They define ROWS (of a tile), SPAN (keys of a block that one warp scores), ROUNDED (normalise by the sum of the weights that
+// values are multiplied by: a weight that stands alone need not be 1, and rounding it would count), SHIFTS (the blocks of a tile
+// begin with the first key that it sees, not with a multiple of KEYS), MAPPED (a mask may have a map) and PACK (1, 2 or 4 heads
+// of one KV head): a tile holds the queries of POSITIONS positions in each of PACK heads.
 #pragma once
 #include "ptx.cuh"
 

@@ -4,13 +4,13 @@
 // asks for the scores of the next block before it multiplies the values of this one, so that the softmax of one warpgroup
 // runs while the tensor cores have work of its own and of the others. One more warpgroup loads.
 //
-// The host defines what prefill.cu asks for, but for CLUSTER; DV at most 256, KEYS 128 (64 for DV > 128, or where 128 do not
-// fit), K_STAGES, V_STAGES (blocks of keys), GROUPS (2; 3 for DV 64), STAGED (1: there is room for the 16-bit output of a tile, and
-// no mask), SEEDS (1: a mask, no cap, ANY_SCALE 0; if it is additive, no slopes, and the scale is a power of 2, at most 1).
+// The host defines what prefill.cu asks for; DV at most 256, KEYS 128 (64 for DV > 128, or where 128 do not fit), K_STAGES,
+// V_STAGES (blocks of keys), GROUPS (2; 3 for DV 64), STAGED (1: there is room for the 16-bit output of a tile, and no mask),
+// SEEDS (1: a mask, no cap, ANY_SCALE 0; if it is additive, no slopes, and the scale is a power of 2, at most 1).
 // Launch: grid at most the number of tiles, block 128 * (GROUPS + 1), shared memory BYTES. Tensor maps as there, with boxes of KEYS
 // keys for k and v; with STAGED of the output too: dims (dim, token, head, batch), true sizes and strides, swizzle of 128 bytes, boxes
 // (64, 8, 2, 1) or, with PACK 1, (64, 16, 1, 1); any map without.
-constexpr int ROWS = 64 * GROUPS, BLOCKS = 1, SPAN = KEYS;
+constexpr int ROWS = 64 * GROUPS, SPAN = KEYS;
 constexpr bool ROUNDED = SOFTCAP && MASK > 0;  // elsewhere issue slots are what limits
 // EARLY: what a block needs is asked for while its products run; plain attention takes longer that way. SEEDED: products of scores
 // begin with a mask's values, not with zeros. GUESSES: weights come before maxima, which are then seldom needed.

@@ -7,7 +7,7 @@
 // The host defines DK, DV (multiples of 16), KEYS (32, 64, 128), TALL (1, 2), WARPS, STAGES (1: keys and values take turns to be
 // loaded; 2: the next block is loaded while this one is used), and the types and features that prefill.cu asks for.
 // Launch: grid batches * q_heads * ceil(q_len / ROWS), block 32 * WARPS, shared memory BYTES.
-constexpr int ROWS = 16 * TALL * WARPS, BLOCKS = 1, SPAN = KEYS;
+constexpr int ROWS = 16 * TALL * WARPS, SPAN = KEYS;
 constexpr bool ROUNDED = true;
 #include "portable.cuh"
 

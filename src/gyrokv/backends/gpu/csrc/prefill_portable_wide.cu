@@ -13,7 +13,7 @@
 // needs less memory), TURNS (1: keys and values take turns in one place, where memory is short), and the types and features
 // that prefill.cu asks for. Launch: grid batches * q_heads * ceil(q_len / ROWS), block THREADS (128 for ROWS 32, else 256),
 // shared memory BYTES.
-constexpr int BLOCKS = 1, SPAN = KEYS / 2;
+constexpr int SPAN = KEYS / 2;
 constexpr bool ROUNDED = false;
 #include "portable.cuh"
 
