@@ -297,6 +297,23 @@ inline size_t attend_scratch(const Attend& call, int rows) {
     return attend_memory(call, rows, nullptr, nullptr, nullptr, nullptr);
 }
 
+INLINE Rows rows_of(Rows rows, int batch, int kv_head) {
+    rows.words += batch * rows.word_strides[0] + kv_head * rows.word_strides[1];
+    rows.scale += batch * rows.scale_strides[0] + kv_head * rows.scale_strides[1];
+    return rows;
+}
+
+// Asks for the first block of the thread's next unit while the last one of `unit` is computed, as Ahead does within a unit.
+inline void aim_at_next_unit(const Attend& call, const Unit& unit, int per_block, int ticks, Ahead& ahead) {
+    for (int i = 0; i < call.n_runs; ++i) {
+        const Run& run = call.runs[i];
+        const int64_t slot = std::max<int64_t>(unit.next_first - run.position, 0), count = std::min<int64_t>(per_block, run.count - slot);
+        if (count <= 0) continue;
+        return ahead.aim(*run.k_format, rows_of(run.k, unit.next_batch, unit.next_head), count, *run.v_format,
+                         rows_of(run.v, unit.next_batch, unit.next_head), count, slot, ticks);
+    }
+}
+
 // True when the rows are finished, not only summed.
 inline bool attend(const Attend& call, const Unit& unit, char* scratch) {
     Workspace work;
@@ -314,12 +331,7 @@ inline bool attend(const Attend& call, const Unit& unit, char* scratch) {
         const int64_t first = std::max(run.position, unit.first), stop = std::min(run.position + run.count, unit.stop);
         if (first >= stop) continue;
         const Format &kf = *run.k_format, &vf_ = *run.v_format;
-        auto head = [&](Rows rows) {
-            rows.words += unit.batch * rows.word_strides[0] + unit.kv_head * rows.word_strides[1];
-            rows.scale += unit.batch * rows.scale_strides[0] + unit.kv_head * rows.scale_strides[1];
-            return rows;
-        };
-        const Rows k = head(run.k), v = head(run.v);
+        const Rows k = rows_of(run.k, unit.batch, unit.kv_head), v = rows_of(run.v, unit.batch, unit.kv_head);
 #if defined(__AMX_BF16__)
         if (takes_squares(kf, vf_, unit.rows)) {
             if (attend_squares(call, unit, run, k, v, first, stop, work.squares, work.unit, work.ahead)) return true;
@@ -384,8 +396,11 @@ inline bool attend(const Attend& call, const Unit& unit, char* scratch) {
                                        : direct ? block.count * DIRECT_PACE * direct_passes(vf_, unit.rows)
                                               : panel_ticks(vf_, block.tokens, false);
                     const int pauses = together > 1 ? 0 : (keys + values) / 4;
-                    work.ahead.aim(kf, k, k_dense ? 0 : next, vf_, v, v_dense ? 0 : next, slot + block.count,
-                                   keys + values + pauses);
+                    if (at + block.count == unit.stop && unit.next_first >= 0 && keys + values > 0)
+                        aim_at_next_unit(call, unit, per_block, keys + values + pauses, work.ahead);
+                    else
+                        work.ahead.aim(kf, k, k_dense ? 0 : next, vf_, v, v_dense ? 0 : next, slot + block.count,
+                                       keys + values + pauses);
                     work.pause = pauses / (2 * unit.rows + 2);
                 }
                 block.k_rows = k, block.k_tables = &k_tables, block.v_rows = v, block.v_tables = &v_tables;

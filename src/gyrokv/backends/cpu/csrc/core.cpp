@@ -173,10 +173,23 @@ struct AttendCall {
     std::atomic<int64_t> next{0};
     std::atomic<int> status{OK};
 
-    void unit(int64_t index) {
+    // A unit's query rows, its KV head among those of all sequences, its split and first position; where splits are counted from.
+    struct Place {
+        const Block* b;
+        int64_t head, split, first, origin;
+    };
+    Place place_of(int64_t index) const {
         const Block* b = plan.blocks.data();
         while (b + 1 < plan.blocks.data() + plan.blocks.size() && b[1].first_unit <= index) ++b;
         const int64_t head = (index - b->first_unit) / b->splits, split = (index - b->first_unit) % b->splits;
+        // splits begin at multiples of kKeyStep from the first key held; the first takes what lies before its end
+        const int64_t origin = a.kv_first + (b->first - a.kv_first) / kKeyStep * kKeyStep;
+        return {b, head, split, split == 0 ? b->first : origin + split * b->keys, origin};
+    }
+
+    // next_index: of the unit that this thread takes next, or beyond the last if that is not known
+    void unit(int64_t index, int64_t next_index) {
+        const auto [b, head, split, first, origin] = place_of(index);
         const int64_t size = part_size(a, b->rows);
         const size_t own = b->splits > 1 ? 0 : size_t(round_up(size * sizeof(float), 64));
         char* memory = scratch.get(own + kernels.attend_scratch(a, int(b->rows)));
@@ -184,16 +197,19 @@ struct AttendCall {
         if (b->splits > 1) data = parts + b->first_part + (head * b->splits + split) * size;
         const Part part = part_at(a, data, b->rows);
 
-        // splits begin at multiples of kKeyStep from the first key held; the first takes what lies before its end
-        const int64_t origin = a.kv_first + (b->first - a.kv_first) / kKeyStep * kKeyStep;
         Unit u{};
         u.batch = int32_t(head / a.kv_heads);
         u.kv_head = int32_t(head % a.kv_heads);
         u.row_first = int32_t(b->row_first);
         u.rows = int32_t(b->rows);
-        u.first = split == 0 ? b->first : origin + split * b->keys;
+        u.first = first;
         u.stop = split == b->splits - 1 ? b->stop : origin + (split + 1) * b->keys;
         u.out = part.out, u.top = part.top, u.total = part.total, u.alone = b->splits == 1;
+        u.next_first = -1;
+        if (next_index < plan.units) {
+            const Place next = place_of(next_index);
+            u.next_batch = int32_t(next.head / a.kv_heads), u.next_head = int32_t(next.head % a.kv_heads), u.next_first = next.first;
+        }
         if (u.first < u.stop) {
             if (kernels.attend(a, u, memory + own)) return;
         } else {
@@ -209,7 +225,14 @@ struct AttendCall {
     static void work(void* self) {
         auto& call = *static_cast<AttendCall*>(self);
         try {
-            for (int64_t i; (i = call.next.fetch_add(1, std::memory_order_relaxed)) < call.plan.units;) call.unit(i);
+            auto claim = [&] { return call.next.fetch_add(1, std::memory_order_relaxed); };
+            // units of one length are claimed early, so that the keys of the next can be asked for
+            const bool early = call.plan.blocks.size() == 1;
+            for (int64_t i = claim(), next; i < call.plan.units; i = next) {
+                if (early) next = claim();
+                call.unit(i, early ? next : call.plan.units);
+                if (!early) next = claim();
+            }
         } catch (const std::bad_alloc&) {
             call.status = NO_MEMORY;
         }

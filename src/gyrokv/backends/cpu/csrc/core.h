@@ -110,6 +110,8 @@ struct Unit {
     float* top;                    // [rows]
     float* total;                  // [rows]
     bool alone;                    // no other unit has the same rows
+    int64_t next_first;            // where the thread's next unit begins, of next_batch and next_head; -1: there is none
+    int32_t next_batch, next_head;
 };
 
 // What one instruction set provides. `scratch` is 64-byte aligned and belongs to the calling thread.

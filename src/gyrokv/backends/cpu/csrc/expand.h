@@ -269,9 +269,10 @@ struct MatrixUnit {
 };
 #endif
 
-// Fetches the rows of the next block a few cache lines at a time while this block is computed: a burst would wait for
-// memory, and between bursts memory would wait. Lines of several pages take turns, because a core follows each page with a
-// prefetcher of its own, and these have more lines on their way than its buffers hold.
+// Fetches the rows of the next block (of a unit's last, the first of the thread's next unit) a few cache lines at a time while
+// this block is computed: a burst would wait for memory, and between bursts memory would wait. Lines of several pages take
+// turns, because a core follows each page with a prefetcher of its own, and these have more lines on their way than its buffers
+// hold.
 class Ahead {
    public:
     // `keys`, `values`: rows; `ticks`: how often tick() is called until the rows are needed
