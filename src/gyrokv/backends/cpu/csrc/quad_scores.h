@@ -237,38 +237,40 @@ inline QuadQuery pack_quads(const Format& f, const Quads& order, const char* a, 
     char *begin = to + 4 * dwords * rows * terms, *scales = begin + 4 * dwords * rows * sums;
     const QuadQuery made = {to, begin, scales, rows};
     const bool sorts = !order.plain || sets > 1;
-    int32_t sum[2][QUAD_ROWS][2] = {};  // what ZERO adds
-    for (int p = 0, l = 0; p < order.parts; ++p) {
+    const __m128i ones = _mm_set1_epi8(1);
+    __m128i sum[QUAD_ROWS][2] = {};  // [row][term]: of the bytes of each dword of a part
+    for (int p = 0; p < order.parts; ++p) {
         const Part& part = order.part[p];
-        for (int s = 0; s < order.lines; ++s, ++l)
-            for (int d = 0; d < 4; ++d)
-                for (int r = 0; r < rows; ++r)
-                    for (int term = 0; term < terms; ++term, to += 4) {
-                        const int8_t* from = (const int8_t*)a + (int64_t(r) * terms + term) * stride + order.first[l];
-                        int32_t(&own)[2] = sum[d * sets / 4][r];
-                        for (int i = 0; i < 4; ++i) {
-                            const int at = 4 * d + i, w = sorts ? at % PART_WORDS : at / 2, odd = sorts ? at / PART_WORDS : at % 2;
-                            const int x = part.words[odd] >> w & 1 ? from[odd * (f.dim / 2) + w] : 0;
-                            to[i] = char(x);
-                            if (f.planes == 2) {
-                                if (!term) own[0] += x;
-                                own[1] += x;
-                            } else {
-                                own[terms - 1] += term + 1 < terms ? 256 * x : x;
-                            }
-                        }
-                    }
+        for (int s = 0; s < order.lines; ++s, to += 4 * rows * terms * 4)
+            for (int r = 0; r < rows; ++r)
+                for (int term = 0; term < terms; ++term) {
+                    const char* from = a + (int64_t(r) * terms + term) * stride + order.first[p * order.lines + s];
+                    const __m128i even = _mm_maskz_loadu_epi8(part.words[0], from);
+                    const __m128i odd = _mm_maskz_loadu_epi8(part.words[1], from + f.dim / 2);
+                    const __m128i x = sorts ? _mm_unpacklo_epi64(even, odd) : _mm_unpacklo_epi8(even, odd);
+                    sum[r][term] = _mm_dpbusd_epi32(sum[r][term], ones, x);
+                    alignas(16) int32_t dword[4];
+                    _mm_store_si128((__m128i*)dword, x);
+                    for (int d = 0; d < 4; ++d) std::memcpy(to + 4 * ((d * rows + r) * terms + term), dword + d, 4);
+                }
         if (!part.last) continue;
         for (int set = 0; set < sets; ++set)
             for (int r = 0; r < rows; ++r) {
+                int32_t all[2] = {};  // [term]
+                for (int term = 0; term < terms; ++term) {
+                    alignas(16) int32_t of[4];
+                    _mm_store_si128((__m128i*)of, sum[r][term]);
+                    all[term] = sets == 2 ? of[2 * set] + of[2 * set + 1] : of[0] + of[1] + of[2] + of[3];
+                }
+                const int32_t high = f.planes == 2 || terms == 1 ? all[0] : 0, low = (f.planes == 2 ? 1 : 256) * all[0] + all[1];
                 for (int i = 0; i < sums; ++i, begin += 4) {
-                    const int32_t x = -ZERO * sum[set][r][i];
+                    const int32_t x = -ZERO * (i ? low : high);  // what ZERO adds
                     std::memcpy(begin, &x, 4);
-                    sum[set][r][i] = 0;
                 }
                 const float x = scale[int64_t(r) * (f.dim / f.group) + part.group[set]] * (f.planes == 2 ? 256.0f : 1.0f);
                 std::memcpy(scales, &x, 4), scales += 4;
             }
+        std::fill_n(&sum[0][0], 2 * QUAD_ROWS, __m128i{});
     }
     return made;
 }
