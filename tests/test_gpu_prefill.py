@@ -385,7 +385,7 @@ def test_plans_fit():
         spec = case("bf16", "bf16", (dk, dv), q_heads=heads, q_len=100, dtype=BF16, device="cuda").spec
         made = shapes.shape(spec, (dk, dv), (BF16, F16, BF16), mask, head_mask=own, exact=exact)
         assert made.shared <= 232448 and made.stages[0] >= 2 and made.stages[1] >= (2 if made.groups else 4)
-        assert made.mask_stages >= (made.groups if made.apart else 1) * (mask > 0)
+        assert made.mask_stages >= (made.groups if made.apart else 1) if mask else made.mask_stages == 0
         assert (made.rows, made.keys) == (shapes.tile(replace(spec, mask="bool" if mask else None)))
         assert made.dk % 64 == made.dv % 64 == 0 <= min(made.dk - dk, made.dv - dv)
 

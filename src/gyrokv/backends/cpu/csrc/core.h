@@ -110,7 +110,7 @@ struct Unit {
     float* top;                    // [rows]
     float* total;                  // [rows]
     bool alone;                    // no other unit has the same rows
-    int64_t next_first;            // where the thread's next unit begins, of next_batch and next_head; -1: there is none
+    int64_t next_first;            // where the thread's next unit begins, of next_batch and next_head; -1: none is known
     int32_t next_batch, next_head;
 };
 

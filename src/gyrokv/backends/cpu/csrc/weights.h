@@ -176,17 +176,23 @@ INLINE void clear_weights(Workspace& work, int rows, const Row* state, int& firs
     }
 }
 
+// The same, and those of the `tokens` before and behind become zero too.
+INLINE void clear_all_weights(Workspace& work, int rows, const Row* state, int tokens, int& first, int& stop) {
+    clear_weights(work, rows, state, first, stop);
+    for (int r = 0; r < rows; ++r) {
+        float* weights = work.scores + r * SCORE_STRIDE;
+        std::fill_n(weights, first, 0.0f);
+        std::fill(weights + stop, weights + tokens, 0.0f);
+    }
+}
+
 // out = out * rescale + weights * values, from rows of V as they are stored; `ready`: weights are what soften_bytes made
 inline void add_rows_stored(const Attend& call, Workspace& work, const Block& block, float* out, int rows, const Row* state,
                             bool ready) {
 #if defined(__AMX_INT8__)
     const Format& f = *block.v_format;
     int first = 0, stop = block.tokens;
-    if (!ready) clear_weights(work, rows, state, first, stop);
-    for (int r = 0; r < rows && !ready; ++r) {
-        std::fill_n(work.scores + r * SCORE_STRIDE, first, 0.0f);
-        std::fill(work.scores + r * SCORE_STRIDE + stop, work.scores + r * SCORE_STRIDE + block.tokens, 0.0f);
-    }
+    if (!ready) clear_all_weights(work, rows, state, block.tokens, first, stop);
     const StoredRows v = stored_rows(f, *block.v_stored, *block.v_tables, block.v_rows.words, block.v_rows.word_strides[2],
                                      block.count, block.tokens, work.plain);
     add_stored({v, block.tokens, first, stop, work.scores, SCORE_STRIDE, rows, block.v_scale, block.tokens, out, call.v_dim,
@@ -246,12 +252,7 @@ inline void add_rows_quads(const Attend& call, Workspace& work, const Block& blo
 #if defined(GYROKV_QUADS)
     const Format& f = *block.v_format;
     int first, stop;
-    clear_weights(work, rows, state, first, stop);
-    for (int r = 0; r < rows; ++r) {
-        float* weights = work.scores + r * SCORE_STRIDE;
-        std::fill_n(weights, first, 0.0f);
-        std::fill(weights + stop, weights + block.tokens, 0.0f);
-    }
+    clear_all_weights(work, rows, state, block.tokens, first, stop);
     const int64_t bytes = row_bytes(f), stride = block.v_rows.word_strides[2];
     for (int t = block.count / 64 * 64; t < block.count; ++t)
         std::memcpy(work.plain + t % 64 * bytes, block.v_rows.words + t * stride, bytes);
