@@ -170,8 +170,9 @@ class _Call:
             mask, own = calls.MASKS[self.mask.dtype], calls.strides(self.mask)[1] != 0
             boxed = _boxed(self.mask, self.rows.first - self.rows.view.first)
         types = *self.rows.types, out
-        masks = own, boxed, self.scale <= 1.0 and math.frexp(self.scale)[0] == 0.5, self.block_map is not None
-        return shape(self.spec, self.dims, types, mask, self.room, self.rows.pages, self.rows.clears, *masks)
+        exact = self.scale <= 1.0 and math.frexp(self.scale)[0] == 0.5
+        settings = dict(head_mask=own, boxed=boxed, exact=exact, mapped=self.block_map is not None)
+        return shape(self.spec, self.dims, types, mask, self.room, self.rows.pages, self.rows.clears, **settings)
 
     def results(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         sizes, device = (self.spec.batch, self.spec.q_heads, self.spec.q_len), self.q.device
