@@ -1,12 +1,12 @@
 """Speed of prefill on a Hopper GPU beside PyTorch's kernels, FlashInfer's, FFPA's and ours for other GPUs,
 measured in one run.
 
-``python benchmarks/gpu_prefill.py`` writes ``results/gpu_prefill.json``. Four parts: ``attention`` (plain tensors, causal
-and full), ``feature`` (each optional part of a problem, as a share of the plain speed), ``window`` (what the visible tiles
-cost, beside those of the causal run), ``onto`` (a long packed cache). Times are medians of replayed CUDA graphs; what is
-compared with plain attention takes turns with it. FLOP are those of the visible keys. The workspace is what a call
-allocates beyond its output. A mask of each head's own is as large as the scores: beside it stands how long reading it
-takes at the speed at which the GPU copies memory.
+``python benchmarks/gpu_prefill.py`` writes ``results/gpu_prefill.json``. Five parts: ``attention`` (plain tensors, causal
+and full), ``few`` (short prompts beside cuDNN), ``feature`` (each optional part of a problem, as a share of the plain
+speed), ``window`` (what the visible tiles cost, beside those of the causal run), ``onto`` (a long packed cache). Times are
+medians of replayed CUDA graphs; what is compared with plain attention, and short prompts with cuDNN, take turns. FLOP are
+those of the visible keys. The workspace is what a call allocates beyond its output. A mask of each head's own is as large
+as the scores: beside it stands how long reading it takes at the speed at which the GPU copies memory.
 
 Before anything is timed, every kernel is compared with float64 on a small problem (the gate), in several processes, which
 also compile them; one that is wrong ends the run without a number.
@@ -52,6 +52,7 @@ HEADS, KV_HEADS = 16, 4  # of all parts but the last
 DIMS = ((64, 64), (128, 128), (256, 256), (512, 512), (576, 512))
 TOKENS, MIDDLE = (2048, 8192, 32768), 8192  # middle: of features and of kernels that are slow
 MORE = {(512, 512): (16384,)}  # tokens, beside those
+FEW_HEADS, FEW_TOKENS = ((16, 4), (32, 8), (8, 1)), (512, 1024, 2048, 4096)  # of problems with few tiles
 WINDOW = 1024
 LONG, QUERIES, LONG_HEADS, LONG_KV_HEADS = 65536, 4096, 32, 8  # the last queries of a long cache
 FORMATS = ("bf16", "q8_0", "turbo4", "turbo4/turbo2", "tq6", "tq8")
@@ -76,14 +77,14 @@ class Config(NamedTuple):
     formats: str
     dims: tuple[int, int]
     feature: str = "causal"
-    kernels: str = ""  # or "portable"
+    kernels: str = ""  # or those that are forced
 
     def error(self) -> float:
         """The relative error on a small problem, in the dtype that is timed."""
         causal, features = FEATURES.get(self.feature, (True, {}))
         k, _, v = self.formats.partition("/")
         sizes = dict(batch=2, q_heads=8, kv_heads=2, q_len=200, kv_len=777, dtype=BF16, device="cuda")
-        forced = gpu.forced("portable") if self.kernels == "portable" else nullcontext()
+        forced = gpu.forced(self.kernels) if self.kernels else nullcontext()
         with torch.no_grad(), forced:
             problem = inputs(case(k, v or k, self.dims, causal=causal, **sizes, **features))
             out, exact = problem.run("gpu")[0], problem.exact[0]
@@ -92,8 +93,9 @@ class Config(NamedTuple):
 
 def configurations() -> list[Config]:
     """All kernels that are timed."""
-    found = [Config("bf16", dims, kernels=kernels) for kernels in ("", "portable") for dims in DIMS]
-    found += [Config("bf16", dims, name) for dims, name in product(DIMS[:4], FEATURES)]
+    found = [Config("bf16", dims, kernels=kernels) for kernels in ("tall", "portable") for dims in DIMS]
+    found.append(Config("bf16", DIMS[0], kernels="short"))
+    found += [Config("bf16", dims, name, "tall") for dims, name in product(DIMS[:4], FEATURES)]
     found += [Config(formats, (d, d)) for formats, d in product(FORMATS, (128, 512))]
     return list(dict.fromkeys(found))
 
@@ -191,6 +193,14 @@ def peer(call: Callable[[], Tensor], expected: Tensor, speed: Callable[[float], 
         return str(error).split("\n")[0][:120]
 
 
+def few(dims: tuple[int, int], heads: tuple[int, int], tokens: int, causal: bool) -> dict:
+    """Short prompts, whose tiles are too few to go round: ours and cuDNN in turn, in microseconds."""
+    q, *kv = (normal(1, h, tokens, d) for h, d in zip((heads[0], heads[1], heads[1]), (dims[0], *dims)))
+    view, stock = KVView.of(*kv), others(q, *kv, causal)["cudnn"]
+    us, cudnn = in_turn(lambda: attend(q, view, causal=causal, backend="gpu"), stock)
+    return {"part": "few", "dims": dims, "heads": heads, "tokens": tokens, "causal": causal, "us": us, "cudnn_us": cudnn}
+
+
 # -- features
 
 
@@ -279,6 +289,8 @@ def measured() -> list[dict]:
     for dims in DIMS:
         for tokens, is_causal in product(sorted({*TOKENS, *MORE.get(dims, ())}), (True, False)):
             add(attention(dims, tokens, is_causal))
+    for problem in product(DIMS[:3], FEW_HEADS, FEW_TOKENS, (True, False)):
+        add(few(*problem))
     memory = gpu_stock.copy_ceiling(quick=True)["gb_s"] * 1e3
     for dims in DIMS[:4]:
         add(*featured(dims, memory))

@@ -10,6 +10,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 
 from gyrokv import FORMATS, AttentionSpec
 from gyrokv.dispatch import AUTO, BACKENDS
@@ -244,6 +245,7 @@ def _prefill() -> list[str]:
     absent = [name for name, found in causal[0]["others"].items() if found == "not installed"]
     if absent:
         lines += ["", f"Not installed: {', '.join(absent)}."]
+    lines += ["", _short(record["rows"])]
     dims = list(dict.fromkeys(_dims(r) for r in features))
     lines += [
         "",
@@ -273,6 +275,18 @@ def _prefill() -> list[str]:
         lines.append(f"| {dim} | {' | '.join(cells)} |")
     about = record.get("note", f"with `{record['command']}`")
     return [*lines, "", f"Measured {record['when'][:10]}, commit `{record['environment']['commit'][:10]}`, {about}."]
+
+
+def _short(rows: list[dict]) -> str:
+    """Short prompts beside cuDNN."""
+    few = [r for r in rows if r["part"] == "few"]
+    tokens = sorted({r["tokens"] for r in few})
+    heads = ", ".join(dict.fromkeys("{}/{}".format(*r["heads"]) for r in few))
+    found = []
+    for dims in dict.fromkeys(_dims(r) for r in few):
+        ratios = sorted(r["cudnn_us"] / r["us"] for r in few if _dims(r) == dims)
+        found.append(f"{dims}: {median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
+    return f"Short prompts, {tokens[0]} to {tokens[-1]:,} tokens, causal and in full, {heads} query and KV heads: cuDNN's time relative to ours, median (least to most) of each head_dim: {'; '.join(found)}."
 
 
 def _dims(row: dict) -> str:

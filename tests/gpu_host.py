@@ -134,7 +134,7 @@ def _prefill(
     stored: Tensor | None = None,
 ) -> None:  # fmt: skip
     k, v = _from_pages(call, k, d["K_PAGED"], q.shape[0]), _from_pages(call, v, d["V_PAGED"], q.shape[0])
-    assert q.shape[1:3] == (call.q_heads, call.q_len) and k.shape[2] == v.shape[2] == call.kv_len
+    assert q.shape[1:3] == (call.kv_heads * call.groups, call.q_len) and k.shape[2] == v.shape[2] == call.kv_len
     assert k.shape[0] * k.shape[1] == call.pairs and q.shape[1] == k.shape[1] * call.groups
     blocks = call.pairs * call.groups // d["PACK"] * call.tiles
     assert call.groups % d["PACK"] == 0 and 0 < grid[0] <= blocks  # each takes a tile, then the next that is left

@@ -65,7 +65,7 @@ def test_tiles_are_those_of_the_kernel():
 
 
 def test_what_can_be_forced():
-    with pytest.raises(ValueError, match=r"kernels='hopper' is not one that can be forced: \['portable'\]"):
+    with pytest.raises(ValueError, match=r"kernels='hopper' is not one that can be forced: \['portable', 'tall', 'short'\]"):
         gpu.forced("hopper").__enter__()
     assert not prefill._forced
     with gpu.forced("portable"):

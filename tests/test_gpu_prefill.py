@@ -11,9 +11,9 @@ from itertools import product
 import pytest
 import torch
 
-from gyrokv import Codec, LayerCache, attend, explain, reference
+from gyrokv import Codec, LayerCache, attend, reference
 from gyrokv.backends import gpu
-from gyrokv.backends.gpu import prefill, shapes, staging
+from gyrokv.backends.gpu import prefill, staging
 from gyrokv.cases import FEATURES, HEADS, Case, case, fits
 from gyrokv.formats import FORMATS
 from gyrokv.testing import Problem, assert_matches, inputs
@@ -22,6 +22,7 @@ from gyrokv.view import KVView
 BF16, F16 = torch.bfloat16, torch.float16
 PAIRS = (("bf16", "bf16"), ("q8_0", "turbo4"), ("turbo3", "f16"))
 # features that keep their own settings of sizes get these only where they say nothing
+DIMS = ((64, 64), (128, 128), (256, 256), (512, 512), (576, 512))
 SIZES = dict(batch=2, q_heads=6, kv_heads=2, q_len=200, kv_len=333)
 
 
@@ -101,15 +102,28 @@ def assert_right(data: Problem, results: tuple[torch.Tensor, torch.Tensor]) -> N
     assert_matches(data, *results, gpu.BOUND, weights)
 
 
-@pytest.fixture(params=["best", "portable"])
+def _kernels_of(dims: tuple[int, int]) -> tuple[str, ...]:
+    """Hopper's, of both heights of tiles where they have two, and those that any GPU can run."""
+    return (*(("tall", "short") if dims[1] <= 64 and dims[0] <= 256 else ("best",)), "portable")
+
+
+@pytest.fixture
 def kernels(request) -> Iterator[str]:
-    """Those that the GPU would get, and those that any GPU can run."""
-    with gpu.forced("portable") if request.param == "portable" else nullcontext():
+    with nullcontext() if request.param == "best" else gpu.forced(request.param):
         yield request.param
 
 
+def of_dims(*dims: int | tuple[int, int], hopper: bool = False) -> list[tuple]:
+    """(dims, kernels), of Hopper alone if asked for."""
+    found = [(d, kernels) for d in dims for kernels in _kernels_of(d if isinstance(d, tuple) else (d, d))]
+    return [(d, kernels) for d, kernels in found if not hopper or kernels != "portable"]
+
+
+ALL = [(c, kernels) for c in cases() for kernels in _kernels_of((c.spec.head_dim, c.spec.head_dim_v))]
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", cases(), ids=str)
+@pytest.mark.parametrize(("case", "kernels"), ALL, ids=str, indirect=["kernels"])
 def test_prefill_matches_reference(case, kernels, backend_here, problem):
     """A failure is a wrong kernel, or rows unpacked or joined wrongly."""
     backend_here("gpu")
@@ -128,6 +142,7 @@ def test_prefill_matches_reference(case, kernels, backend_here, problem):
     ],
     ids=str,
 )  # fmt: skip
+@pytest.mark.parametrize("kernels", ["best", "portable"], indirect=True)
 def test_pieces_change_nothing_but_rounding(pair, settings, kernels, backend_here, monkeypatch):
     """Keys copied and joined in small pieces, a head and a few queries at a time: the result of one piece."""
     backend_here("gpu")
@@ -147,6 +162,7 @@ def test_pieces_change_nothing_but_rounding(pair, settings, kernels, backend_her
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("pair", product(("bf16", "q8_0", "turbo3"), ("bf16", "turbo4", "tq8")))
+@pytest.mark.parametrize("kernels", ["best", "portable"], indirect=True)
 def test_a_query_alone_is_the_query_among_many(pair, kernels, backend_here):
     """Prefill and decode must agree for every pair of formats: the last query of many, and the same query alone."""
     backend_here("gpu")
@@ -169,7 +185,7 @@ def test_a_ragged_query_alone_is_the_query_among_many(kind, dim, backend_here):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dims", [(64, 64), (128, 128), (256, 256), (512, 512), (576, 512)])
+@pytest.mark.parametrize(("dims", "kernels"), of_dims(*DIMS), indirect=["kernels"])
 @pytest.mark.parametrize("features", [dict(causal=True), dict(causal=True, window=100), dict(softcap=20.0)], ids=str)
 def test_two_runs_are_bitwise_equal(dims, features, kernels, backend_here):
     backend_here("gpu")
@@ -180,7 +196,7 @@ def test_two_runs_are_bitwise_equal(dims, features, kernels, backend_here):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dims", [(64, 64), (128, 128), (256, 256), (512, 512), (576, 512)], ids=str)
+@pytest.mark.parametrize(("dims", "kernels"), of_dims(*DIMS, hopper=True), ids=str, indirect=["kernels"])
 @pytest.mark.parametrize(
     "settings",
     [
@@ -190,7 +206,7 @@ def test_two_runs_are_bitwise_equal(dims, features, kernels, backend_here):
     ],
     ids=str,
 )  # fmt: skip
-def test_blocks_of_many_tiles_change_no_bit(dims, settings, backend_here, monkeypatch):
+def test_blocks_of_many_tiles_change_no_bit(dims, kernels, settings, backend_here, monkeypatch):
     """A tile is loaded while a block attends to the one before; here as often as there are tiles, or never."""
     backend_here("gpu")
     data = inputs(case("bf16", "bf16", dims, **(SIZES | dict(q_heads=8, dtype=BF16) | settings)).on("cuda"))
@@ -203,7 +219,7 @@ def test_blocks_of_many_tiles_change_no_bit(dims, settings, backend_here, monkey
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dim", (64, 128, 256, 512))
+@pytest.mark.parametrize(("dim", "kernels"), of_dims(64, 128, 256, 512), indirect=["kernels"])
 def test_a_block_map_changes_no_bit(dim, kernels, backend_here):
     """The map is an optimisation: skipped and unread tiles give the same bits as looking at all of the mask."""
     backend_here("gpu")
@@ -217,7 +233,7 @@ def test_a_block_map_changes_no_bit(dim, kernels, backend_here):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dim", (64, 128, 256, 512))
+@pytest.mark.parametrize(("dim", "kernels"), of_dims(64, 128, 256, 512), indirect=["kernels"])
 @pytest.mark.parametrize("dtype", (BF16, F16), ids=str)
 @pytest.mark.parametrize("kind", (torch.bool, BF16, F16, torch.float32), ids=str)
 def test_references_follow_scores_that_grow(kind, dtype, dim, kernels, backend_here):
@@ -254,9 +270,9 @@ def test_ragged_keys_of_wide_heads(settings, backend_here):
     """Keys where they lie, beside values there and copies of values."""
     backend_here("gpu")
     for kind in (dict(starts=True), dict(lengths=True), dict(paged=True, lengths=True)):
-        settings = SIZES | dict(batch=4, kv_len=700, dtype=BF16, causal=True) | kind | settings
+        sizes = SIZES | dict(batch=4, kv_len=700, dtype=BF16, causal=True) | kind
         for v in ("bf16", "q8_0"):
-            data = inputs(case("bf16", v, (512, 512), **settings).on("cuda"))
+            data = inputs(case("bf16", v, (512, 512), **(sizes | settings)).on("cuda"))
             assert_right(data, data.run("gpu"))
 
 
@@ -310,41 +326,6 @@ def test_the_workspace_is_bounded(dim, sizes, dtype, backend_here):
     assert torch.cuda.max_memory_allocated() - before <= 256e6 + results
 
 
-SIZES_OF_PROBLEMS = (
-    dict(batch=1, heads=8, keys=65536, blocks=128), dict(batch=1, heads=8, keys=65536, blocks=256),
-    dict(batch=64, heads=8, keys=4096, blocks=1), dict(batch=700, heads=16, keys=128, blocks=1),
-    dict(batch=3, heads=7, keys=1_000_000, blocks=5), dict(batch=1, heads=1, keys=10**6, blocks=1),
-    dict(batch=65535, heads=3, keys=17, blocks=2), dict(batch=2, heads=40, keys=3000, blocks=40),
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("sizes", SIZES_OF_PROBLEMS, ids=str)
-def test_a_cut_fits_and_covers(sizes):
-    """Every head and key once; no more rows at a time than there is room for; whole heads where they fill the machine."""
-    batch, heads, keys, blocks = sizes.values()
-    for bytes_of_row, most in product((128, 512, 2048, 2304), (1, 7, 10**9)):
-        rows = staging.STAGED // bytes_of_row
-        made = staging.cut(batch, heads, keys, rows, blocks, 132, most)
-        pairs = made.batches * made.heads
-        assert pairs * made.keys <= rows and 1 <= pairs <= most
-        assert made.heads == heads or made.batches == 1
-        assert made.keys >= keys or made.keys % 128 == 0
-        fit = min(rows // keys, most, batch * heads)
-        assert made.keys >= keys or fit < min(-(-132 // blocks), batch * heads)
-        if batch < 100:
-            seen = torch.zeros(batch, heads, dtype=torch.int32)
-            for part in made.parts(batch, heads):
-                seen[part] += 1
-            assert bool((seen == 1).all())
-
-
-def test_cuts_have_few_waves():
-    """Without a limit all at once; else parts whose last blocks leave few processors idle."""
-    assert staging.cut(2, 8, 1000, 2**62, 5, 132, 10**9) == staging.Cut(2, 8, 1000)
-    assert staging.cut(1, 8, 65536, 5 * 65536, 66, 132, 10**9) == staging.Cut(1, 4, 65536)
-    assert staging.cut(6, 2, 1000, 10_000, 132, 132, 10**9) == staging.Cut(5, 2, 1000)
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["bool", BF16, torch.float32], ids=str)
 @pytest.mark.parametrize("layout", ["every second key", "keys first", "an odd start", "one row", "one column"])
@@ -377,23 +358,3 @@ def test_a_thread_may_begin_with_attention(backend_here):
     data = inputs(case("bf16", "q8_0", (128, 128), dtype=BF16, causal=True, **SIZES).on("cuda"))
     with ThreadPoolExecutor(1) as pool:
         assert torch.equal(pool.submit(data.run, "gpu").result()[0], data.run("gpu")[0])
-
-
-def test_plans_fit():
-    """Every problem has a kernel whose shared memory fits, with as many stages as a warpgroup holds at once."""
-    for (dk, dv), mask, heads, own, exact in product(HEADS, range(5), (2, 4, 8), (False, True), (False, True)):
-        spec = case("bf16", "bf16", (dk, dv), q_heads=heads, q_len=100, dtype=BF16, device="cuda").spec
-        made = shapes.shape(spec, (dk, dv), (BF16, F16, BF16), mask, head_mask=own, exact=exact)
-        assert made.shared <= 232448 and made.stages[0] >= 2 and made.stages[1] >= (2 if made.groups else 4)
-        assert made.mask_stages >= (made.groups if made.apart else 1) if mask else made.mask_stages == 0
-        assert (made.rows, made.keys) == (shapes.tile(replace(spec, mask="bool" if mask else None)))
-        assert made.dk % 64 == made.dv % 64 == 0 <= min(made.dk - dk, made.dv - dv)
-
-
-def test_explain_says_why_decode_serves():
-    assert "q_len=32 (below 33" in shapes.why_not(case("bf16", "bf16", q_len=32, dtype=BF16).spec)
-    assert shapes.why_not(case("bf16", "bf16", q_len=33, kv_len=40).spec) == "dtype=torch.float32"
-    for kind in (dict(starts=True), dict(lengths=True), dict(paged=True)):
-        assert shapes.why_not(case("bf16", "bf16", q_len=33, kv_len=40, dtype=BF16, **kind).spec) == ""
-    assert shapes.why_not(case("q8_0", "tq5", q_len=33, kv_len=40, dtype=F16).spec) == ""
-    assert "gpu" in explain(case("bf16", "bf16", dtype=BF16, device="cuda").spec)

@@ -35,7 +35,7 @@ class Prefill(ctypes.Structure):
         ("sinks", c_void_p), ("slopes", c_void_p), ("mask", c_void_p), ("mask_strides", c_int64 * 4), ("map", c_void_p),
         ("map_strides", c_int64 * 3), ("starts", c_void_p), ("lengths", c_void_p), ("lengths_batch", c_int64),
         ("pages", c_void_p), ("pages_batch", c_int64), ("slot", c_int), ("last_page", c_int), ("length", c_int),
-        ("oldest", c_int), ("keep", c_int), ("origin", c_int), ("relative", c_int), ("q_heads", c_int), ("groups", c_int),
+        ("oldest", c_int), ("keep", c_int), ("origin", c_int), ("relative", c_int), ("kv_heads", c_int), ("groups", c_int),
         ("q_len", c_int), ("kv_len", c_int), ("tiles", c_int), ("section", c_int), ("pairs", c_int), ("causal", c_int),
         ("window", c_int), ("first", c_int), ("joined", c_int), ("dv", c_int), ("scale", c_float), ("softcap", c_float),
         ("v_scale", c_float),
@@ -48,19 +48,21 @@ class Operands(ctypes.Structure):
 
 # -- which kernels
 
-_forced = False
+FORCED = ("portable", "tall", "short")
+_forced: str | None = None
 
 
 @contextmanager
 def forced(kernels: str) -> Iterator[None]:
-    """Prefill runs ``kernels`` inside: "portable", which other GPUs than Hopper run anyway. For tests and benchmarks.
+    """Prefill runs ``kernels`` inside: "portable", which other GPUs than Hopper run anyway; or Hopper's with "tall" or
+    "short" tiles where there are both, and their number would tell which. For tests and benchmarks.
 
     Raises ValueError for another name.
     """
     global _forced
-    if kernels != "portable":
-        raise ValueError(f"kernels={kernels!r} is not one that can be forced: ['portable']")
-    before, _forced = _forced, True
+    if kernels not in FORCED:
+        raise ValueError(f"kernels={kernels!r} is not one that can be forced: {list(FORCED)}")
+    before, _forced = _forced, kernels
     try:
         yield
     finally:
@@ -69,7 +71,7 @@ def forced(kernels: str) -> Iterator[None]:
 
 def portable_room(device: int | None = None) -> int:
     """Bytes of shared memory that a block of the portable kernels may have; 0 where Hopper's kernels run."""
-    if torch.cuda.get_device_capability(device)[0] == 9 and not _forced:
+    if torch.cuda.get_device_capability(device)[0] == 9 and _forced != "portable":
         return 0
     return calls._shared_memory(torch.cuda.current_device() if device is None else device)
 
@@ -147,12 +149,12 @@ class _Call:
         self.copied = q.dtype != rows.types[0] or not staging.mappable(q)
         self.lowered = 0 if q.dtype == rows.types[0] else _LOWERED
         self.scale *= 2.0**self.lowered
+        self.processors = _processors(q.device.index)
         made = self.shape(torch.float32)
         most = spec.batch * spec.kv_heads
         if self.copied:
             most = max(1, staging.QUERIES // (self._bytes(1) * min(_STEP, spec.q_len)))
         blocks = spec.groups // made.pack * -(-spec.q_len // made.rows)
-        self.processors = _processors(q.device.index)
         self.cut = staging.cut(spec.batch, spec.kv_heads, rows.keys, rows.room, blocks, self.processors, most)
         self.step = spec.q_len
         if self.copied:
@@ -172,6 +174,7 @@ class _Call:
         types = *self.rows.types, out
         exact = self.scale <= 1.0 and math.frexp(self.scale)[0] == 0.5
         settings = dict(head_mask=own, boxed=boxed, exact=exact, mapped=self.block_map is not None)
+        settings["processors"] = {"tall": 0, "short": 2**31}.get(_forced, self.processors)
         return shape(self.spec, self.dims, types, mask, self.room, self.rows.pages, self.rows.clears, **settings)
 
     def results(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -221,7 +224,8 @@ class _Call:
             sinks=0 if self.sinks is None else self.sinks[q_heads].data_ptr(),
             slopes=0 if self.slopes is None else self.slopes[q_heads].data_ptr(), starts=starts, lengths=lengths,
             lengths_batch=lengths_batch, length=rows.view.length, oldest=rows.view.first, keep=rows.keep, origin=first,
-            relative=rows.relative, q_heads=q.shape[1], groups=spec.groups, q_len=q.shape[2], kv_len=keys, tiles=tiles,
+            relative=rows.relative, kv_heads=pairs // q.shape[0], groups=spec.groups, q_len=q.shape[2], kv_len=keys,
+            tiles=tiles,
             section=max(1, min(pairs, _SECTION // (keys * sum(self.dims) * 2))), pairs=pairs, causal=spec.causal,
             window=spec.window or 0, first=rows.view.length - spec.q_len + low - first, joined=first > rows.first,
             dv=self.dims[1], scale=self.scale, softcap=spec.softcap, v_scale=self.v_scale,

@@ -28,6 +28,7 @@ class Shape:
 
     dk: int
     dv: int
+    groups: int  # warpgroups that attend in the narrow kernel, whose output fits beside the scores; 0: the wide kernel
     q_type: int
     v_type: int
     out_type: int
@@ -43,11 +44,6 @@ class Shape:
     boxed: bool = False  # tiles of the mask come by a tensor map
     seeded: bool = False  # products of scores begin with the mask's values
     mapped: bool = False  # the mask has a block map
-
-    @property
-    def groups(self) -> int:
-        """Warpgroups that attend in the narrow kernel, whose output fits beside the scores; 0: the wide kernel."""
-        return 0 if max(self.dk, self.dv) > _NARROW else 3 if self.dv == 64 else 2
 
     @property
     def rows(self) -> int:
@@ -149,6 +145,7 @@ class Shape:
 
 _SHARED, _BARRIERS = 232448, 256  # bytes of a block on compute capability 9.0; at most, of its barriers
 _SIZES = (0, 1, 4, 2, 2)  # bytes of a value of each kind of mask
+_TILE = {3: 1.0, 2: 0.82}  # time of a tile by its warpgroups, at 64 values; two thirds of the rows do not take two thirds
 _NARROW = 256  # values of a head that the narrow kernel takes
 _SMALL_SOFTCAP = 60.0  # e^60 times the keys of a sequence is a float32, and e^-60
 _SMALL_SCALE = 2.0**-60  # below, scores are multiplied by it first: its inverse might be infinite
@@ -263,12 +260,13 @@ def _forms(dk: int, dv: int) -> list[tuple[tuple[str, int], ...]]:
 def shape(
     spec: AttentionSpec, dims: tuple[int, int], types: tuple[torch.dtype, ...], mask: int, room: int = 0,
     pages: tuple[int, int] = (0, 0), clears: bool = False, head_mask: bool = False, boxed: bool = False,
-    exact: bool = False, mapped: bool = False,
+    exact: bool = False, mapped: bool = False, processors: int = 0,
 ) -> Shape | Portable:  # fmt: skip
     """The kernel of a problem whose rows have ``dims`` values. ``types``: of k, v and the output; ``mask``: 0 for none;
     ``room``: 0 for Hopper's kernels, otherwise bytes of shared memory that a block of a portable one may have; ``pages``,
     ``clears``, ``head_mask``, ``mapped``: see :class:`Shape`; ``boxed``: a tensor map can describe the mask; ``exact``: q
-    times the scale rounds nothing.
+    times the scale rounds nothing; ``processors``: among which tiles are dealt out, for tiles that suit their number. Block
+    maps do not know it: with them, and at 0, there is one tile for problems of a kind.
     """
     ragged = spec.starts or spec.lengths or clears
     if room:
@@ -279,10 +277,27 @@ def shape(
     bounded = spec.softcap <= _SMALL_SOFTCAP and types[1] == torch.bfloat16 and mask < 2
     softcap = (2 if bounded else 1) if spec.softcap > 0 else 0
     features = softcap, spec.alibi > 0, spec.scale < _SMALL_SCALE, ragged, pages, clears
-    made = Shape(dk, dv, *(Q_TYPES[t] for t in types), mask, head_mask and pack > 1, pack, *features)
+    groups = _warpgroups(spec, dk, dv, pack, 0 if mapped else processors)
+    made = Shape(dk, dv, groups, *(Q_TYPES[t] for t in types), mask, head_mask and pack > 1, pack, *features)
     seeded = mask == 1 or mask > 1 and exact and not made.alibi
-    seeded = seeded and made.groups == 3 and not (softcap or made.any_scale)
+    seeded = seeded and dv == 64 and not (softcap or made.any_scale)
     return replace(made, boxed=boxed and made.keys * _SIZES[mask] >= 128, seeded=seeded, mapped=mapped)
+
+
+def _warpgroups(spec: AttentionSpec, dk: int, dv: int, pack: int, processors: int) -> int:
+    """Of the narrow kernel. Three where registers allow, unless tiles are so few that those of two are done earlier."""
+    if max(dk, dv) > _NARROW:
+        return 0
+    if dv > 64 or not processors:
+        return 2 if dv > 64 else 3
+    even = not spec.causal or spec.window or spec.kv_len > 2 * spec.q_len
+
+    def time(groups: int) -> float:
+        tiles = spec.batch * spec.q_heads // pack * -(-spec.q_len // (64 * groups // pack))
+        rounds = -(-tiles // processors) if even else max(1.0, tiles / 2 / processors)  # causal: half of the keys, mostly
+        return rounds * _TILE[groups]
+
+    return min(_TILE, key=time)
 
 
 def tile(spec: AttentionSpec, room: int = 0) -> tuple[int, int]:

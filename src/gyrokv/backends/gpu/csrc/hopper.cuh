@@ -70,19 +70,15 @@ INLINE void load_box(u32 to, const TensorMap* map, int dim, int token, int head,
       : "memory");
 }
 
-// A box from shared memory, which nobody waits for but its thread: until all that it committed has been read (and the memory
-// may be written), or is done.
+// A box from shared memory, which nobody waits for but its thread: until all that it committed has been read, and the memory
+// may be written or given back.
 INLINE void store_box(u32 from, const TensorMap* map, int dim, int token, int head, int batch) {
   asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%1, {%2, %3, %4, %5}], [%0];" ::"r"(from), "l"(map), "r"(dim),
                "r"(token), "r"(head), "r"(batch)
                : "memory");
 }
 INLINE void stores_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-template <bool READ>
-INLINE void stores_wait() {
-  if (READ) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
-  else asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
-}
+INLINE void stores_wait() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 
 // four 8 x 8 matrices of 16-bit values; lane l gives the address of row l % 8 of matrix l / 8
 INLINE void store_matrices(u32 address, u32 a, u32 b, u32 c, u32 d) {
@@ -110,6 +106,13 @@ INLINE void hide_zero(u32 x, float& a) {
 // threads of two warpgroups: one goes on when the other has been here too
 INLINE void meet(int barrier) { asm volatile("bar.sync %0, 256;" ::"r"(barrier) : "memory"); }
 INLINE void go_by(int barrier) { asm volatile("bar.arrive %0, 256;" ::"r"(barrier) : "memory"); }
+
+// The second of two warps asks for its first copies after those of the first, without which nobody can begin.
+INLINE void copies_asked_for(int barrier) {
+  __syncwarp();
+  asm volatile("bar.arrive %0, 64;" ::"r"(barrier) : "memory");
+}
+INLINE void wait_for_first_copies(int barrier) { asm volatile("bar.sync %0, 64;" ::"r"(barrier) : "memory"); }
 
 INLINE void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 INLINE void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }

@@ -18,29 +18,46 @@ constexpr bool TRUSTS = BOUNDED && MASK == 0 && !ANY_SCALE && DV <= 128;  // sum
 constexpr int TURN = 64 / PACK;         // positions of each 64 rows
 constexpr int RUN = PACK > 1 ? 8 : 64;  // of a box of q
 
+// Every warp begins so: barriers have been made, what earlier kernels wrote is seen. It finds its first tile meanwhile, which takes
+// a thousand cycles, if that takes no memory.
+INLINE void begin() {
+  asm volatile("bar.sync 0;" ::: "memory");
+  wait_for_earlier_kernels();
+}
+template <class F>
+INLINE void begin_with(F find) {
+  if (RAGGED || MAPPED) begin();
+  find();
+  if (!RAGGED && !MAPPED) begin();
+}
+
 // f(tile) of each tile of a block. The host starts as many blocks as run at a time: loads of a tile run beside the end of
 // the one before. Every other round goes backwards: tiles get shorter.
 template <class F>
 INLINE void each_tile(const Prefill& p, F f) {
-  int all = p.pairs * (p.groups / PACK) * p.tiles, many = gridDim.x, mine = blockIdx.x;
-  for (int first = 0; first < all; first += many, mine = many - 1 - mine)
-    if (first + mine < all) {
-      const Tile tile(p, first + mine);
-      if (!tile.leaves_results(p)) f(tile);
-    }
+  int all = p.pairs * (p.groups / PACK) * p.tiles, many = gridDim.x, mine = blockIdx.x, first = 0;
+  Tile tile;
+  begin_with([&] { tile = Tile(p, mine); });
+  while (true) {
+    if (!tile.leaves_results(p)) f(tile);
+    first += many, mine = many - 1 - mine;
+    if (first + mine >= all) return;
+    tile = Tile(p, first + mine);
+  }
 }
 
-// f(tile, look_ahead): it calls look_ahead() once, while it waits for something: to find the next tile takes a thousand cycles.
+// f(tile, look_ahead): it calls look_ahead() once, while it waits for something.
 template <class F>
 INLINE void each_tile_ahead(const Prefill& p, F f) {
   int all = p.pairs * (p.groups / PACK) * p.tiles, many = gridDim.x, mine = blockIdx.x, first = 0;
   Tile tile, next;
   bool found;
   auto look_ahead = [&] {
-    for (found = false; first < all && !found; first += many, mine = many - 1 - mine)
-      if (first + mine < all) next = Tile(p, first + mine), found = !next.leaves_results(p);
+    for (found = false; first + mine < all && !found; first += many, mine = many - 1 - mine)
+      next = Tile(p, first + mine), found = !next.leaves_results(p);
   };
-  for (look_ahead(); found;) {
+  begin_with(look_ahead);
+  while (found) {
     tile = next;
     f(tile, look_ahead);
   }

@@ -45,6 +45,7 @@ constexpr int V_EMPTY = V_FULL + V_STAGES;
 constexpr int P_FULL = V_EMPTY + V_STAGES, P_EMPTY = P_FULL + SLOTS, MASK_FULL = P_EMPTY + SLOTS;
 constexpr int MASK_EMPTY = MASK_FULL + MASK_STAGES, BARRIERS = MASK_EMPTY + MASK_STAGES;
 constexpr int BYTES = BARRIERS_AT + 8 * BARRIERS;
+constexpr int LOADERS = 15;  // a barrier of two warps
 static_assert(BYTES <= 232448, "shared memory of a block");
 static_assert(K_STAGES >= 2, "a product runs while the next operand arrives");
 static_assert(V_STAGES % 2 == 0, "a stage always serves the same warpgroup: it may be two rounds ahead of the other");
@@ -66,6 +67,7 @@ INLINE u32 barrier(u32 shared, int index) { return shared + BARRIERS_AT + 8 * in
 INLINE void load_keys(const Prefill& p, const TensorMap* q_map, const TensorMap* k_map, u32 shared) {
   Ring<K_STAGES> ring;
   Ring<1> q_ring;
+  bool first = true;
   each_tile(p, [&](const Tile& tile) {
     for (int block = tile.block; block >= 0; block = tile.seen(block - 1))
       for (int c = 0; c < CHUNKS; ++c, ring.advance()) {
@@ -84,18 +86,23 @@ INLINE void load_keys(const Prefill& p, const TensorMap* q_map, const TensorMap*
           arrive_expect(barrier(shared, Q_FULL), 64 * DK * 2);
           load_queries(shared, q_map, tile, 0, barrier(shared, Q_FULL));
         }
+        if (first) copies_asked_for(LOADERS);
+        first = false;
       }
   });
 }
 
 INLINE void load_values(const Prefill& p, const TensorMap* v_map, u32 shared) {
   Ring<V_STAGES> ring;
+  bool first = true;
   each_tile(p, [&](const Tile& tile) {
     for (int block = tile.block; block >= 0; block = tile.seen(block - 1))
       for (int part = 0; part < KEYS / 32; ++part)
         for (int which = 0; which < VALUE_GROUPS; ++which, ring.advance()) {
           u32 full = barrier(shared, V_FULL + ring.stage), to = shared + V_AT + ring.stage * V_BYTES;
           int columns = which ? COLUMNS_B : COLUMNS_A, from = which * COLUMNS_A, key = block * KEYS + part * 32;
+          if (first) wait_for_first_copies(LOADERS);
+          first = false;
           wait(barrier(shared, V_EMPTY + ring.stage), ring.parity ^ 1);
           if (elected()) {
             arrive_expect(full, columns * 64);
@@ -309,11 +316,10 @@ INLINE void value_role(const Prefill& p, u32 shared, int which) {
 extern "C" __global__ void __launch_bounds__(512, 1)
     prefill(const __grid_constant__ Prefill p, const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
             const __grid_constant__ TensorMap v_map, const __grid_constant__ TensorMap mask_map) {
-  wait_for_earlier_kernels();
-  let_later_kernels_start();
   u32 shared = shared_address(memory);
   int warp = __shfl_sync(~0u, (int)threadIdx.x / 32, 0);
-  if (threadIdx.x == 0) {
+  let_later_kernels_start();
+  if (threadIdx.x == 64) {  // of a warp that may have nothing else to do
     auto init = [&](int from, int many, int count) {
       for (int i = 0; i < many; ++i) barrier_init(barrier(shared, from + i), count);
     };
@@ -332,12 +338,12 @@ extern "C" __global__ void __launch_bounds__(512, 1)
     prefetch(&k_map);
     prefetch(&v_map);
   }
-  __syncthreads();
   if (warp < 4) {
     registers<LOAD_REGISTERS, 128>();
     if (warp == 0) load_keys(p, &q_map, &k_map, shared);
     if (warp == 1) load_values(p, &v_map, shared);
     if (MASK && warp >= 2) load_mask(p, &mask_map, shared + MASK_AT, barrier(shared, MASK_FULL), barrier(shared, MASK_EMPTY));
+    if (!MASK && warp >= 2) begin();
   } else if (warp < 8) {
     registers<SCORE_REGISTERS, 128>();
     score_role(p, shared);
@@ -349,5 +355,6 @@ extern "C" __global__ void __launch_bounds__(512, 1)
     value_role<COLUMNS_B>(p, shared, 1);
   } else {
     registers<LOAD_REGISTERS, 128>();
+    begin();
   }
 }

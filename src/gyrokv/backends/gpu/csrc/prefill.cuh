@@ -24,7 +24,7 @@ struct Prefill {
   i64 pages_batch;
   int slot, last_page;  // slot of key 0, a multiple of 128; no table has more pages
   int length, oldest, keep, origin, relative;  // RAGGED: live are positions from oldest on, the last keep; see own_keys
-  int q_heads, groups, q_len, kv_len, tiles;  // groups: query heads per KV head; tiles: of a head
+  int kv_heads, groups, q_len, kv_len, tiles;  // groups: query heads per KV head; tiles: of a head
   int section, pairs;                         // KV heads at a time, for L2: some 24 MB; all (batch, KV head)
   int causal, window, first;                  // window 0: none; first: position of query 0 among the keys
   int joined;                                 // results over other keys are in out (f32) and lse: these are added
@@ -45,6 +45,7 @@ constexpr bool JOINS = OUT_TYPE == 2;
 
 // a / b of numbers that are not negative: an estimate, which is mostly right, and half of the time of a division
 INLINE int quotient(int a, int b) {
+  if (a < b) return 0;
   int q = (int)((float)a * inverse_fast((float)b)), rest = a - q * b;
   while (rest < 0) --q, rest += b;
   while (rest >= b) ++q, rest -= b;
@@ -64,9 +65,8 @@ struct Tile {
     int section = quotient(index, per_section), rest = index - section * per_section;
     int heads = min(p.section, p.pairs - section * p.section) * packs;
     int order = quotient(rest, heads), inner = rest - order * heads;
-    int own = quotient(inner, packs), pair = section * p.section + own;
-    int kv_heads = quotient(p.q_heads, p.groups);
-    batch = quotient(pair, kv_heads), kv_head = pair - batch * kv_heads;
+    int own = packs == 1 ? inner : quotient(inner, packs), pair = section * p.section + own;
+    batch = quotient(pair, p.kv_heads), kv_head = pair - batch * p.kv_heads;
     head = kv_head * p.groups + (inner - own * packs) * PACK;
     int tile = p.tiles - 1 - order;  // the longest rows of a causal problem first
     row = tile * POSITIONS;

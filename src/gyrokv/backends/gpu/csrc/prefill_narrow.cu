@@ -5,7 +5,7 @@
 // runs while the tensor cores have work of its own and of the others. One more warpgroup loads.
 //
 // The host defines what prefill.cu asks for; DV at most 256, KEYS 128 (64 for DV > 128, or where 128 do not fit), K_STAGES,
-// V_STAGES (blocks of keys), GROUPS (2; 3 for DV 64), STAGED (1: there is room for the 16-bit output of a tile, and no mask),
+// V_STAGES (blocks of keys), GROUPS (2; for DV 64 also 3), STAGED (1: there is room for the 16-bit output of a tile, and no mask),
 // SEEDS (1: a mask, no cap, ANY_SCALE 0; if it is additive, no slopes, and the scale is a power of 2, at most 1).
 // Launch: grid at most the number of tiles, block 128 * (GROUPS + 1), shared memory BYTES. Tensor maps as there, with boxes of KEYS
 // keys for k and v; with STAGED of the output too: dims (dim, token, head, batch), true sizes and strides, swizzle of 128 bytes, boxes
@@ -15,7 +15,7 @@ constexpr bool ROUNDED = SOFTCAP && MASK > 0;  // elsewhere issue slots are what
 // EARLY: what a block needs is asked for while its products run; plain attention takes longer that way. SEEDED: products of scores
 // begin with a mask's values, not with zeros. GUESSES: weights come before maxima, which are then seldom needed.
 constexpr bool EARLY = MASK > 0 || SOFTCAP > 0, SEEDED = SEEDS;
-constexpr bool GUESSES = !SOFTCAP && (MASK > 0 || GROUPS == 2);  // plain attention at 64 dims: see CONTRIBUTING.md
+constexpr bool GUESSES = !SOFTCAP && (MASK > 0 || DV > 64);  // plain attention at 64 dims: see CONTRIBUTING.md
 #include "hopper_prefill.cuh"
 
 constexpr int CHUNKS = DK / 64, COLUMNS = DV / 64;
@@ -27,6 +27,7 @@ constexpr int Q_FULL = 0, Q_EMPTY = 1, K_FULL = 2, K_EMPTY = K_FULL + K_STAGES, 
 constexpr int V_EMPTY = V_FULL + V_STAGES, MASK_FULL = V_EMPTY + V_STAGES;
 constexpr int MASK_EMPTY = MASK_FULL + MASK_STAGES, BARRIERS = MASK_EMPTY + MASK_STAGES;
 constexpr int BYTES = BARRIERS_AT + 8 * BARRIERS;
+constexpr int LOADERS = 15;  // a barrier of two warps
 constexpr int THREADS = 128 * (GROUPS + 1), ENTRY = GROUPS == 3 ? 128 : 168;  // registers of a thread
 constexpr int LOAD_REGISTERS = GROUPS == 3 ? 32 : MASK ? 40 : 24, REGISTERS = GROUPS == 3 ? 160 : MASK ? 232 : 240;
 static_assert(BYTES <= 232448, "shared memory of a block");
@@ -40,6 +41,7 @@ INLINE u32 barrier(u32 shared, int index) { return shared + BARRIERS_AT + 8 * in
 INLINE void load_keys(const Prefill& p, const TensorMap* q_map, const TensorMap* k_map, u32 shared) {
   Ring<K_STAGES> ring;
   Ring<1> q_ring;
+  bool first = true;
   each_tile(p, [&](const Tile& tile) {
     for (int block = tile.block; block >= 0; block = tile.seen(block - 1), ring.advance()) {
       u32 full = barrier(shared, K_FULL + ring.stage), to = shared + K_AT + ring.stage * K_BYTES;
@@ -58,15 +60,20 @@ INLINE void load_keys(const Prefill& p, const TensorMap* q_map, const TensorMap*
         arrive_expect(barrier(shared, Q_FULL), GROUPS * Q_BYTES);
         for (int i = 0; i < GROUPS; ++i) load_queries(shared + i * Q_BYTES, q_map, tile, i, barrier(shared, Q_FULL));
       }
+      if (first) copies_asked_for(LOADERS);
+      first = false;
     }
   });
 }
 
 INLINE void load_values(const Prefill& p, const TensorMap* v_map, u32 shared) {
   Ring<V_STAGES> ring;
+  bool first = true;
   each_tile(p, [&](const Tile& tile) {
     for (int block = tile.block; block >= 0; block = tile.seen(block - 1), ring.advance()) {
       u32 full = barrier(shared, V_FULL + ring.stage), to = shared + V_AT + ring.stage * V_BYTES;
+      if (first) wait_for_first_copies(LOADERS);
+      first = false;
       wait(barrier(shared, V_EMPTY + ring.stage), ring.parity ^ 1);
       if (elected()) {
         arrive_expect(full, V_BYTES);
@@ -83,7 +90,7 @@ INLINE void load_values(const Prefill& p, const TensorMap* v_map, u32 shared) {
 template <class F>
 INLINE void store_rows(const TensorMap* map, const Tile& tile, u32 shared, int group, int warp, int lane, F value) {
   u32 from = shared + O_AT + (4 * group + warp) * (COLUMNS * 2048);
-  stores_wait<true>();
+  stores_wait();
   __syncwarp();
 #pragma unroll
   for (int j = 0; j < DV / 16; ++j) {
@@ -241,11 +248,11 @@ INLINE void attend_role(const Prefill& p, const TensorMap* out_map, u32 shared, 
       values(before);
     }
     look_ahead();
+    float last[2], share[2];  // share: of the result before
+    softmax.finish(last, share, p, tile.batch, rows, lane % 4);
     products_wait<0>();
     settle(o);
     if (tile.block >= 0) release_v();
-    float last[2], share[2];  // share: of the result before
-    softmax.finish(last, share, p, tile.batch, rows, lane % 4);
     if constexpr (STAGED) {
       store_rows(out_map, tile, shared, group, warp, lane, [&](int i) { return o[i] * last[i / 2 % 2]; });
     } else {
@@ -254,18 +261,17 @@ INLINE void attend_role(const Prefill& p, const TensorMap* out_map, u32 shared, 
         write_row<DV>(p, tile, rows, r, 0, lane % 4, share[r], [&](int i) { return o[i] * last[r]; });
     }
   });
-  if (STAGED) stores_wait<false>();
+  if (STAGED) stores_wait();
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     prefill_narrow(const __grid_constant__ Prefill p, const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
             const __grid_constant__ TensorMap v_map, const __grid_constant__ TensorMap mask_map,
             const __grid_constant__ TensorMap out_map) {
-  wait_for_earlier_kernels();
-  let_later_kernels_start();
   u32 shared = shared_address(memory);
   int warp = __shfl_sync(~0u, (int)threadIdx.x / 32, 0);
-  if (threadIdx.x == 0) {
+  let_later_kernels_start();
+  if (threadIdx.x == 64) {  // of a warp that may have nothing else to do
     barrier_init(barrier(shared, Q_FULL), 1);
     barrier_init(barrier(shared, Q_EMPTY), 4 * GROUPS);
     for (int i = 0; i < K_STAGES; ++i) {
@@ -281,13 +287,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
       barrier_init(barrier(shared, MASK_EMPTY + i), 4 * GROUPS / MaskTile::PARTS);
     }
     fence_barrier_init();
+    prefetch(&q_map);
+    prefetch(&k_map);
+    prefetch(&v_map);
   }
-  __syncthreads();
   if (warp < 4) {
     registers<LOAD_REGISTERS, ENTRY>();
     if (warp == 0) load_keys(p, &q_map, &k_map, shared);
     if (warp == 1) load_values(p, &v_map, shared);
     if (MASK && warp >= 2) load_mask(p, &mask_map, shared + MASK_AT, barrier(shared, MASK_FULL), barrier(shared, MASK_EMPTY));
+    if (!MASK && warp >= 2) begin();
   } else {
     registers<REGISTERS, ENTRY>();
     attend_role(p, &out_map, shared, warp / 4 - 1);
