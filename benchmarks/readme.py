@@ -286,7 +286,8 @@ def _short(rows: list[dict]) -> str:
     for dims in dict.fromkeys(_dims(r) for r in few):
         ratios = sorted(r["cudnn_us"] / r["us"] for r in few if _dims(r) == dims)
         found.append(f"{dims}: {median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
-    return f"Short prompts, {tokens[0]} to {tokens[-1]:,} tokens, causal and in full, {heads} query and KV heads: cuDNN's time relative to ours, median (least to most) of each head_dim: {'; '.join(found)}."
+    about = f"Short prompts, {tokens[0]} to {tokens[-1]:,} tokens, causal and in full, {heads} query and KV heads"
+    return f"{about}: cuDNN's time relative to ours, median (least to most) of each head_dim: {'; '.join(found)}."
 
 
 def _dims(row: dict) -> str:

@@ -58,8 +58,8 @@ def best() -> None:
 
 
 def alone() -> None:
-    """One block takes all tiles, one after the other."""
-    with mock.patch.object(prefill, "_processors", lambda device: 1):
+    """One block takes all tiles, one after the other; those at 64 values are tall."""
+    with gpu.forced("tall"), mock.patch.object(prefill, "_processors", lambda device: 1):
         run("alone", CASES[3:])
 
 
