@@ -13,6 +13,7 @@ from .paged import PagedCache
 from .quant import Codec, Packed, dequantize, quantize
 from .reference import merge
 from .spec import AttentionSpec
+from .varlen import attend_varlen, attention_varlen
 from .view import KVView
 
 __version__ = "0.1.0"
@@ -29,6 +30,6 @@ def __getattr__(name: str):
 __all__ = [
     "BACKENDS", "FORMATS", "AttentionSpec", "BlockMap", "CacheConfig", "CacheFileError", "CapacityError", "Codec",
     "FallbackError", "FormatError", "GyroKVError", "KVCache", "KVFormat", "KVView", "LayerCache", "LayerPolicy",
-    "LayerShape", "Packed", "PagedCache", "Unsupported", "append", "attend", "attention", "dequantize", "explain", "merge",
-    "quantize",
+    "LayerShape", "Packed", "PagedCache", "Unsupported", "append", "attend", "attend_varlen", "attention",
+    "attention_varlen", "dequantize", "explain", "merge", "quantize",
 ]  # fmt: skip
