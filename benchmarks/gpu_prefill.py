@@ -1,12 +1,13 @@
 """Speed of prefill on a Hopper GPU beside PyTorch's kernels, FlashInfer's, FFPA's and ours for other GPUs,
 measured in one run.
 
-``python benchmarks/gpu_prefill.py`` writes ``results/gpu_prefill.json``. Five parts: ``attention`` (plain tensors, causal
-and full), ``few`` (short prompts beside cuDNN), ``feature`` (each optional part of a problem, as a share of the plain
-speed), ``window`` (what the visible tiles cost, beside those of the causal run), ``onto`` (a long packed cache). Times are
-medians of replayed CUDA graphs; what is compared with plain attention, and short prompts with cuDNN, take turns. FLOP are
-those of the visible keys. The workspace is what a call allocates beyond its output. A mask of each head's own is as large
-as the scores: beside it stands how long reading it takes at the speed at which the GPU copies memory.
+``python benchmarks/gpu_prefill.py`` writes ``results/gpu_prefill.json``. Six parts: ``attention`` (plain tensors, causal
+and full), ``few`` (short prompts beside cuDNN), ``behind`` (prompts in one tensor, by ``cu_seqlens``), ``feature`` (each
+optional part of a problem, as a share of the plain speed), ``window`` (what the visible tiles cost, beside those of the
+causal run), ``onto`` (a long packed cache). Times are medians of replayed CUDA graphs; what is compared with plain
+attention, and short prompts with cuDNN, take turns. FLOP are those of the visible keys. The workspace is what a call
+allocates beyond its output. A mask of each head's own is as large as the scores: beside it stands how long reading it takes
+at the speed at which the GPU copies memory.
 
 Before anything is timed, every kernel is compared with float64 on a small problem (the gate), in several processes, which
 also compile them; one that is wrong ends the run without a number.
@@ -36,7 +37,7 @@ from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from gyrokv import attend
+from gyrokv import attend, attention_varlen
 from gyrokv.backends import gpu
 from gyrokv.backends.gpu import shapes
 from gyrokv.cases import case
@@ -53,6 +54,7 @@ DIMS = ((64, 64), (128, 128), (256, 256), (512, 512), (576, 512))
 TOKENS, MIDDLE = (2048, 8192, 32768), 8192  # middle: of features and of kernels that are slow
 MORE = {(512, 512): (16384,)}  # tokens, beside those
 FEW_HEADS, FEW_TOKENS = ((16, 4), (32, 8), (8, 1)), (512, 1024, 2048, 4096)  # of problems with few tiles
+LENGTHS = ((1024,) * 8, (100, 300, 4000, 77, 1500, 2000, 64, 151))  # of prompts behind each other
 WINDOW = 1024
 LONG, QUERIES, LONG_HEADS, LONG_KV_HEADS = 65536, 4096, 32, 8  # the last queries of a long cache
 FORMATS = ("bf16", "q8_0", "turbo4", "turbo4/turbo2", "tq6", "tq8")
@@ -201,6 +203,25 @@ def few(dims: tuple[int, int], heads: tuple[int, int], tokens: int, causal: bool
     return {"part": "few", "dims": dims, "heads": heads, "tokens": tokens, "causal": causal, "us": us, "cudnn_us": cudnn}
 
 
+def behind(dims: tuple[int, int], lengths: tuple[int, ...]) -> dict:
+    """Causal attention of prompts behind each other in one tensor, in microseconds: ours, PyTorch's (K and V repeated per
+    query head) and ours of the same prompts as a padded batch, in turn."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    total, most = sum(lengths), max(lengths)
+    bounds = torch.tensor([0, *lengths], device="cuda").cumsum(0).to(torch.int32)
+    q, *kv = (normal(total, h, dims[0]) for h in (HEADS, KV_HEADS, KV_HEADS))
+    repeated = [x.repeat_interleave(HEADS // KV_HEADS, 1) for x in kv]
+    batch, *pair = (normal(len(lengths), h, most, dims[0]) for h in (HEADS, KV_HEADS, KV_HEADS))
+    calls = {
+        "us": lambda: attention_varlen(q, *kv, bounds, bounds, most, most, backend="gpu"),
+        "padded_us": lambda: attend(batch, KVView.of(*pair), backend="gpu"),
+    }
+    if dims[0] <= 256:
+        calls["torch_us"] = lambda: varlen_attn(q, *repeated, bounds, bounds, most, most, window_size=(-1, 0))
+    return {"part": "behind", "dims": dims, "lengths": lengths, **dict(zip(calls, in_turn(*calls.values())))}
+
+
 # -- features
 
 
@@ -291,6 +312,8 @@ def measured() -> list[dict]:
             add(attention(dims, tokens, is_causal))
     for problem in product(DIMS[:3], FEW_HEADS, FEW_TOKENS, (True, False)):
         add(few(*problem))
+    for dims, lengths in product(DIMS[:4], LENGTHS):
+        add(behind(dims, lengths))
     memory = gpu_stock.copy_ceiling(quick=True)["gb_s"] * 1e3
     for dims in DIMS[:4]:
         add(*featured(dims, memory))

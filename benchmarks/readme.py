@@ -245,7 +245,7 @@ def _prefill() -> list[str]:
     absent = [name for name, found in causal[0]["others"].items() if found == "not installed"]
     if absent:
         lines += ["", f"Not installed: {', '.join(absent)}."]
-    lines += ["", _short(record["rows"])]
+    lines += ["", _short(record["rows"]), "", _behind(record["rows"])]
     dims = list(dict.fromkeys(_dims(r) for r in features))
     lines += [
         "",
@@ -288,6 +288,21 @@ def _short(rows: list[dict]) -> str:
         found.append(f"{dims}: {median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
     about = f"Short prompts, {tokens[0]} to {tokens[-1]:,} tokens, causal and in full, {heads} query and KV heads"
     return f"{about}: cuDNN's time relative to ours, median (least to most) of each head_dim: {'; '.join(found)}."
+
+
+def _behind(rows: list[dict]) -> str:
+    """Prompts behind each other."""
+    found = [r for r in rows if r["part"] == "behind"]
+    texts = []
+    for lengths in dict.fromkeys(tuple(r["lengths"]) for r in found):
+        cells = []
+        for r in found:
+            if tuple(r["lengths"]) == lengths:
+                ratio = f", {r['torch_us'] / r['us']:.1f}x" if "torch_us" in r else ""
+                cells.append(f"{_dims(r)}: {r['us']:.0f} µs ({r['padded_us']:.0f}{ratio})")
+        texts.append(f"of {', '.join(map(str, lengths))} tokens {'; '.join(cells)}")
+    about = "Prompts behind each other (`attention_varlen`), causal: time (as a padded batch, speed relative to"
+    return f"{about} PyTorch's `varlen_attn`), {'. Prompts '.join(texts)}."
 
 
 def _dims(row: dict) -> str:

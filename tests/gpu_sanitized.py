@@ -1,6 +1,6 @@
 """A few small problems on a GPU, to be run under compute-sanitizer: see CONTRIBUTING.md. No test by itself.
 
-Arguments: the parts to run, of ``append best alone joined portable``; without any, all.
+Arguments: the parts to run, of ``append best alone joined portable behind``; without any, all.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from unittest import mock
 
 import torch
 
-from gyrokv import Codec, LayerCache
+from gyrokv import Codec, LayerCache, attend_varlen, attention_varlen
 from gyrokv.backends import gpu
 from gyrokv.backends.gpu import prefill, staging
 from gyrokv.cases import case
@@ -74,13 +74,24 @@ def joined() -> None:
     run("joined", CASES[5:])
 
 
+def behind() -> None:
+    """Sequences behind each other, one of them empty, one longer than it may be."""
+    for dim, k in ((64, "bf16"), (256, "bf16"), (512, "q8_0")):
+        bounds = torch.tensor([0, 70, 70, 300, 310], dtype=torch.int32, device="cuda")
+        q, *kv = (torch.randn(310, h, dim, device="cuda", dtype=BF16) for h in (8, 2, 2))
+        print("behind", dim, float(attention_varlen(q, *kv, bounds, bounds, 200, 230)[:70].float().abs().sum()), flush=True)
+        layer = LayerCache(Codec(k, dim), Codec(k, dim), batch=4, kv_heads=2, dtype=BF16, device="cuda")
+        view = gpu.append(layer, *(torch.randn(4, 2, 230, dim, device="cuda", dtype=BF16) for _ in "kv"))
+        print("of a cache", float(attend_varlen(q, view, bounds, 230).float().abs().sum()), flush=True)
+
+
 def append() -> None:
     layer = LayerCache(Codec("turbo4", 128), Codec("q8_0", 128), batch=2, kv_heads=2, dtype=BF16, device="cuda", capacity=64)
     x = torch.randn(2, 2, 5, 128, device="cuda", dtype=BF16)
     gpu.append(layer, x, x)
 
 
-PARTS = {part.__name__: part for part in (append, best, alone, joined, portable)}
+PARTS = {part.__name__: part for part in (append, best, alone, joined, portable, behind)}
 
 
 if __name__ == "__main__":

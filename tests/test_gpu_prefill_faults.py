@@ -58,7 +58,7 @@ FAULTS = (
           hopper("position_of(PACK > 1 ? 2 * warp : 2 * warp + r) + lane / 4;", "(2 * warp + r) * 8 % TURN + lane / 4;"),
           dict(causal=True)),
     Fault("queries_of_a_box_are_those_of_the_first",
-          hopper("sixtyfour * TURN + first, tile.head", "sixtyfour * TURN, tile.head"), {}),
+          hopper("sixtyfour * TURN + first), tile.head", "sixtyfour * TURN), tile.head"), {}),
     Fault("a_query_sees_the_key_after_its_own",
           shared("min(end, position) :", "min(end, position + 1) :"), dict(causal=True)),
     Fault("the_first_key_of_a_window_is_dropped",

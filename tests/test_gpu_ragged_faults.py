@@ -113,7 +113,7 @@ FAULTS = (
     Fault("shares are not sent", joined, "prefill.cu",
           "    store_shared(to.weights() + lane, before[0]);\n", "", joined=True, dim=512),
     Fault("heads share the log-sum-exp of the first", lambda s: not dense(s) and plain(s), "prefill.cuh",
-          " + rows.head[r] * p.lse_head + rows.row[r];", " + rows.row[r];"),
+          " + rows.head[r] * p.lse_head + tile.token(rows.row[r]);", " + tile.token(rows.row[r]);"),
 )  # fmt: skip
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gyrokv import BACKENDS, Codec, KVView, LayerCache, Unsupported, attend_varlen, attention_varlen, reference
+from gyrokv import BACKENDS, Codec, KVView, LayerCache, Unsupported, attend, attend_varlen, attention_varlen, reference
+from gyrokv.backends.gpu import nvrtc
+from gyrokv.cases import case
+from gyrokv.testing import inputs
 
 BF16 = torch.bfloat16
 LENGTHS = ((5, 5), (40, 70), (0, 3), (130, 300), (1, 128), (33, 10), (2, 0))  # of queries and of keys
@@ -107,7 +110,7 @@ def test_wrong_bounds_are_refused():
         (
             dict(cu_seqlens_q=bounds((5, 1, 2), "cpu")),
             ValueError,
-            "cu_seqlens_q is of 3 sequences, but the cache holds batch=2",
+            "cu_seqlens_q is of 3 sequences, but there are keys of batch=2",
         ),
         (dict(max_seqlen_q=4), ValueError, "max_seqlen_q=4 is less than 5 tokens of a sequence of q"),
         (dict(max_seqlen_k=8), ValueError, "max_seqlen_k=8 is less than 9 tokens of a sequence of k"),
@@ -122,6 +125,55 @@ def test_wrong_bounds_are_refused():
             attention_varlen(**(given | wrong))
 
 
+FAULTS = {  # in the sources of Hopper's prefill: a piece, there once, and what it becomes
+    "queries_are_those_of_the_sequence_before": ("prefill.cuh", "q_shift = end - p.q_len,", "q_shift = end - p.q_len - 1,"),
+    "rows_before_a_sequence_are_written": ("prefill.cuh", "(row < begin_row || ", "("),
+    "keys_begin_with_those_of_the_first": ("prefill.cuh", "load(0, key + tile.k_shift, 0);", "load(0, key, 0);"),
+    "keys_of_the_next_sequence_are_seen": ("prefill.cuh", "own_end = max(0, min(keys, p.kv_len)),", "own_end = p.kv_len,"),
+    "positions_are_those_of_the_longest": ("prefill.cuh", "own_first = own_end - p.q_len;", "own_first = p.first;"),
+    "a_tile_of_the_first_rows_is_left_out": ("prefill.cuh", "row + POSITIONS <= begin_of_rows()", "row < begin_of_rows()"),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("dim", (64, 512))
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_fault_is_noticed(fault, dim, backend_here):
+    backend_here("gpu")
+    data = packed(LENGTHS, (dim, dim), BF16, "cuda")
+    exact = alone(*data, causal=True)
+    assert_near(attention_varlen(*data, 130, 300, return_lse=True, backend="gpu"), exact, 8e-3)
+    with nvrtc.sources([FAULTS[fault]]), pytest.raises(AssertionError):
+        assert_near(attention_varlen(*data, 130, 300, return_lse=True, backend="gpu"), exact, 8e-3)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_every_fault_is_one_of_the_sources(fault):
+    with nvrtc.sources([FAULTS[fault]]):
+        assert nvrtc._sources() != nvrtc._files()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dims", [(64, 64), (128, 128), (256, 256), (512, 512)], ids=str)
+@pytest.mark.parametrize("k", ("bf16", "q8_0"))
+def test_many_queries_of_a_cache_on_the_gpu(k, dims, backend_here):
+    """Queries behind each other, keys in a batch, also in pages, of lengths that the device knows."""
+    backend_here("gpu")
+    for kind in (dict(lengths=True), dict(starts=True), dict(paged=True, lengths=True)):
+        sizes = dict(batch=3, q_heads=8, kv_heads=2, q_len=70, kv_len=700, dtype=BF16, causal=True, device="cuda")
+        data = inputs(case(k, "bf16", dims, **sizes, **kind))
+        counts = (70, 33, 1)
+        rows = torch.cat([data.q[b, :, 70 - n :].transpose(0, 1) for b, n in enumerate(counts)])
+        found = attend_varlen(rows, data.view, bounds(counts, "cuda"), 70, return_lse=True, backend="gpu")
+        out, lse = attend(data.q, data.view, return_lse=True, backend="gpu")
+        exact = (
+            torch.cat([out[b, :, 70 - n :].transpose(0, 1) for b, n in enumerate(counts)]).double(),
+            torch.cat([lse[b, :, 70 - n :] for b, n in enumerate(counts)], dim=1).double(),
+        )
+        assert_near(found, exact, 4e-3)
+
+
 @pytest.mark.gpu
 def test_what_does_not_fit_its_bounds_is_nan(backend_here):
     """Nobody waits for the GPU to read bounds, and nothing may be lost in silence."""
@@ -129,11 +181,15 @@ def test_what_does_not_fit_its_bounds_is_nan(backend_here):
     data = packed(((40, 70), (130, 300), (5, 5)), (64, 64), BF16, "cuda")
     right = attention_varlen(*data, 130, 300)
     queries, keys = attention_varlen(*data, 100, 300), attention_varlen(*data, 130, 290)
-    assert torch.isnan(queries[40:70]).all() and torch.isnan(keys[40:170]).all()
-    for found, rows in ((queries, slice(70, 175)), (keys, slice(170, 175)), (keys, slice(0, 40))):
-        assert float((found[rows].float() - right[rows].float()).norm() / right[rows].float().norm()) < 8e-3
-    short = attention_varlen(data[0], *data[1:3], data[3] - torch.tensor([0, 0, 0, 1], device="cuda"), data[4], 130, 300)
-    assert torch.isnan(short[-1]).all() and not torch.isnan(short[:-1]).any()
+    for found in (queries, keys):
+        assert torch.isnan(found[40:170]).all()
+        for rows in (slice(0, 40), slice(170, 175)):
+            assert float((found[rows].float() - right[rows].float()).norm() / right[rows].float().norm()) < 8e-3
+    for wild in (10**9, -5):
+        cu = data[3].clone()
+        cu[2] = wild
+        assert torch.isnan(attention_varlen(*data[:3], cu, data[4], 130, 300)[40:]).any()
+    assert torch.equal(attention_varlen(*data, 130, 300), right)
 
 
 def test_a_view_of_one_sequence_is_the_plain_one():

@@ -112,7 +112,9 @@ def attend(
     """
     view = kv.view() if isinstance(kv, LayerCache) else kv
     view.check_current()
-    _check_gradients(q, view)
+    sides = ((name, s) for segment in view.segments for name, s in (("k", segment.k.words), ("v", segment.v.words)))
+    for name, x in (("q", q), *sides):
+        check_gradients(**{name: x})
     spec = describe(
         q, view, causal=causal, window=window, scale=scale, softcap=softcap, mask=mask, alibi=alibi, sinks=sinks,
         block_map=block_map, fast=fast,
@@ -184,13 +186,11 @@ def describe(q: Tensor, view: KVView, *, mask=None, sinks=None, block_map=None, 
 _spec = lru_cache(maxsize=256)(AttentionSpec)  # all layers of a step have the same problem
 
 
-def _check_gradients(q: Tensor, view: KVView) -> None:
+def check_gradients(**tensors: Tensor) -> None:
     """Raise ValueError where autograd expects a gradient: kernels have none, and silence would look like zeros."""
-    if torch.is_grad_enabled():
-        sides = ((name, s) for segment in view.segments for name, s in (("k", segment.k.words), ("v", segment.v.words)))
-        for name, x in (("q", q), *sides):
-            if x.requires_grad:
-                raise ValueError(f"{name} requires grad, but attention over a cache has no gradient; use torch.no_grad()")
+    for name, x in tensors.items():
+        if x.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name} requires grad, but attention over a cache has no gradient; use torch.no_grad()")
 
 
 def _check_history(spec: AttentionSpec, view: KVView) -> None:

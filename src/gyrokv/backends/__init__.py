@@ -11,6 +11,8 @@ and, optionally, ``append(layer, k, v) -> KVView`` with ``why_not_append(layer) 
 values, lengths, pages) -> bool``, which is ``place.append_at`` or returns False before it wrote anything;
 ``attend_heads``, called in place of ``attend`` where there is one: it takes q and gives out as callers see them,
 ``[B, Hq, Tq, D]`` and ``[B, Hq, Tq, Dv]`` in q's dtype, and does or calls ``Codec.query`` and ``Codec.output`` itself;
+``attend_varlen(q, kv, bounds, spec, sinks)``, the same for queries (and keys) of sequences that lie behind each other
+(``varlen.py``), or None where it cannot;
 ``BOUND``: the relative error that tests allow (at most 2e-3) when the kernel itself rounds q or the weights below
 float32, and in its place ``BFLOAT16_BOUND`` (at most 2e-3) where q is bfloat16 and V holds no codes, ``FAST_BOUND`` (at
 most 3e-2) for problems with the feature ``fast``; ``how(spec) -> str``: which of its kernels runs a problem, and why;

@@ -21,7 +21,7 @@ from ...masks import BlockMap
 from ...quant import Codec, Packed
 from ...spec import AttentionSpec, features
 from ...view import KVView
-from . import calls, encode, nvrtc, plan, prefill, shapes, turn
+from . import calls, encode, nvrtc, plan, prefill, shapes, staging, turn
 from .prefill import forced
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "append_at",
     "attend",
     "attend_heads",
+    "attend_varlen",
     "forced",
     "missing",
     "name",
@@ -99,6 +100,27 @@ def attend(
     if shapes.why_not(spec):
         return calls.attend(q, view, spec, mask, sinks)
     return prefill.attend(q, view, spec, mask, block_map, sinks)
+
+
+def attend_varlen(
+    q: Tensor, kv: KVView | tuple[Tensor, Tensor, Tensor], bounds: Tensor, spec: AttentionSpec, sinks: Tensor | None
+) -> tuple[Tensor, Tensor] | None:
+    """Sequences behind each other in q ``[total_q, Hq, Dk]``, from ``bounds [B + 1]`` on, and in ``kv`` (k ``[total_k, Hkv,
+    Dk]``, v and their bounds) or not. As ``attend_heads``; None where queries and keys are not read where they lie."""
+    if shapes.why_not(spec) or not q.shape[0] or prefill.portable_room():
+        return None
+    q_bounds = bounds.to(torch.int32)
+    if isinstance(kv, KVView):
+        turned = kv.k_codec.query(q)
+        rows = staging.Rows(turned, kv, spec)
+        if not rows.keys:
+            return None
+        out, lse = prefill.attend_behind(turned, rows, spec, sinks, q_bounds)
+        return kv.v_codec.output(out).to(q.dtype), lse
+    k, v, k_bounds = kv
+    if not (k.shape[0] and staging.Behind.takes(k, v)):
+        return None
+    return prefill.attend_behind(q, staging.Behind(k, v, k_bounds.to(torch.int32), spec.kv_len), spec, sinks, q_bounds)
 
 
 def attend_heads(

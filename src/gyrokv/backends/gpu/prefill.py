@@ -34,6 +34,7 @@ class Prefill(ctypes.Structure):
         ("out", c_void_p), ("out_strides", c_int64 * 3), ("lse", c_void_p), ("lse_strides", c_int64 * 2),
         ("sinks", c_void_p), ("slopes", c_void_p), ("mask", c_void_p), ("mask_strides", c_int64 * 4), ("map", c_void_p),
         ("map_strides", c_int64 * 3), ("starts", c_void_p), ("lengths", c_void_p), ("lengths_batch", c_int64),
+        ("bounds", c_void_p), ("key_bounds", c_void_p), ("tokens", c_int64),
         ("pages", c_void_p), ("pages_batch", c_int64), ("slot", c_int), ("last_page", c_int), ("length", c_int),
         ("oldest", c_int), ("keep", c_int), ("origin", c_int), ("relative", c_int), ("kv_heads", c_int), ("groups", c_int),
         ("q_len", c_int), ("kv_len", c_int), ("tiles", c_int), ("section", c_int), ("pairs", c_int), ("causal", c_int),
@@ -127,6 +128,16 @@ def attend(
         return call.run()
 
 
+def attend_behind(
+    q: Tensor, rows: staging.Rows | staging.Behind, spec: AttentionSpec, sinks: Tensor | None, bounds: Tensor
+) -> tuple[Tensor, Tensor] | None:
+    """Attention of q ``[total, Hq, Dk]``, of which sequence b has those from ``bounds[b]`` on (int32 ``[B + 1]``): (out
+    ``[total, Hq, Dv]``, lse ``[Hq, total]``)."""
+    with torch.cuda.device(q.device):
+        out, lse = _Behind(q.transpose(0, 1)[None], rows, spec, sinks, bounds).run()
+        return out[0].transpose(0, 1), lse[0]
+
+
 @cache
 def _processors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -174,6 +185,7 @@ class _Call:
         types = *self.rows.types, out
         exact = self.scale <= 1.0 and math.frexp(self.scale)[0] == 0.5
         settings = dict(head_mask=own, boxed=boxed, exact=exact, mapped=self.block_map is not None)
+        settings["behind"] = isinstance(self, _Behind)
         settings["processors"] = {"tall": 0, "short": 2**31}.get(_forced, self.processors)
         return shape(self.spec, self.dims, types, mask, self.room, self.rows.pages, self.rows.clears, **settings)
 
@@ -200,9 +212,16 @@ class _Call:
                     self.launch(batches, heads, low, rows.first + first, count, k, v, out, lse)
         return out, lse
 
+    def piece(self, x: Tensor, batches: slice, heads: slice, low: int) -> Tensor:
+        """Of q ``[B, Hq, Tq, D]`` or results, ``step`` queries from ``low`` on."""
+        return x[batches, heads, low : low + self.step]
+
+    def bound(self, call: Prefill, batches: slice) -> None:
+        """What a call says of where sequences lie."""
+
     def queries(self, batches: slice, heads: slice, low: int) -> Tensor:
         """``step`` queries from ``low`` on as the kernel takes them: ``[b, h * groups, n, Dk]``."""
-        q = self.q[batches, heads, low : low + self.step]
+        q = self.piece(self.q, batches, heads, low)
         if not self.copied:
             return q
         return staging.narrowed(q, self.buffer[: q.numel()].view(q.shape), self.lowered, self.stream)
@@ -214,22 +233,23 @@ class _Call:
         """``step`` queries from ``low`` on of these sequences and KV heads, and ``keys`` keys from position ``first`` on."""
         spec, rows = self.spec, self.rows
         q_heads = slice(heads.start * spec.groups, heads.stop * spec.groups)
-        q = self.queries(batches, q_heads, low)
-        out, lse = (x[batches, q_heads, low : low + self.step] for x in (out, lse))
+        q, q_len = self.queries(batches, q_heads, low), min(self.step, spec.q_len - low)
+        out, lse = (self.piece(x, batches, q_heads, low) for x in (out, lse))
         made = self.shape(out.dtype)
-        tiles, pairs = -(-q.shape[2] // made.rows), q.shape[0] * q.shape[1] // spec.groups
+        tiles, pairs = -(-q_len // made.rows), len(range(spec.batch)[batches]) * len(range(spec.kv_heads)[heads])
         starts, lengths, lengths_batch = rows.ends(batches)
         call = Prefill(
             out=out.data_ptr(), out_strides=out.stride()[:3], lse=lse.data_ptr(), lse_strides=lse.stride()[:2],
             sinks=0 if self.sinks is None else self.sinks[q_heads].data_ptr(),
             slopes=0 if self.slopes is None else self.slopes[q_heads].data_ptr(), starts=starts, lengths=lengths,
             lengths_batch=lengths_batch, length=rows.view.length, oldest=rows.view.first, keep=rows.keep, origin=first,
-            relative=rows.relative, kv_heads=pairs // q.shape[0], groups=spec.groups, q_len=q.shape[2], kv_len=keys,
+            relative=rows.relative, kv_heads=len(range(spec.kv_heads)[heads]), groups=spec.groups, q_len=q_len, kv_len=keys,
             tiles=tiles,
             section=max(1, min(pairs, _SECTION // (keys * sum(self.dims) * 2))), pairs=pairs, causal=spec.causal,
             window=spec.window or 0, first=rows.view.length - spec.q_len + low - first, joined=first > rows.first,
             dv=self.dims[1], scale=self.scale, softcap=spec.softcap, v_scale=self.v_scale,
         )  # fmt: skip
+        self.bound(call, batches)
         at = batches.start, q_heads.start, low, first - rows.view.first
         if any(rows.pages):
             (segment,) = rows.view.segments
@@ -262,6 +282,33 @@ class _Call:
                 blocks = min(blocks, self.processors)
         kernel = nvrtc.kernel(made.kernel, made.defines, q.device.index, made.shared)
         kernel.launch((blocks, 1, 1), made.threads, self.stream, call, *where)
+
+
+class _Behind(_Call):
+    """Sequences behind each other in q ``[1, Hq, total, D]`` and in results. Of q there is one 16-bit copy, or none."""
+
+    def __init__(
+        self, q: Tensor, rows: staging.Rows | staging.Behind, spec: AttentionSpec, sinks: Tensor | None, bounds: Tensor
+    ):
+        self.bounds = bounds
+        super().__init__(q, rows, spec, None, None, sinks, 0)
+        self.step = spec.q_len
+        if self.copied:
+            room = torch.empty(q.shape[:3] + self.dims[:1], dtype=rows.types[0], device=q.device)
+            self.q, self.copied = staging.narrowed(q, room, self.lowered, self.stream), False
+
+    def results(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        _, heads, total, _ = self.q.shape
+        out = torch.empty((total, heads, self.dims[1]), dtype=dtype, device=self.q.device)
+        return out.transpose(0, 1)[None], torch.empty((1, heads, total), device=self.q.device)
+
+    def piece(self, x: Tensor, batches: slice, heads: slice, low: int) -> Tensor:
+        return x[:, heads]
+
+    def bound(self, call: Prefill, batches: slice) -> None:
+        call.bounds, call.tokens = self.bounds.data_ptr() + 4 * batches.start, self.q.shape[2]
+        if self.rows.bounds is not None:
+            call.key_bounds = self.rows.bounds.data_ptr() + 4 * batches.start
 
 
 def _at(t: Tensor, index: tuple[int, ...]) -> int:

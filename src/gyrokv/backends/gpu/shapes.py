@@ -41,6 +41,7 @@ class Shape:
     ragged: bool  # sequences have starts or lengths of their own
     pages: tuple[int, int]  # slots of a page of k and v where rows are read from pages, else 0
     clears: bool  # values that a sequence does not have are read
+    behind: bool = False  # sequences lie behind each other in q
     boxed: bool = False  # tiles of the mask come by a tensor map
     seeded: bool = False  # products of scores begin with the mask's values
     mapped: bool = False  # the mask has a block map
@@ -102,7 +103,7 @@ class Shape:
         go to memory from registers."""
         before, k, v, _ = self._parts
         size = self.groups * 128 * self.dv
-        staged = size and not self.mask and self.out_type != Q_TYPES[torch.float32]
+        staged = size and not (self.mask or self.behind) and self.out_type != Q_TYPES[torch.float32]
         return size if staged and before + size + 2 * (k + v) + _BARRIERS <= _SHARED else 0
 
     @property
@@ -134,7 +135,8 @@ class Shape:
             "HEAD_MASK": int(self.head_mask), "MASK_STAGES": self.mask_stages, "MASK_BOXES": int(self.boxed),
             "SEEDS": int(self.seeded), "MAPPED": int(self.mapped), "SOFTCAP": self.softcap,
             "ALIBI": int(self.alibi), "ANY_SCALE": int(self.any_scale),
-            "RAGGED": int(self.ragged), "CLEARS": int(self.clears), "K_PAGED": self.pages[0], "V_PAGED": self.pages[1],
+            "RAGGED": int(self.ragged), "BEHIND": int(self.behind), "CLEARS": int(self.clears), "K_PAGED": self.pages[0],
+            "V_PAGED": self.pages[1],
         }  # fmt: skip
         return tuple((names | own).items())
 
@@ -260,13 +262,13 @@ def _forms(dk: int, dv: int) -> list[tuple[tuple[str, int], ...]]:
 def shape(
     spec: AttentionSpec, dims: tuple[int, int], types: tuple[torch.dtype, ...], mask: int, room: int = 0,
     pages: tuple[int, int] = (0, 0), clears: bool = False, head_mask: bool = False, boxed: bool = False,
-    exact: bool = False, mapped: bool = False, processors: int = 0,
+    exact: bool = False, mapped: bool = False, processors: int = 0, behind: bool = False,
 ) -> Shape | Portable:  # fmt: skip
     """The kernel of a problem whose rows have ``dims`` values. ``types``: of k, v and the output; ``mask``: 0 for none;
     ``room``: 0 for Hopper's kernels, otherwise bytes of shared memory that a block of a portable one may have; ``pages``,
-    ``clears``, ``head_mask``, ``mapped``: see :class:`Shape`; ``boxed``: a tensor map can describe the mask; ``exact``: q
-    times the scale rounds nothing; ``processors``: among which tiles are dealt out, for tiles that suit their number. Block
-    maps do not know it: with them, and at 0, there is one tile for problems of a kind.
+    ``clears``, ``head_mask``, ``mapped``, ``behind``: see :class:`Shape`; ``boxed``: a tensor map can describe the mask;
+    ``exact``: q times the scale rounds nothing; ``processors``: among which tiles are dealt out, for tiles that suit their
+    number. Block maps do not know it: with them, and at 0, there is one tile for problems of a kind.
     """
     ragged = spec.starts or spec.lengths or clears
     if room:
@@ -281,7 +283,7 @@ def shape(
     made = Shape(dk, dv, groups, *(Q_TYPES[t] for t in types), mask, head_mask and pack > 1, pack, *features)
     seeded = mask == 1 or mask > 1 and exact and not made.alibi
     seeded = seeded and dv == 64 and not (softcap or made.any_scale)
-    return replace(made, boxed=boxed and made.keys * _SIZES[mask] >= 128, seeded=seeded, mapped=mapped)
+    return replace(made, boxed=boxed and made.keys * _SIZES[mask] >= 128, seeded=seeded, mapped=mapped, behind=behind)
 
 
 def _warpgroups(spec: AttentionSpec, dk: int, dv: int, pack: int, processors: int) -> int:

@@ -13,12 +13,13 @@ from collections.abc import Iterator
 from ctypes import c_float, c_int, c_int64, c_void_p
 from dataclasses import dataclass
 from functools import cache
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
 from ...formats import KVFormat, dense_format
-from ...quant import Packed, code_values, scale_divisor
+from ...quant import Codec, Packed, code_values, scale_divisor
 from ...spec import AttentionSpec
 from ...view import KVView, Segment
 from . import calls, nvrtc
@@ -159,6 +160,8 @@ class Rows:
         self.room = STAGED // copied if copied else 2**62
         self._buffers: dict[int, Tensor] = {}
 
+    bounds = None  # of sequences that lie behind each other: see Behind
+
     @property
     def ragged(self) -> bool:
         """Sequences have starts or lengths of their own."""
@@ -248,6 +251,31 @@ class Rows:
             return starts, 0, 0
         stride = int(self.lengths.shape[0] > 1)
         return starts, self.lengths.data_ptr() + 8 * stride * batches.start, stride
+
+
+class Behind:
+    """K and V ``[total, Hkv, D]`` of 16-bit values, where sequences lie behind each other, in place of :class:`Rows`.
+
+    ``bounds``: int32 ``[B + 1]``, their first tokens; ``most``: tokens of a sequence, at most.
+    """
+
+    ragged, relative, clears, pages, first, slot, keep, room, shifts = True, False, True, (0, 0), 0, 0, FAR, 2**62, (0, 0)
+
+    def __init__(self, k: Tensor, v: Tensor, bounds: Tensor, most: int) -> None:
+        self.sides = [x.transpose(0, 1)[None] for x in (k, v)]
+        self.codecs = tuple(Codec(dense_format(x.dtype), x.shape[2]) for x in (k, v))
+        self.types, self.keys, self.bounds = (k.dtype, v.dtype), most if k.shape[0] else 0, bounds
+        self.view = SimpleNamespace(length=most, first=0, v_codec=self.codecs[1])
+
+    @staticmethod
+    def takes(k: Tensor, v: Tensor) -> bool:
+        return k.dtype in DTYPES and v.dtype in DTYPES and all(mappable(x.transpose(0, 1)[None]) for x in (k, v))
+
+    def take(self, batches: slice, heads: slice, first: int, count: int, stream: int) -> list[Tensor]:
+        return [x[:, heads] for x in self.sides]
+
+    def ends(self, batches: slice) -> tuple[int, int, int]:
+        return 0, 0, 0
 
 
 def narrowed(x: Tensor, to: Tensor, lowered: int, stream: int) -> Tensor:

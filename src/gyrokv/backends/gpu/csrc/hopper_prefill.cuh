@@ -97,15 +97,16 @@ INLINE Rows rows_of(const Tile& tile, int sixtyfour, int warp, int lane) {
 INLINE void load_queries(u32 to, const TensorMap* map, const Tile& tile, int sixtyfour, u32 full) {
   for (int i = 0; i < DK / 64; ++i)
     for (int first = 0; first < TURN; first += RUN)
-      load_box(to + i * 8192 + first * PACK * 128, map, i * 64, tile.row + sixtyfour * TURN + first, tile.head, tile.batch, full);
+      load_box(to + i * 8192 + first * PACK * 128, map, i * 64, tile.token(tile.row + sixtyfour * TURN + first), tile.head,
+               tile.batch_of_rows(), full);
 }
 
 // A row of the output from column `first` on, by a quad of threads: value(4 j + 2 r + i) is column 8 j + 2 t + i of thread t's.
 // Of 16 bits, four threads trade columns, so that each writes 16 bytes: a store costs as much as the rows that it touches.
 template <int COLUMNS, class F>
 INLINE void write_row(const Prefill& p, const Tile& tile, const Rows& rows, int r, int first, int t, float before, F value) {
-  bool here = rows.row[r] < p.q_len;
-  i64 at = tile.batch * p.out_batch + rows.head[r] * p.out_head + rows.row[r] * p.out_token + first;
+  bool here = tile.has(p, rows.row[r]);
+  i64 at = tile.batch_of_rows() * p.out_batch + rows.head[r] * p.out_head + (i64)tile.token(rows.row[r]) * p.out_token + first;
   if constexpr (OUT_TYPE == 2) {
 #pragma unroll
     for (int j = 0; j < COLUMNS / 8; ++j) {
@@ -126,6 +127,20 @@ INLINE void write_row(const Prefill& p, const Tile& tile, const Rows& rows, int 
       if (here && first + column < p.dv) *(uint4*)((u16*)p.out + at + column) = make_uint4(x[0], x[1], x[2], x[3]);
     }
   }
+}
+
+// Results of tokens that have no row, because their sequence has more than q_len. By 128 threads.
+INLINE void spoil(const Prefill& p, const Tile& tile) {
+  if (!BEHIND || tile.row > 0) return;
+  for (i64 token = max((i64)tile.q_shift + tile.begin_row, 0LL); token < min((i64)tile.q_shift, p.tokens); ++token)
+    for (int head = tile.head; head < tile.head + PACK; ++head) {
+      i64 at = head * p.out_head + token * p.out_token;
+      for (int c = threadIdx.x % 128; c < p.dv; c += 128) {
+        if (OUT_TYPE == 2) ((float*)p.out)[at + c] = NO_NUMBER;
+        else ((u16*)p.out)[at + c] = 0x7FFF;
+      }
+      if (threadIdx.x % 128 == 0) p.lse[head * p.lse_head + token] = NO_NUMBER;
+    }
 }
 
 // A mask's tile in shared memory, as stored: rows of PITCH bytes, part c (16 bytes; 32 of floats, of which a quad of threads reads

@@ -3,7 +3,7 @@
 // bytes, or of 64 or 32 where lines of 128 do not fill a row, so that eight rows of one column meet in no bank.
 #pragma once
 constexpr int PACK = 1;
-constexpr bool SHIFTS = false, MAPPED = MASK > 0;
+constexpr bool SHIFTS = false, MAPPED = MASK > 0, BEHIND = false;
 #include "prefill.cuh"
 
 constexpr bool PLAIN = !SOFTCAP && MASK == 0 && !ANY_SCALE;

@@ -15,7 +15,8 @@
 // MASK_STAGES (1 or more with a mask), MASK_BOXES (1: a tensor map describes the mask, of which a block of keys has 128 bytes or
 // more), MAPPED (1: it has a map), HEAD_MASK (the heads of a KV head have masks of their own), SOFTCAP (2: at most 60, V of
 // bfloat16, no additive mask), ALIBI, ANY_SCALE (0: scale > 2^-60), RAGGED (1: sequences have starts or lengths of their own),
-// CLEARS (1: values that a sequence does not have are read too), K_PAGED, V_PAGED (slots of a page, a multiple of 16, where the
+// BEHIND (1, with RAGGED: sequences lie behind each other in q, and in k and v or not), CLEARS (1: values that a sequence does
+// not have are read too), K_PAGED, V_PAGED (slots of a page, a multiple of 16, where the
 // rows of tensor maps are [page, head, slot, dim]; or 0). Head sizes between multiples of 64 are padded by the tensor maps.
 //
 // Launch: grid at most the number of tiles, batches * q_heads / PACK * ceil(q_len * PACK / 64); block 512, shared memory BYTES:
@@ -206,7 +207,7 @@ INLINE void score_role(const Prefill& p, u32 shared) {
       send(to, softmax, w);
     }
     float last[2], before[2];
-    softmax.finish(last, before, p, tile.batch, rows, lane % 4);
+    softmax.finish(last, before, p, tile, rows, lane % 4);
     to.open(last[0], last[1], true);
     if (JOINS && p.joined && lane % 4 == 0) {  // in place of weights
       store_shared(to.weights() + lane, before[0]);
@@ -310,6 +311,7 @@ INLINE void value_role(const Prefill& p, u32 shared, int which) {
 #pragma unroll
     for (int r = 0; r < 2; ++r)
       write_row<COLUMNS>(p, tile, rows, r, which * COLUMNS_A, lane % 4, share[r], [&](int i) { return o.at(i); });
+    if (BEHIND && which == 0) spoil(p, tile);
   });
 }
 

@@ -1,8 +1,9 @@
 // What the prefill kernels share: arguments, the order of tiles, which keys a row sees, the running softmax.
 // They define ROWS (of a tile), SPAN (keys of a block that one warp scores), ROUNDED (normalise by the sum of the weights that
 // values are multiplied by: a weight that stands alone need not be 1, and rounding it would count), SHIFTS (the blocks of a tile
-// begin with the first key that it sees, not with a multiple of KEYS), MAPPED (a mask may have a map) and PACK (1, 2 or 4 heads
-// of one KV head): a tile holds the queries of POSITIONS positions in each of PACK heads.
+// begin with the first key that it sees, not with a multiple of KEYS), MAPPED (a mask may have a map), BEHIND (RAGGED: queries of
+// sequences lie behind each other) and PACK (1, 2 or 4 heads of one KV head): a tile holds the queries of POSITIONS positions in
+// each of PACK heads.
 #pragma once
 #include "ptx.cuh"
 
@@ -20,6 +21,8 @@ struct Prefill {
   const i64* starts;   // RAGGED: [B], the first position of each sequence; or null
   const i64* lengths;  // RAGGED: [B or 1], tokens of each sequence, in place of length; or null
   i64 lengths_batch;
+  const int *bounds, *key_bounds;  // BEHIND: [B + 1], tokens of each sequence in q; in k and v, or null where they have a batch
+  i64 tokens;                      // BEHIND: of q
   const int* pages;    // K_PAGED, V_PAGED: [B, pages_batch], the page of each so many slots, or null
   i64 pages_batch;
   int slot, last_page;  // slot of key 0, a multiple of 128; no table has more pages
@@ -33,6 +36,7 @@ struct Prefill {
 };
 
 #define INFINITE __int_as_float(0x7F800000)
+#define NO_NUMBER __int_as_float(0x7FFFFFFF)  // its halves are no numbers either
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 constexpr float SLACK = 8.0f;  // log2 by which scores may pass the reference before the output is rescaled
 constexpr float NOTHING = -3e38f;  // reference of a row that has seen no key: less than any, and -inf - NOTHING is -inf
@@ -56,6 +60,8 @@ struct Tile {
   int batch, head, kv_head, row, block;  // head, row: first of the tile; block: last that is seen, or -1
   int stop, shift;                       // the first block, key 0 of block 0
   int own_first, own_begin, own_end;     // RAGGED
+  int begin_row, q_shift, k_shift;       // BEHIND: the first row that there is; from rows and keys to tokens
+  bool fits;                             // BEHIND: in q_len rows and kv_len keys; else results are NaN
   const u8* map;
   i64 map_head;
 
@@ -70,15 +76,33 @@ struct Tile {
     head = kv_head * p.groups + (inner - own * packs) * PACK;
     int tile = p.tiles - 1 - order;  // the longest rows of a causal problem first
     row = tile * POSITIONS;
-    if (RAGGED) own_keys(p);
+    if (RAGGED && !(BEHIND && p.key_bounds)) own_keys(p);
+    if (BEHIND) own_tokens(p);
     int last = end(p) - 1, low = begin();
     if (p.causal || p.window) last = min(last, min(row + POSITIONS, p.q_len) - 1 + first(p));
     if (p.window) low = max(low, row + first(p) - p.window + 1);
     stop = SHIFTS ? 0 : low / KEYS, shift = SHIFTS ? low : 0;
     map = MAPPED && p.map ? p.map + batch * p.map_batch + head * p.map_head + tile * p.map_row : nullptr;
     map_head = p.map_head;
-    block = seen(last < low ? -1 : (last - shift) / KEYS);
+    block = seen(last < low || row + POSITIONS <= begin_of_rows() ? -1 : (last - shift) / KEYS);
   }
+  // Sequences end in the same row, whatever their length.
+  INLINE void own_tokens(const Prefill& p) {
+    int end = p.bounds[batch + 1], rows = end - p.bounds[batch];
+    begin_row = p.q_len - rows, q_shift = end - p.q_len, k_shift = 0;
+    fits = rows >= 0 && rows <= p.q_len;
+    if (!p.key_bounds) return;
+    int keys = p.key_bounds[batch + 1] - p.key_bounds[batch];
+    fits = fits && keys >= 0 && keys <= p.kv_len;
+    k_shift = p.key_bounds[batch], own_begin = 0, own_end = max(0, min(keys, p.kv_len)), own_first = own_end - p.q_len;
+  }
+  INLINE int begin_of_rows() const { return BEHIND ? begin_row : 0; }
+  INLINE bool has(const Prefill& p, int row) const {
+    if (BEHIND && (row < begin_row || (u64)(i64)token(row) >= (u64)p.tokens)) return false;  // whatever bounds say
+    return row < p.q_len;
+  }
+  INLINE int token(int row) const { return BEHIND ? row + q_shift : row; }  // of q and of results
+  INLINE int batch_of_rows() const { return BEHIND ? 0 : batch; }
   // Key 0 has position origin. In a sequence that is shorter than length by `missing`, queries lie that much earlier, and so do
   // keys that are relative to the end: what a window sees is then in the same keys for all sequences.
   INLINE void own_keys(const Prefill& p) {
@@ -115,7 +139,8 @@ constexpr int common(int a, int b) { return b ? common(b, a % b) : a; }
 template <int TOKENS, int PAGED, class F>
 INLINE void each_box(const Prefill& p, const Tile& tile, int key, F load) {
   if constexpr (PAGED == 0) {
-    load(0, key, tile.batch);
+    if (BEHIND && p.key_bounds) load(0, key + tile.k_shift, 0);
+    else load(0, key, tile.batch);
   } else {
     const int* pages = p.pages + tile.batch * p.pages_batch;
 #pragma unroll
@@ -221,14 +246,15 @@ struct Sums {
 
   // after the last block: what the output is multiplied by, and the result that it joins; lse. A result over other keys is
   // a sink that has a value. Without branches, for nothing else may be left to do meanwhile.
-  INLINE void finish(float (&last)[2], float (&before)[2], const Prefill& p, int batch, const Rows& rows, int t) {
+  INLINE void finish(float (&last)[2], float (&before)[2], const Prefill& p, const Tile& tile, const Rows& rows, int t) {
     float *lse[2], old[2];
 #pragma unroll
-    for (int r = 0; r < 2; ++r) lse[r] = p.lse + batch * p.lse_batch + rows.head[r] * p.lse_head + rows.row[r];
+    for (int r = 0; r < 2; ++r)
+      lse[r] = p.lse + tile.batch_of_rows() * p.lse_batch + rows.head[r] * p.lse_head + tile.token(rows.row[r]);
     bool joins = JOINS && p.joined;
     if (joins) {
 #pragma unroll
-      for (int r = 0; r < 2; ++r) old[r] = rows.row[r] < p.q_len ? *lse[r] * LOG2E : -INFINITE;
+      for (int r = 0; r < 2; ++r) old[r] = tile.has(p, rows.row[r]) ? *lse[r] * LOG2E : -INFINITE;
       __syncwarp();  // lanes that read a row's lse before one of them writes it
     }
 #pragma unroll
@@ -245,7 +271,9 @@ struct Sums {
       float inverse = inverse_fast(ROUNDED ? __fmaf_rn(own, here, there) : all);
       last[r] = sum > 0.0f ? here * inverse * p.v_scale : 0.0f;
       before[r] = joins && all > 0.0f ? there * inverse : 0.0f;
-      if (t == 0 && rows.row[r] < p.q_len) *lse[r] = all > 0.0f ? (most + log2_fast(all)) * LN2 : -INFINITE;
+      float result = all > 0.0f ? (most + log2_fast(all)) * LN2 : -INFINITE;
+      if (BEHIND && !tile.fits) last[r] = result = NO_NUMBER;
+      if (t == 0 && tile.has(p, rows.row[r])) *lse[r] = result;
     }
   }
 };

@@ -31,6 +31,7 @@ constexpr int LOADERS = 15;  // a barrier of two warps
 constexpr int THREADS = 128 * (GROUPS + 1), ENTRY = GROUPS == 3 ? 128 : 168;  // registers of a thread
 constexpr int LOAD_REGISTERS = GROUPS == 3 ? 32 : MASK ? 40 : 24, REGISTERS = GROUPS == 3 ? 160 : MASK ? 232 : 240;
 static_assert(BYTES <= 232448, "shared memory of a block");
+static_assert(!(BEHIND && STAGED), "a box of results may hold rows of the sequence before");
 static_assert(DV % 64 == 0 && DV <= 256, "columns of the output");
 
 extern __shared__ __align__(1024) char memory[];
@@ -249,7 +250,7 @@ INLINE void attend_role(const Prefill& p, const TensorMap* out_map, u32 shared, 
     }
     look_ahead();
     float last[2], share[2];  // share: of the result before
-    softmax.finish(last, share, p, tile.batch, rows, lane % 4);
+    softmax.finish(last, share, p, tile, rows, lane % 4);
     products_wait<0>();
     settle(o);
     if (tile.block >= 0) release_v();
@@ -260,6 +261,7 @@ INLINE void attend_role(const Prefill& p, const TensorMap* out_map, u32 shared, 
       for (int r = 0; r < 2; ++r)
         write_row<DV>(p, tile, rows, r, 0, lane % 4, share[r], [&](int i) { return o[i] * last[r]; });
     }
+    if (BEHIND && group == 0) spoil(p, tile);
   });
   if (STAGED) stores_wait();
 }

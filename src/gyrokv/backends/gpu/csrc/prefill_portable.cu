@@ -150,7 +150,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
   for (int m = 0; m < TALL; ++m) {
     float last[2], before[2];
-    softmax[m].finish(last, before, p, tile.batch, rows_of(tile, row + 16 * m), lane % 4);
+    softmax[m].finish(last, before, p, tile, rows_of(tile, row + 16 * m), lane % 4);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       int at_row = row + 16 * m + 8 * r;

@@ -236,7 +236,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
       for (int r = 0; r < 2; ++r)
         softmax[m].total[r] = t == 0 ? load_shared_f32(tops(0, own + 16 * m + 8 * r)) + load_shared_f32(tops(1, own + 16 * m + 8 * r)) : 0.0f;
-      softmax[m].finish(last, before, p, tile.batch, rows_of(tile, tile.row + own + 16 * m), t);
+      softmax[m].finish(last, before, p, tile, rows_of(tile, tile.row + own + 16 * m), t);
 #pragma unroll
       for (int r = 0; r < 2; ++r)
         if (t == 0) store_shared(factors(own + 16 * m + 8 * r), last[r]), store_shared(tops(0, own + 16 * m + 8 * r), before[r]);
