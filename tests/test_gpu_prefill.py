@@ -161,7 +161,7 @@ def test_pieces_change_nothing_but_rounding(pair, settings, kernels, backend_her
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("pair", product(("bf16", "q8_0", "turbo3"), ("bf16", "turbo4", "tq8")))
+@pytest.mark.parametrize("pair", list(product(("bf16", "q8_0", "turbo3"), ("bf16", "turbo4", "tq8"))))
 @pytest.mark.parametrize("kernels", ["best", "portable"], indirect=True)
 def test_a_query_alone_is_the_query_among_many(pair, kernels, backend_here):
     """Prefill and decode must agree for every pair of formats: the last query of many, and the same query alone."""
