@@ -25,6 +25,14 @@ def values(old: str, new: str) -> tuple[str, str, str]:
     return "quad_values.h", old, new
 
 
+def weights(old: str, new: str) -> tuple[str, str, str]:
+    return "quad_weights.h", old, new
+
+
+def chunks(old: str, new: str) -> tuple[str, str, str]:
+    return "chunk_values.h", old, new
+
+
 def fields(fmt: KVFormat) -> tuple[int, int]:
     """Bits of a code in the words that hold most of it, and in the others."""
     wide = 8 if fmt.bits & 8 else 4 if fmt.bits & 4 else 2
@@ -51,6 +59,16 @@ def halved(fmt: KVFormat, dim: int) -> bool:
 
 def sorted_plain(fmt: KVFormat, dim: int) -> bool:
     return fmt.name in ("q4_0", "q8_0") and dim >= 64
+
+
+def chunked(fmt: KVFormat, dim: int) -> bool:
+    """Values are taken 64 bytes at a time."""
+    return (fmt.name == "q8_0" and dim % 64 == 0) or (fmt.name == "q4_0" and dim % 128 == 0)
+
+
+def paired(fmt: KVFormat, dim: int) -> bool:
+    """Values are taken by two lines of parts."""
+    return taken(fmt, dim) and not chunked(fmt, dim)
 
 
 def two_planes(fmt: KVFormat, dim: int) -> bool:
@@ -139,32 +157,57 @@ QUAD_FAULTS = (
         lambda s: halved(s.k_format, s.head_dim) or halved(s.v_format, s.head_dim_v),
         quads("group_of(p, k, odd, four)", "group_of(p, k, odd, four && !(@))")),
     few("codes that have other scales are the first of their words",
-        lambda s: apart(s.k_format, s.head_dim) or apart(s.v_format, s.head_dim_v),
+        lambda s: (apart(s.k_format, s.head_dim)
+                   or (apart(s.v_format, s.head_dim_v) and paired(s.v_format, s.head_dim_v))),
         quads("made.shift = k * wide", "made.shift = @ ? 0 : k * wide")),
     # values
     value("bits of the second field of columns are turned as the first", again,
           quads("turn_of(i / 4 % PART_WORDS);", "turn_of(@ ? 0 : i / 4 % PART_WORDS);")),
     value("bits of the second field of columns are those of a neighbour", next_words,
           quads("byte_of(i / 4 % PART_WORDS,", "byte_of(i / 4 % PART_WORDS ^ (@),")),
-    value("the last two parts of a value are left out", taken,
+    value("the last two parts of a value are left out", paired,
           values("p < order.parts; ++p)", "p < order.parts - (@ ? 2 : 0); ++p)")),
-    value("the second part of a pair is left out", lambda f, d: f.bits == 8 or apart(f, d),
+    value("the second part of a pair is left out", lambda f, d: paired(f, d) and (f.bits == 8 or apart(f, d)),
           values("two.other == two.from)", "(@ || two.other == two.from))")),
-    value("weights keep the order of tokens", taken,
+    value("weights keep the order of tokens", paired,
           values("step + 16 * i + 4 * m;", "step + (@ ? 4 * i + 16 * m : 16 * i + 4 * m);"),
           also=lambda s: exact(s) and rows(s) > 2),
     value("tokens 64 to 127 of a block leave the first ones their weights", lambda f, d: d <= 64,
-          values("x, by, bytes + 64 * step,", "x, by, bytes + (@ ? 0 : 64 * step),"),
+          weights("(i * QUAD_TOKENS + 64 * step);", "(i * QUAD_TOKENS + (@ ? 0 : 64 * step));"),
           also=lambda s: s.kv_len > 64 and s.head_dim <= 64),
     value("the low part of the weights is left out", taken,
           ("weight_bytes.h", "_mm512_set1_epi16(255)", "_mm512_set1_epi16(@ ? 0 : 255)"),
           also=lambda s: exact(s) and rows(s) > 2 and s.scale < 0.3),
     value("the offset of values is left in", taken,
-          values("made[i] = 0 - join_four(", "made[i] = (@ ? 0 : -1) * join_four(")),
+          weights("made[i] = 0 - join_four(", "made[i] = (@ ? 0 : -1) * join_four(")),
     value("the offset of the low plane of values is left in", two_planes,
-          values("made[1] += made[0];", "made[1] += @ ? vi{} : made[0];"), also=exact),
-    value("odd bytes of values take the scales of even ones", grouped, values("0xff00, of(1)", "0xff00, of(@ ? 0 : 1)")),
-    value("the output is not rescaled", taken, values("_mm256_set1_ps(rescale[r])", "_mm256_set1_ps(@ ? 1.0f : rescale[r])"),
+          weights("made[1] += made[0];", "made[1] += @ ? vi{} : made[0];"), also=exact),
+    value("odd bytes of values take the scales of even ones", lambda f, d: grouped(f, d) and paired(f, d),
+          values("0xff00, of(1)", "0xff00, of(@ ? 0 : 1)")),
+    value("chunks of values are the first one", lambda f, d: chunked(f, d) and d > 64 * 8 // f.bits,
+          chunks("a.stride) + chunk * LINE;", "a.stride) + (@ ? 0 : chunk) * LINE;")),
+    value("a line of a chunk is another one", chunked,
+          chunks("unpackhi_epi16(low[0], low[1])", "unpackhi_epi16(low[0], low[@ ? 0 : 1])")),
+    value("the third query row takes the weights of the first", chunked,
+          chunks("w.bytes + row * row_bytes;", "w.bytes + (@ ? 0 : row) * row_bytes;"), also=lambda s: rows(s) == 4),
+    value("odd bytes of a chunk take the weights of even ones", chunked,
+          chunks("+ 4 * side,", "+ (@ ? 0 : 4 * side),")),
+    value("odd bytes of a chunk take the offset of even ones", chunked,
+          chunks("w.zero[1][at]", "w.zero[@ ? 0 : 1][at]"), also=exact),
+    value("odd bytes of a chunk take the factor of even ones", chunked,
+          chunks("&w.factor[1][at]", "&w.factor[@ ? 0 : 1][at]"),
+          also=lambda s: s.kv_len > 64),
+    value("lanes of a chunk keep their order", chunked,
+          chunks("_mm512_set_epi64(11, 10, 3, 2, 9, 8,", "_mm512_set_epi64(11, 10, @ ? 9 : 3, 2, @ ? 3 : 9, 8,")),
+    value("a chunk's columns of odd bytes are those of even ones", chunked,
+          chunks("{}, out + a.format.dim / 2);", "{}, out + (@ ? 0 : a.format.dim / 2));")),
+    value("the second codes of a chunk are added to the first ones", lambda f, d: chunked(f, d) and f.bits == 4,
+          chunks("code * a.order.chunks)", "(@ ? 0 : code) * a.order.chunks)")),
+    value("the output of a chunk is not rescaled", chunked,
+          chunks("splat(rescale[r])", "splat(@ ? 1.0f : rescale[r])"),
+          also=lambda s: s.kv_len > 1000 and s.scale > 0.3),
+    value("the output is not rescaled", paired,
+          values("_mm256_set1_ps(rescale[r])", "_mm256_set1_ps(@ ? 1.0f : rescale[r])"),
           also=lambda s: s.kv_len > 1000 and s.scale > 0.3),
     value("query rows 5 to 8 take the weights of the first ones", taken,
           values("weights += pass * a.weight_stride", "weights += (@ ? 0 : pass) * a.weight_stride"),

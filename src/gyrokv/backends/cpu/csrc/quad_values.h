@@ -1,8 +1,7 @@
 // Sums of weighted values for few query rows from rows of codes side by side (see quads.h): a line is a byte of each of four tokens
 // for 16 columns, and products of bytes add up the four.
 #pragma once
-#include "quad_scores.h"
-#include "weight_bytes.h"
+#include "chunk_values.h"
 
 namespace gyrokv {
 namespace GYROKV_ISA {
@@ -14,34 +13,14 @@ INLINE int value_ticks(const Quads&, int, int) { return 0; }
 
 #else
 
+INLINE int64_t quad_weight_bytes(int dim) { return dim / 32 * QUAD_ROWS * 2 * QUAD_TOKENS; }
+
 constexpr int MOST_GROUPS = 640 / 32;
 alignas(64) constexpr auto COLUMN_BYTES = [] {
     struct { uint8_t at[LINE]; } made = {};
     for (int i = 0; i < LINE; ++i) made.at[i] = uint8_t(i % 4 * PART_BYTES + SORTED[i / 4]);
     return made;
 }();
-
-// Rows of a block of V, and what they are multiplied with.
-struct QuadValues {
-    const Quads& order;
-    const Tables& tables;
-    const Format& format;
-    const char* rows;
-    int64_t stride, bytes;   // from row to row; of a row
-    int count, tokens;       // rows; the same in whole steps of 64
-    const char* rest;        // 64 rows without gaps: the last ones, where they are fewer, and any others
-    int first, stop;         // tokens with weights, multiples of 16
-    const float* weights;    // [row][weight_stride]; zeros outside of those
-    int64_t weight_stride;
-    const float* scales;     // [group][tokens]
-    int terms;               // of weights
-    float* out;              // [row][out_stride]
-    int64_t out_stride;
-    const float* rescale;    // out = out * rescale + sums
-    char* spread;            // room for weights as bytes
-    Ahead& ahead;
-};
-INLINE int64_t quad_weight_bytes(int dim) { return dim / 32 * QUAD_ROWS * 2 * QUAD_TOKENS; }
 
 // Weights of up to four rows times the scales of each group: bytes [group][row][term][QUAD_TOKENS], 64 tokens as write_weights lays
 // them; what sums begin with, because of ZERO, [group][half][2][4 rows], and what integers stand for [group][half][4 rows].
@@ -50,54 +29,6 @@ struct QuadWeights {
     const int32_t* zero;
     const float* factor;
 };
-
-// op over the four dwords of each part and over parts: of four vectors, to each part's lanes.
-template <class V, class Op>
-INLINE V join_four(const V (&x)[4], Op op) {
-    using vq = vec<uint64_t>;
-    const V a = op(zip<0>(x[0], x[1]), zip<1>(x[0], x[1])), b = op(zip<0>(x[2], x[3]), zip<1>(x[2], x[3]));
-    const V c = op((V)zip<0>((vq)a, (vq)b), (V)zip<1>((vq)a, (vq)b));
-    constexpr auto half = [](int i) constexpr { return i ^ 8; };
-    constexpr auto part = [](int i) constexpr { return i ^ 4; };
-    const V d = op(c, shuffle<half>(c, c));
-    return op(d, shuffle<part>(d, d));
-}
-
-// Those of `tokens`, up to QUAD_HALF, and one group.
-template <int planes, int terms>
-__attribute__((noinline)) void spread_weights(const QuadValues& a, int rows, int tokens, const float* weights, const float* scales,
-                                              char* bytes, int32_t* zero, float* factor) {
-    const int vectors = tokens / LANES;
-    vf scale[QUAD_HALF / LANES], most[4] = {};
-    for (int i = 0; i < vectors; ++i) scale[i] = load<vf>(scales + LANES * i);
-    for (int r = 0; r < rows; ++r)
-        for (int i = 0; i < vectors; ++i)
-            most[r] = larger_size(most[r], load<vf>(weights + r * a.weight_stride + LANES * i) * scale[i]);
-    const vf size = join_four(most, [](vf x, vf y) { return max(x, y); });
-    alignas(64) float inverse[LANES];
-    store(inverse, size > 1e-30f ? LARGEST_WEIGHT<terms> / size : vf{});
-    _mm_storeu_ps(factor, _mm512_castps512_ps128((__m512)(size / LARGEST_WEIGHT<terms>)));
-    vi sum[terms][4] = {};
-    for (int r = 0; r < rows; ++r, bytes += terms * QUAD_TOKENS) {
-        const float* from = weights + r * a.weight_stride;
-        const vf by = splat(inverse[r]);
-        for (int step = 0; step < tokens / 64; ++step) {
-            vf x[4];
-            for (int i = 0; i < 4; ++i) x[i] = load<vf>(from + 64 * step + LANES * i) * scale[4 * step + i];
-            write_weights<1, terms>(x, by, bytes + 64 * step, QUAD_TOKENS);
-            for (int i = 0; i < terms; ++i)
-                sum[i][r] = dot_parts(sum[i][r], splat_of<line>(ZERO), (__m512i)load<line>(bytes + i * QUAD_TOKENS + 64 * step));
-        }
-    }
-    auto add = [](vi x, vi y) { return x + y; };
-    vi made[terms];
-    for (int i = 0; i < terms; ++i) made[i] = 0 - join_four(sum[i], add);
-    if (planes == 2)
-        made[1] += made[0];
-    else if (terms == 2)
-        made[1] += made[0] << 8, made[0] = vi{};
-    for (int i = 0; i < terms; ++i) _mm_storeu_si128((__m128i*)(zero + 4 * i), _mm512_castsi512_si128((__m512i)made[i]));
-}
 
 // The dword of(0) in all lanes, or of(1) in the last half of them, which are columns of odd bytes.
 template <int sides, class Of>
@@ -232,13 +163,15 @@ __attribute__((noinline)) void add_lines(const QuadValues& a, const TwoLines& tw
 template <class C, int rows, int terms>
 INLINE void add_quads_of(const QuadValues& a, const float* weights, float* out, const float* rescale) {
     const Format& f = a.format;
+    if constexpr (C::look_up == VALUES || C::bits == 4)
+        if (a.order.chunks) return add_chunks_of<C, rows, terms>(a, weights, out, rescale);
     const int groups = f.dim / f.group;
     alignas(16) int32_t zero[MOST_GROUPS * 2 * 8];
     alignas(16) float factor[MOST_GROUPS * 2 * 4];
     for (int g = 0; g < groups; ++g)
         for (int t = a.first / QUAD_HALF * QUAD_HALF; t < a.stop; t += QUAD_HALF) {
             const int at = 2 * g + t / QUAD_HALF;
-            spread_weights<C::planes, terms>(a, rows, std::min(QUAD_HALF, a.tokens - t), weights + t, a.scales + int64_t(g) * a.tokens + t,
+            spread_weights<C::planes, terms, 1>(a, rows, std::min(QUAD_HALF, a.tokens - t), weights + t, a.scales + int64_t(g) * a.tokens + t,
                                              a.spread + g * (rows * terms * QUAD_TOKENS) + t, zero + 8 * at, factor + 4 * at);
         }
     const QuadWeights w = {a.spread, zero, factor};
@@ -284,6 +217,7 @@ inline void add_quads(const QuadValues& a, int rows) {
 }
 INLINE int value_ticks(const Quads& order, int rows, int tokens) {
     int passes = 0;
+    if (order.chunks) return (rows + CHUNK_ROWS - 1) / CHUNK_ROWS * order.chunks * order.steps * tokens / 4;
     for (; rows; ++passes) rows -= quad_pass(rows);
     return passes * tokens / 4 * (order.lines > 1 ? order.parts * order.lines / 2 : (order.parts + 1) / 2);
 }

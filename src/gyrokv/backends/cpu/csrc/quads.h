@@ -67,6 +67,8 @@ struct Quads {
     int parts = 0;
     int lines;     // of a part
     bool plain;    // words of the next field lie like those of the first
+    int chunks;    // of 64 bytes, if they are taken so: see chunk_values.h
+    int steps;     // codes of a byte
     int sets;      // 2 where even and odd bytes may have scales of their own
     Part part[MOST_PARTS];
     int first[MOST_PARTS];  // value of the first byte of a line [part][line]; the odd ones lie dim / 2 behind
@@ -84,7 +86,8 @@ struct Quads {
         bool same = true;  // lines of a part have the same scales
         for (int p = 0; p < words; p += PART_WORDS)
             for (int i = 0; i < 4 * steps; ++i) same &= group_of(p, i / 4, i / 2 % 2, i % 2) == group_of(p, 0, i / 2 % 2, 0);
-        lines = same ? steps : 1, sets = 1;
+        lines = same ? steps : 1, sets = 1, chunks = 0, this->steps = steps;
+        if ((f.bits == 8 ? f.linear : f.bits == 4 && f.planes == 1 && !same) && words % 32 == 0) chunks = words / 32;
         for (int k = 0; k < steps; k += lines)
             for (int p = 0; p < words; p += PART_WORDS)
                 for (int four = 0; four < 2; ++four) {  // a second time, where the last four values of a byte have other scales
