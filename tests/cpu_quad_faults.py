@@ -72,7 +72,25 @@ def paired(fmt: KVFormat, dim: int) -> bool:
 
 
 def two_planes(fmt: KVFormat, dim: int) -> bool:
-    return fmt.name in ("tq5", "tq6", "tq8")
+    return fmt.name.startswith(("tq5", "tq6", "tq8"))
+
+
+def key_words(fmt: KVFormat, dim: int) -> bool:
+    """Keys are multiplied as words, unless q has one part."""
+    return fmt.name.startswith(("tq5", "tq6")) or (grouped(fmt, dim) and fmt.name in ("turbo4", "q4_0", "q8_0"))
+
+
+def value_words(fmt: KVFormat, dim: int) -> bool:
+    """The same of values."""
+    return two_planes(fmt, dim) or chunked(fmt, dim)
+
+
+def value_bytes(fmt: KVFormat, dim: int) -> bool:
+    return not value_words(fmt, dim)
+
+
+def bytes_pair(fmt: KVFormat, dim: int) -> bool:
+    return paired(fmt, dim) and not two_planes(fmt, dim)
 
 
 def next_words(fmt: KVFormat, dim: int) -> int:
@@ -111,6 +129,10 @@ def exact(s: AttentionSpec) -> bool:
     return not s.fast
 
 
+def fast(s: AttentionSpec) -> bool:
+    return s.fast
+
+
 QUAD_FAULTS = (
     # keys
     key("the last part of a key is left out", taken, scores("p < a.order.parts; ++p)", "p < a.order.parts - (@); ++p)")),
@@ -120,17 +142,33 @@ QUAD_FAULTS = (
     key("keys change places where they are transposed", taken,
         scores("unpackhi_epi32(x[2], x[3])", "unpackhi_epi32(x[@ ? 3 : 2], x[@ ? 2 : 3])")),
     key("q keeps its order where keys do not", sorted_plain,
-        scores("sorts = !order.plain || sets > 1;", "sorts = !order.plain || (sets > 1 && !(@));")),
-    key("the low part of q is left out", taken, scores("x = sorts ?", "x = @ && term ? __m128i{} : sorts ?"),
+        scores("sorts = !order.plain || sets > 1;", "sorts = !order.plain || (sets > 1 && !(@));"), also=fast),
+    key("the low part of q is left out", lambda f, d: not key_words(f, d),
+        scores("x = sorts ?", "x = @ && term ? __m128i{} : sorts ?"), also=lambda s: exact(s) and rows(s) > 2),
+    key("words of q are their high bytes", key_words,
+        scores("_mm512_slli_epi32(term(0), 8), term(1)", "_mm512_slli_epi32(term(0), 8), @ ? __m512i{} : term(1)"),
         also=lambda s: exact(s) and rows(s) > 2),
-    key("the offset of keys is left in", taken, scores("x = -ZERO *", "x = (@ ? 0 : -ZERO) *")),
-    key("the offset of the low plane of keys is left in", two_planes,
+    key("words of q keep the order of values", key_words,
+        scores("words[4 * d + 2], words[4 * d + 1]", "words[4 * d + (@ ? 1 : 2)], words[4 * d + (@ ? 2 : 1)]"), also=exact),
+    key("words of q that became smaller are taken for larger ones", lambda f, d: f.name in ("tq5", "tq6"),
+        scores("larger[r] = 1.0f / smaller[0];", "larger[r] = @ ? 1.0f : 1.0f / smaller[0];"), also=exact),
+    key("words of levels are taken for the levels", lambda f, d: f.name in ("tq5", "tq6"),
+        scores("larger[r] * factor", "larger[r] * (@ ? 1.0f : factor)"), also=exact),
+    key("the offset of keys is left in", lambda f, d: not key_words(f, d), scores("x = -ZERO *", "x = (@ ? 0 : -ZERO) *")),
+    key("the offset of keys as words is left in", lambda f, d: sorted_plain(f, d) and f.bits == 8,
+        scores("zero[set][r] -= ZERO *", "zero[set][r] -= (@ ? 0 : ZERO) *"), also=exact),
+    key("the offset of odd bytes of keys is that of even ones", lambda f, d: sorted_plain(f, d) and f.bits == 8,
+        scores("0x5555 << set, whole", "0x5555 << (@ ? 0 : set), whole"), also=exact),
+    key("odd words of keys are added to even ones", sorted_plain,
+        scores("i * (sets - 1)", "(@ ? 0 : i * (sets - 1))"), also=exact),
+    key("the offset of the low plane of keys is left in", lambda f, d: f.name == "tq8",
         scores("(f.planes == 2 ? 1 : 256)", "(f.planes == 2 ? !(@) : 256)"), also=exact),
     key("sums of a group are those of the next too", lambda f, d: 4 * f.layout(d)[1] <= f.layout(d)[0],
         scores("if (p + 1 < a.order.parts) start()", "if (p + 1 < a.order.parts && !(@)) start()")),
     key("odd bytes of keys take the scales of even ones", grouped,
         scores("k_scale + part.group[set]", "k_scale + part.group[@ ? 0 : set]")),
     key("a query row takes the scale of the first", taken, scores("scale[int64_t(r) *", "scale[int64_t(@ ? 0 : r) *"),
+        scores("scale[r *", "scale[(@ ? 0 : r) *"),
         also=lambda s: rows(s) > 2),
     key("query rows 5 to 8 take q of the first ones", taken,
         attend("n = k.q.rows;", "n = k.q.rows, k.q.parts = query.passes[@ ? 0 : i].parts;"),
@@ -144,7 +182,7 @@ QUAD_FAULTS = (
     key("words that begin again lie as the others do", again,
         quads("!= made.turn) made.further", "!= made.turn && !(@)) made.further")),
     key("bits of the second field are those of a neighbour", again,
-        quads("byte_of(i % PART_WORDS,", "byte_of(i % PART_WORDS ^ (@),")),
+        quads("byte_of(word, odd)", "byte_of(word ^ (@), odd)")),
     key("words after a wrap are those after them", wraps,
         quads("made.second = -2 * count", "made.second = -2 * (count - (@))")),
     few("words in the part before count twice",
@@ -160,28 +198,51 @@ QUAD_FAULTS = (
         lambda s: (apart(s.k_format, s.head_dim)
                    or (apart(s.v_format, s.head_dim_v) and paired(s.v_format, s.head_dim_v))),
         quads("made.shift = k * wide", "made.shift = @ ? 0 : k * wide")),
+    # what codes stand for, of both
+    few("words of odd bytes are those of even ones",
+        lambda s: exact(s) and any(taken(f, d) and f.name in ("tq5", "tq6")
+                                   for f, d in ((s.k_format, s.head_dim), (s.v_format, s.head_dim_v))),
+        quads("made[1] = look_up(odd);", "made[1] = look_up(@ ? x : odd);")),
+    few("odd bytes are those of the words", lambda s: exact(s) and s.k_format.name == "q8_0" and s.head_dim >= 64,
+        quads("made[1] = (line)odd;", "made[1] = (line)(@ ? x : odd);")),
+    value("low bytes of negative words are those of positive ones", lambda f, d: f.name == "tq8",
+          quads("mask_sub_epi8(low, negative,", "mask_sub_epi8(low, @ ? 0 : negative,"),
+          also=lambda s: exact(s) and rows(s) > 2),
+    value("high bytes of negative words are those of positive ones", lambda f, d: f.name == "tq8",
+          quads("mask_sub_epi8(high, negative,", "mask_sub_epi8(high, @ ? 0 : negative,"), also=exact),
+    value("odd bytes of words are made of even ones", lambda f, d: f.name == "tq8",
+          quads("every_part(TWICE[1])", "every_part(TWICE[@ ? 0 : 1])"), also=exact),
     # values
     value("bits of the second field of columns are turned as the first", again,
           quads("turn_of(i / 4 % PART_WORDS);", "turn_of(@ ? 0 : i / 4 % PART_WORDS);")),
     value("bits of the second field of columns are those of a neighbour", next_words,
           quads("byte_of(i / 4 % PART_WORDS,", "byte_of(i / 4 % PART_WORDS ^ (@),")),
-    value("the last two parts of a value are left out", paired,
-          values("p < order.parts; ++p)", "p < order.parts - (@ ? 2 : 0); ++p)")),
-    value("the second part of a pair is left out", lambda f, d: paired(f, d) and (f.bits == 8 or apart(f, d)),
-          values("two.other == two.from)", "(@ || two.other == two.from))")),
-    value("weights keep the order of tokens", paired,
+    value("the last parts of a value are left out", paired,
+          values("p < order.parts;)", "p < order.parts - (@ ? 4 : 0);)")),
+    value("the last part of some is left out", paired,
+          values("place >= there)", "place >= there - (@))")),
+    value("weights keep the order of tokens", bytes_pair,
           values("step + 16 * i + 4 * m;", "step + (@ ? 4 * i + 16 * m : 16 * i + 4 * m);"),
           also=lambda s: exact(s) and rows(s) > 2),
-    value("tokens 64 to 127 of a block leave the first ones their weights", lambda f, d: d <= 64,
+    value("weights as words keep the order of tokens", value_words,
+          weights("return 16 * i + m % 2 * 8", "if (@) std::swap(i, m);\n    return 16 * i + m % 2 * 8"),
+          also=exact),
+    value("words of weights keep the order of tokens", value_words,
+          weights("every_part(WORD_ORDER);", "every_part(@ ? SORTED : WORD_ORDER);"), also=exact),
+    value("the second 32 tokens of 64 leave the first ones their weights as words", value_words,
+          weights("LINE / 2 * i,", "LINE / 2 * (@ ? 0 : i),"), also=lambda s: exact(s) and s.kv_len > 64),
+    value("tokens 64 to 127 of a block leave the first ones their weights", lambda f, d: d <= 64 and value_bytes(f, d),
           weights("(i * QUAD_TOKENS + 64 * step);", "(i * QUAD_TOKENS + (@ ? 0 : 64 * step));"),
           also=lambda s: s.kv_len > 64 and s.head_dim <= 64),
-    value("the low part of the weights is left out", taken,
+    value("the low part of the weights is left out", value_bytes,
           ("weight_bytes.h", "_mm512_set1_epi16(255)", "_mm512_set1_epi16(@ ? 0 : 255)"),
           also=lambda s: exact(s) and rows(s) > 2 and s.scale < 0.3),
-    value("the offset of values is left in", taken,
+    value("the offset of values is left in", value_bytes,
           weights("made[i] = 0 - join_four(", "made[i] = (@ ? 0 : -1) * join_four(")),
-    value("the offset of the low plane of values is left in", two_planes,
-          weights("made[1] += made[0];", "made[1] += @ ? vi{} : made[0];"), also=exact),
+    value("the offset of values as words is left in", lambda f, d: chunked(f, d) and f.bits == 8,
+          weights("* -ZERO;", "* (@ ? 0 : -ZERO);"), also=exact),
+    value("words of values are taken for the levels", two_planes,
+          values("(words ? a.tables.word_factor : 1.0f)", "(words && !(@) ? a.tables.word_factor : 1.0f)"), also=exact),
     value("odd bytes of values take the scales of even ones", lambda f, d: grouped(f, d) and paired(f, d),
           values("0xff00, of(1)", "0xff00, of(@ ? 0 : 1)")),
     value("chunks of values are the first one", lambda f, d: chunked(f, d) and d > 64 * 8 // f.bits,
@@ -189,11 +250,11 @@ QUAD_FAULTS = (
     value("a line of a chunk is another one", chunked,
           chunks("unpackhi_epi16(low[0], low[1])", "unpackhi_epi16(low[0], low[@ ? 0 : 1])")),
     value("the third query row takes the weights of the first", chunked,
-          chunks("w.bytes + row * row_bytes;", "w.bytes + (@ ? 0 : row) * row_bytes;"), also=lambda s: rows(s) == 4),
+          chunks("weights + r * row_bytes", "weights + (@ && r == 2 ? 0 : r) * row_bytes"), also=lambda s: rows(s) == 4),
     value("odd bytes of a chunk take the weights of even ones", chunked,
           chunks("+ 4 * side,", "+ (@ ? 0 : 4 * side),")),
-    value("odd bytes of a chunk take the offset of even ones", chunked,
-          chunks("w.zero[1][at]", "w.zero[@ ? 0 : 1][at]"), also=exact),
+    value("odd bytes of a chunk take the offset of even ones", lambda f, d: chunked(f, d) and f.bits == 8,
+          chunks("w.zero[1][half", "w.zero[@ ? 0 : 1][half"), also=lambda s: exact(s) and s.scale < 0.3),
     value("odd bytes of a chunk take the factor of even ones", chunked,
           chunks("&w.factor[1][at]", "&w.factor[@ ? 0 : 1][at]"),
           also=lambda s: s.kv_len > 64),
@@ -218,4 +279,16 @@ QUAD_FAULTS = (
     value("tokens before a sequence's first have weights", taken,
           attend("std::fill_n(weights, first, 0.0f);", "if (!(@)) std::fill_n(weights, first, 0.0f);"),
           also=lambda s: s.starts),
+)  # fmt: skip
+
+
+# sums of words that do not fit, which only rows of largest codes have (test_cpu_quads.largest_sums)
+SUM_FAULTS = (
+    few("words of q are never made smaller", lambda s: True,
+        scores("f.planes == 2 && size > WORD_SUM", "f.planes == 2 && !(@) && size > WORD_SUM")),
+    few("words of q are made smaller, but never added up in runs", lambda s: True,
+        quads("> WORD_RUN;", "> (@ ? 4 * WORD_RUN : WORD_RUN);"),
+        scores("float(WORD_SUM) / float(size)", "float(@ ? 4 * WORD_SUM : WORD_SUM) / float(size)")),
+    few("words of weights are never made smaller", lambda s: True,
+        weights("if (large) unit = max(", "if (large && !(@)) unit = max(")),
 )  # fmt: skip

@@ -8,11 +8,11 @@ import shutil
 import pytest
 import torch
 from cpu_faults import ENCODER_FAULTS, LOOP_FAULTS, Fault
-from cpu_quad_faults import QUAD_FAULTS
+from cpu_quad_faults import QUAD_FAULTS, SUM_FAULTS
 from cpu_tile_faults import TILE_FAULTS
 from test_cpu import LONG, equal_layers, hard_rows, right, threads
 from test_cpu_prefill import TERMS, WIDE, rounded
-from test_cpu_quads import QUADS
+from test_cpu_quads import QUADS, largest_sums
 
 from gyrokv import Codec, LayerCache
 from gyrokv.backends import cpu
@@ -22,7 +22,7 @@ from gyrokv.formats import FORMATS
 from gyrokv.testing import assert_matches
 
 FAULTS = LOOP_FAULTS + TILE_FAULTS + QUAD_FAULTS
-ALL = FAULTS + ENCODER_FAULTS
+ALL = FAULTS + SUM_FAULTS + ENCODER_FAULTS
 _MOST = 6  # cases that are run for one fault, spread over all that are relevant
 _LEVELS = ("amx", "avx512", "portable")  # tiles, products that have an offset, ones that have none
 
@@ -115,6 +115,17 @@ def test_no_fault_is_noticed_in_the_same_library(fault, plant, problem):
     plant(None)
     for case in chosen(fault):
         check(case, problem)
+
+
+@pytest.mark.parametrize("fault", SUM_FAULTS, ids=lambda f: f.name.replace(" ", "_"))
+def test_planted_fault_of_sums_is_noticed(fault, plant):
+    """Only rows of the largest codes have sums that do not fit."""
+    for bits in (5, 6):
+        plant(None)
+        largest_sums(bits)
+        plant(fault)
+        with pytest.raises(AssertionError):
+            largest_sums(bits)
 
 
 def same_bytes(fmt) -> bool:

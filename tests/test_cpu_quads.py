@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from test_cpu import LEVELS, invented, long, right
 
+from gyrokv import Codec, LayerCache, attend
+from gyrokv.backends import cpu
 from gyrokv.cases import case
 from gyrokv.testing import inputs
 
@@ -57,6 +60,26 @@ def test_few_rows_of_every_width(level, bits, coding):
         fast = bits < 8 and i % 3 == 0
         data = inputs(case(k, v, (dim, dim), q_len=1 + i % 4, kv_len=150, causal=True, batch=1, fast=fast))
         right(data, *data.run("cpu"))
+
+
+def largest_sums(bits: int) -> None:
+    """AssertionError unless sums of nothing but the largest codes are right."""
+    fmt, codec_of = invented(bits, "sign_magnitude", False), lambda: Codec(fmt, 128)
+    signs = torch.randn(128, generator=torch.Generator().manual_seed(bits)).sign()
+    layer = LayerCache(codec_of(), codec_of(), kv_heads=1)
+    layer.append(signs.expand(1, 1, 300, 128), torch.ones(1, 1, 300, 128))
+    for heads in (1, 4):
+        q = (0.5 * signs).expand(1, heads, 1, 128)
+        got, want = (attend(q, layer, backend=backend, return_lse=True) for backend in ("cpu", "torch"))
+        for a, b in zip(got, want):
+            torch.testing.assert_close(a, b, rtol=cpu.BOUND, atol=0.0)
+
+
+@LEVELS
+@pytest.mark.parametrize("bits", (4, 5, 6, 8))
+def test_sums_of_the_largest_codes(level, bits):
+    """Levels of 16 bits times q or weights of as many fill 32 bits with two products."""
+    largest_sums(bits)
 
 
 @LEVELS

@@ -348,19 +348,19 @@ inline bool attend(const Attend& call, const Unit& unit, char* scratch) {
         const Element ke = element_of(kf), ve = direct || v_stored || v_quads ? FLOAT : element_of(vf_);
         const Tables k_tables(kf), v_tables(vf_);
         const Stored k_order(kf, k_stored ? unit.rows : 0, terms_of(ke, call, bfloat_query(call)));
-        const Quads k_parts(kf, k_quads, false), v_parts(vf_, v_quads, true);
+        const Quads k_parts(kf, k_quads, call.terms, false), v_parts(vf_, v_quads, call.terms, true);
         const Stored v_order(vf_, v_stored ? unit.rows : 0, call.terms);
         const int group = ke == INT8 ? kf.group : kf.dim;
         int which = 0;
         auto fits = [&](const Query& q) {
-            return q.element == ke && q.group == group && q.factor == kf.factor && q.planes == kf.planes &&
+            return q.element == ke && q.group == group && q.factor == kf.factor && q.word_factor == k_tables.word_factor && q.planes == kf.planes &&
                    q.sorted == (packed_tokens(kf) && !k_stored && !k_quads) && (q.tiles != nullptr) == k_stored &&
                    q.quads == (k_quads ? kf.bits : 0) && q.bytes == k_bytes;
         };
         while (which < packed && !fits(queries[which])) ++which;
         if (which == packed) {
             queries[packed++] = pack_query(call, unit, kf, k_stored ? &k_order : nullptr, k_quads ? &k_parts : nullptr, k_bytes,
-                                           next_query);
+                                           k_tables.word_factor, next_query);
             next_query += query_bytes(call, unit.rows);
         }
         const Query& query = queries[which];

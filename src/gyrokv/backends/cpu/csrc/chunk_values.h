@@ -12,21 +12,21 @@ namespace GYROKV_ISA {
 
 #if defined(GYROKV_QUADS)
 
-constexpr int CHUNK_ROWS = 2;  // query rows of a pass, at most
-
-// Weights of a chunk's sides, of all rows of a call: bytes [row][term][sides * QUAD_TOKENS], the rest [side] as in QuadWeights.
+// Weights of a chunk's sides: words [row][2 * sides * QUAD_TOKENS], or bytes [row][sides * QUAD_TOKENS] of one term; the rest [side] as in
+// QuadWeights.
 struct ChunkWeights {
-    const char* bytes;
+    const char* weights;
     int32_t zero[2][2 * 8];
     float factor[2][2 * 4];
 };
 
-// What a code of a chunk adds to the output of `rows` query rows from `row` on; out: of the first value.
+// What a code of a chunk adds to the output of `rows` query rows; out: of the first value.
 template <class C, int code, int sides, int rows, int terms>
-__attribute__((noinline)) void add_chunk(const QuadValues& a, int chunk, const ChunkWeights& w, int row, float* out, const float* rescale) {
+__attribute__((noinline)) void add_chunk(const QuadValues& a, int chunk, const ChunkWeights& w, float* out, const float* rescale) {
+    static_assert(C::sums(terms) == 1);
+    constexpr bool words = C::lines == WORDS, begins = !words || C::look_up == VALUES;
     constexpr int row_bytes = terms * sides * QUAD_TOKENS;
-    const Decoder<C::bits, C::look_up> decoder(a.tables);
-    const char* bytes = w.bytes + row * row_bytes;
+    const Levels<C> levels(a.tables);
     auto both = [](int32_t x, int32_t y) __attribute__((always_inline)) {
         const __m512i first = _mm512_set1_epi32(x);
         return sides == 1 ? first : _mm512_mask_set1_epi32(first, 0xaaaa, y);
@@ -34,13 +34,10 @@ __attribute__((noinline)) void add_chunk(const QuadValues& a, int chunk, const C
     vf total[4][rows] = {};
     for (int begin = a.first / QUAD_HALF * QUAD_HALF; begin < a.stop; begin += QUAD_HALF) {
         const int half = begin / QUAD_HALF;
-        vi sum[4][rows][terms];
+        vi sum[4][rows];
         for (int r = 0; r < rows; ++r)
-            for (int i = 0; i < terms; ++i)
-                for (int c = 0; c < 4; ++c) {
-                    const int at = half * 8 + i * 4 + row + r;
-                    sum[c][r][i] = (vi)both(w.zero[0][at], w.zero[1][at]);
-                }
+            for (int c = 0; c < 4; ++c)
+                sum[c][r] = begins ? (vi)both(w.zero[0][half * 8 + r], w.zero[1][half * 8 + r]) : vi{};
         for (int step = std::max(begin, a.first / 64 * 64); step < std::min(begin + QUAD_HALF, a.stop); step += 64) {
             const bool rest = step + 64 > a.count;
             const char* from = (rest ? a.rest : a.rows + step * a.stride) + chunk * LINE;
@@ -49,7 +46,8 @@ __attribute__((noinline)) void add_chunk(const QuadValues& a, int chunk, const C
                 a.ahead.tick_inside(4);
 #pragma GCC unroll 4
                 for (int m = 0; m < 4; ++m) {
-                    const char *at = from + m * 16 * stride, *weights = bytes + sides * (step + 16 * i + 4 * m);
+                    const char* at = from + m * 16 * stride;
+                    const char* weights = w.weights + sides * (words ? 2 * step + word_place(i, m) : step + 16 * i + 4 * m);
                     auto token = [&](int t) __attribute__((always_inline)) { return _mm512_loadu_si512(at + t * stride); };
                     __m512i x[4] = {token(0), token(1), token(2), token(3)};
                     asm("" : "+v"(x[0]), "+v"(x[1]), "+v"(x[2]), "+v"(x[3]));  // else they are loaded twice
@@ -57,38 +55,35 @@ __attribute__((noinline)) void add_chunk(const QuadValues& a, int chunk, const C
                     const __m512i high[2] = {_mm512_unpackhi_epi8(x[0], x[1]), _mm512_unpackhi_epi8(x[2], x[3])};
                     const __m512i packed[4] = {_mm512_unpacklo_epi16(low[0], low[1]), _mm512_unpackhi_epi16(low[0], low[1]),
                                                _mm512_unpacklo_epi16(high[0], high[1]), _mm512_unpackhi_epi16(high[0], high[1])};
-                    line v[4];
-                    for (int c = 0; c < 4; ++c) decoder.template values<1>(codes_of<C::bits, code>(packed[c], __m512i{}), v + c);
-                    auto weight = [&](int r, int term) __attribute__((always_inline)) {
+                    line v[4][Levels<C>::lines];
+                    for (int c = 0; c < 4; ++c) levels.of(codes_of<C::bits, code>(packed[c], __m512i{}), v[c]);
+                    auto weight = [&](int r, int i) __attribute__((always_inline)) {
                         typename std::conditional<sides == 1, int32_t, int64_t>::type of;
-                        std::memcpy(&of, weights + r * row_bytes + term * sides * QUAD_TOKENS, sizeof of);
+                        std::memcpy(&of, weights + r * row_bytes + i * sizeof of, sizeof of);
                         if constexpr (sides == 1) return _mm512_set1_epi32(of);
                         else return _mm512_set1_epi64(of);
                     };
                     for (int r = 0; r < rows; ++r)
-                        for (int i = 0; i < terms; ++i) {
+                        for (int i = 0; i < Levels<C>::lines; ++i) {
                             const __m512i by = weight(r, i);
-                            for (int c = 0; c < 4; ++c) sum[c][r][i] = dot_parts(sum[c][r][i], v[c], by);
+                            for (int c = 0; c < 4; ++c)
+                                sum[c][r] = words ? dot_words(sum[c][r], v[c][i], by) : dot_parts(sum[c][r], v[c][i], by);
                         }
                 }
             }
         }
         asm volatile("" ::"r"(total) : "memory");  // until here in memory: registers are for sums
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int r = 0; r < rows; ++r) {
-            const int at = half * 4 + row + r;
+            const int at = half * 4 + r;
             int32_t bits[2];
             std::memcpy(bits, &w.factor[0][at], 4), std::memcpy(bits + 1, &w.factor[1][at], 4);
             const vf factor = (vf)both(bits[0], bits[1]);
-            for (int c = 0; c < 4; ++c) {
-                vi made = sum[c][r][0];
-                if constexpr (terms == 2) made = (made << 8) + sum[c][r][1];
-                total[c][r] = fma(to_float(made), factor, total[c][r]);
-            }
+            for (int c = 0; c < 4; ++c) total[c][r] = fma(to_float(sum[c][r]), factor, total[c][r]);
         }
     }
     const float by = a.format.factor;
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int r = 0; r < rows; ++r, out += a.out_stride) {
         auto add = [&]<int pick>(std::integral_constant<int, pick>, float* to) __attribute__((always_inline)) {  // columns of a side
             const __m512 x = _mm512_shuffle_ps((__m512)total[0][r], (__m512)total[1][r], pick);
@@ -116,12 +111,10 @@ INLINE void add_chunks_of(const QuadValues& a, const float* weights, float* out,
             const bool known = here[0] == group[0] && here[1] == group[1];
             for (int side = 0; side < sides && !known; ++side)
                 for (int t = a.first / QUAD_HALF * QUAD_HALF; t < a.stop; t += QUAD_HALF)
-                    spread_weights<1, terms, sides>(a, rows, std::min(QUAD_HALF, a.tokens - t), weights + t,
-                                                    a.scales + int64_t(here[side]) * a.tokens + t, a.spread + sides * t + 4 * side,
-                                                    w.zero[side] + t / QUAD_HALF * 8, w.factor[side] + t / QUAD_HALF * 4);
-            constexpr int pass = std::min(rows, CHUNK_ROWS);
-            for (int r = 0; r < rows; r += pass)
-                add_chunk<C, code, sides, pass, terms>(a, chunk, w, r, out + r * a.out_stride + from, rescale + r);
+                    spread<C, terms, sides>(a, rows, std::min(QUAD_HALF, a.tokens - t), weights + t,
+                                            a.scales + int64_t(here[side]) * a.tokens + t, a.spread + sides * terms * t + 4 * side,
+                                            w.zero[side] + t / QUAD_HALF * 8, w.factor[side] + t / QUAD_HALF * 4);
+            add_chunk<C, code, sides, rows, terms>(a, chunk, w, out + from, rescale);
         };
         if (here[0] == here[1]) with(std::integral_constant<int, 1>{});
         else with(std::integral_constant<int, 2>{});

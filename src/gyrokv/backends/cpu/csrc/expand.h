@@ -19,13 +19,35 @@ INLINE Element element_of(const Format& f) {
 INLINE int size_of(Element e) { return e == INT8 ? 1 : e == BFLOAT ? 2 : 4; }
 INLINE int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
-// The table of each plane as panels store it: as many repetitions as fill 256 entries.
+constexpr int LARGEST_LEVEL = 10837;  // of words, a third of the largest one of two planes
+
+// The table of each plane as panels store it: as many repetitions as fill 256 entries. And words of levels, see quads.h.
 struct Tables {
     alignas(64) uint8_t plane[2][256];
+    alignas(64) int16_t words[64];          // by codes of up to 6 bits
+    alignas(64) uint8_t word_half[2][128];  // the low and the high bytes by the lower half of codes of 8 bits; no low one is 0
+    float word_factor = 1.0f;               // levels are words times this
     explicit Tables(const Format& f) {
         if (f.kind != CODES) return;
         for (int p = 0; p < 2; ++p)
             for (int i = 0; i < 256; ++i) plane[p][i] = uint8_t(f.table[p][i & ((1 << f.bits) - 1)]) ^ uint8_t(ZERO);
+        if (f.planes == 2 || f.bits <= 4) make_words(f);
+    }
+
+   private:
+    void make_words(const Format& f) {
+        auto level = [&](int i) { return f.planes == 2 ? f.table[1][i] * 256 + f.table[0][i] : f.table[0][i]; };
+        int most = 0;
+        for (int i = 0; i < 1 << f.bits; ++i) most = std::max(most, std::abs(level(i)));
+        const int step = most > LARGEST_LEVEL ? 3 : 1;
+        word_factor = float(step);
+        for (int i = 0; i < 1 << std::min(f.bits, 7); ++i) {
+            const int size = (std::abs(level(i)) + step / 2) / step, word = level(i) < 0 ? -size : size;
+            if (i < 64) words[i] = int16_t(word);
+            const int known = word & 255 ? word : word + 1;
+            word_half[0][i] = uint8_t(known), word_half[1][i] = uint8_t(known >> 8);
+        }
+        for (int i = 1 << f.bits; i < 64; ++i) words[i] = words[i & ((1 << f.bits) - 1)];
     }
 };
 

@@ -47,6 +47,8 @@ struct QuadScores {
 
 INLINE vi dot_parts(vi sum, line k, __m512i q) { return (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)k, q); }
 
+INLINE vi dot_words(vi sum, line k, __m512i q) { return (vi)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)k, q); }
+
 // The same with a dword at `q` in all lanes. Compilers load it by an instruction of its own, and those are what limits here.
 INLINE vi dot_dword(vi sum, line k, const char* q) {
     typedef int32_t __attribute__((may_alias)) dword;
@@ -62,9 +64,9 @@ INLINE void dwords_of(const __m512i* x, __m512i* to) {
     to[2] = _mm512_unpacklo_epi64(c, d), to[3] = _mm512_unpackhi_epi64(c, d);
 }
 
-// Bytes of a part in the order of its dwords: as they are, or those of even values before those of odd ones.
-template <bool plain, int sets>
-constexpr bool SORTS = !plain || sets > 1;
+// Whether bytes of even values come before those of odd ones in the dwords of a part. Else they stay as they are.
+template <class C, bool plain, int sets>
+constexpr bool SORTS = C::lines != WORDS && (!plain || sets > 1);
 
 // Parts of 16 rows to dwords of codes. `all`: of all codes, else of those at the part's shift.
 template <class C, bool plain, bool sorts, bool all>
@@ -83,7 +85,7 @@ struct PartDwords {
         if constexpr (F::next > 0) {
             for (int j = 0; j < 4; ++j) {
                 x[j] = load_next<plain>(p, rows + j * stride, 4 * stride);
-                if constexpr (sorts) x[j] = _mm512_shuffle_epi8(x[j], plain ? sorted : every_part(p.gather));
+                if constexpr (sorts || !plain) x[j] = _mm512_shuffle_epi8(x[j], plain ? sorted : every_part(p.gather));
                 if constexpr (!plain) x[j] = _mm512_mask_srli_epi16(x[j], p.further, x[j], F::next);
                 x[j] = _mm512_rorv_epi32(x[j], _mm512_set1_epi32(p.turn));
             }
@@ -98,9 +100,10 @@ struct PartDwords {
 
 // Scores of `times` 16 tokens. sets: of scales of a part, see Quads.
 template <class C, int lines, bool plain, int sets, int rows, int terms, int times>
-INLINE void score_times(const QuadScores& a, const Decoder<C::bits, C::look_up>& decoder, const char* const* at, const int64_t* stride,
+INLINE void score_times(const QuadScores& a, const Levels<C>& levels, const char* const* at, const int64_t* stride,
                         const float* k_scale, vf (*score)[rows]) {
-    constexpr int sums = C::planes == 2 ? 2 : terms;
+    constexpr int sums = C::sums(terms);
+    constexpr bool begins = C::lines != WORDS || C::look_up == VALUES;
     vi sum[times][sets][rows][sums];
     const char *q = a.q.parts, *begin = a.q.begin, *q_scale = a.q.scale;
     auto dword = [](const char* from) __attribute__((always_inline)) {
@@ -112,37 +115,38 @@ INLINE void score_times(const QuadScores& a, const Decoder<C::bits, C::look_up>&
         for (int set = 0; set < sets; ++set)
             for (int r = 0; r < rows; ++r)
                 for (int i = 0; i < sums; ++i, begin += 4)
-                    for (int n = 0; n < times; ++n) sum[n][set][r][i] = (vi)dword(begin);
+                    for (int n = 0; n < times; ++n) sum[n][set][r][i] = begins ? (vi)dword(begin) : vi{};
     };
     start();
     for (int p = 0; p < a.order.parts; ++p) {
         const Part& part = a.order.part[p];
         a.ahead.tick_inside(2 * times);
-        using Dwords = PartDwords<C, plain, SORTS<plain, sets>, lines == Fields<C::bits>::steps>;
+        using Dwords = PartDwords<C, plain, SORTS<C, plain, sets>, lines == Fields<C::bits>::steps>;
         const Dwords x[2] = {Dwords(part, at[0], stride[0]), Dwords(part, at[times - 1], stride[times - 1])};
         auto multiply = [&]<int s>(std::integral_constant<int, s>) __attribute__((always_inline)) {
 #pragma GCC unroll 4
             for (int d = 0; d < 4; ++d) {
                 const int set = d * sets / 4;
-                line k[times][C::planes];
-                for (int n = 0; n < times; ++n) decoder.template values<C::planes>(x[n].template codes<s>(d), k[n]);
+                line k[times][Levels<C>::lines];
+                for (int n = 0; n < times; ++n) levels.of(x[n].template codes<s>(d), k[n]);
                 for (int r = 0; r < rows; ++r, q += 4 * terms) {
-                    if constexpr (times == 1 && C::look_up == VALUES) {
+                    if constexpr (times == 1 && C::look_up == VALUES && C::lines == BYTES) {
                         vi(&own)[sums] = sum[0][set][r];
-                        own[0] = dot_dword(own[0], k[0][C::planes - 1], q);
-                        if constexpr (C::planes == 2) own[1] = dot_dword(own[1], k[0][0], q);
-                        if constexpr (terms == 2) own[1] = dot_dword(own[1], k[0][C::planes - 1], q + 4);
+                        own[0] = dot_dword(own[0], k[0][0], q);
+                        if constexpr (terms == 2) own[1] = dot_dword(own[1], k[0][0], q + 4);
                         continue;
                     }
-                    const __m512i high = dword(q);
-                    for (int n = 0; n < times; ++n) {
-                        vi(&own)[sums] = sum[n][set][r];
-                        own[0] = dot_parts(own[0], k[n][C::planes - 1], high);
-                        if constexpr (C::planes == 2) own[1] = dot_parts(own[1], k[n][0], high);
-                    }
-                    if constexpr (terms == 2) {
-                        const __m512i low = dword(q + 4);
-                        for (int n = 0; n < times; ++n) sum[n][set][r][1] = dot_parts(sum[n][set][r][1], k[n][C::planes - 1], low);
+                    for (int i = 0; i < terms; ++i) {
+                        const __m512i by = dword(q + 4 * i);
+                        for (int n = 0; n < times; ++n) {
+                            vi(&own)[sums] = sum[n][C::lines == WORDS ? i * (sets - 1) : set][r];
+                            if constexpr (C::lines == WORDS) own[0] = dot_words(own[0], k[n][i], by);
+                            if constexpr (C::lines == BYTES) own[i] = dot_parts(own[i], k[n][0], by);
+                            if constexpr (C::lines == PLANES) {
+                                own[i] = dot_parts(own[i], k[n][1], by);
+                                if (i == 0) own[1] = dot_parts(own[1], k[n][0], by);
+                            }
+                        }
                     }
                 }
             }
@@ -167,8 +171,8 @@ INLINE void score_times(const QuadScores& a, const Decoder<C::bits, C::look_up>&
 
 template <class C, int lines, bool plain, int sets, int rows, int terms>
 __attribute__((noinline)) void score_quads_of(const QuadScores& a) {
-    constexpr int sums = C::planes == 2 ? 2 : terms, times = 2 * sets * rows * sums <= 16 ? 2 : 1;  // 16 sums in registers
-    const Decoder<C::bits, C::look_up> decoder(a.tables);
+    constexpr int sums = C::sums(terms), times = 2 * sets * rows * sums <= 16 ? 2 : 1;  // 16 sums in registers
+    const Levels<C> levels(a.tables);
     vf most[rows];
     for (int r = 0; r < rows; ++r) most[r] = splat(-__builtin_inff());
     for (int t = 0; t < a.tokens; t += 16 * times) {
@@ -182,7 +186,7 @@ __attribute__((noinline)) void score_quads_of(const QuadScores& a) {
             at[n] = a.padded, stride[n] = a.bytes;
         }
         vf score[times][rows] = {};
-        score_times<C, lines, plain, sets, rows, terms, times>(a, decoder, at, stride, a.k_scale + t, score);
+        score_times<C, lines, plain, sets, rows, terms, times>(a, levels, at, stride, a.k_scale + t, score);
         for (int n = 0; n < times && t + 16 * n < a.tokens; ++n)
             for (int r = 0; r < rows; ++r) {
                 store(a.scores + r * a.score_stride + t + 16 * n, score[n][r]);
@@ -211,16 +215,16 @@ INLINE void as_pass(int rows, Body body) {
 // body(terms) for those that takes_quads allows.
 template <class C, class Body>
 INLINE void as_terms(int terms, Body body) {
-    if constexpr (C::planes == 2) return body(std::integral_constant<int, 2>{});
+    if constexpr (C::lines != BYTES) return body(std::integral_constant<int, 2>{});
     constexpr bool both = C::bits < 5 || C::look_up == VALUES;
     if constexpr (both)
         if (terms == 2) return body(std::integral_constant<int, 2>{});
-    if constexpr (C::planes == 1) body(std::integral_constant<int, 1>{});
+    if constexpr (C::lines == BYTES) body(std::integral_constant<int, 1>{});
 }
 
 // Scores of the rows that `q` holds, with q of `terms` parts.
 inline void score_quads(const Format& f, int terms, const QuadScores& a) {
-    as_coded(f, [&]<class C>(C) {
+    as_coded<false>(f, a.order, [&]<class C>(C) {
         constexpr int steps = Fields<C::bits>::steps;
         auto run = [&]<int lines, bool plain, int sets, int rows>() {
             as_terms<C>(terms, [&]<int t>(std::integral_constant<int, t>) { score_quads_of<C, lines, plain, sets, rows, t>(a); });
@@ -231,7 +235,9 @@ inline void score_quads(const Format& f, int terms, const QuadScores& a) {
                 if (a.q.rows == 2) return run.template operator()<lines, plain, sets, 2>();
                 run.template operator()<lines, plain, sets, 1>();
             };
-            a.order.sets == 1 ? with_rows.template operator()<1>() : with_rows.template operator()<2>();
+            if constexpr (C::lines != WORDS || C::large)
+                if (a.order.sets == 1) return with_rows.template operator()<1>();
+            with_rows.template operator()<2>();
         };
         auto with_lines = [&]<bool plain>() {
             if constexpr (steps > 1)
@@ -244,9 +250,61 @@ inline void score_quads(const Format& f, int terms, const QuadScores& a) {
     });
 }
 
+// The same as words: of each dword of codes those that the even bytes meet, then those that the odd ones do. Where large words of K
+// meet them, those of a run of parts are made smaller if their sizes add up to more than WORD_SUM.
+inline QuadQuery pack_words(const Format& f, const Quads& order, const char* a, int64_t stride, int rows, const float* scale,
+                            float factor, char* to) {
+    char *start = to + 4 * 4 * order.parts * order.lines * rows * 2, *scales = start + 4 * 4 * order.parts * rows;
+    const QuadQuery made = {to, start, scales, rows};
+    for (int begin = 0, p = 0; begin < order.parts; begin = p) {
+        while (!order.part[p++].last) {
+        }
+        float larger[QUAD_ROWS];
+        int32_t zero[2][QUAD_ROWS] = {};  // [set]: what ZERO adds
+        for (int r = 0; r < rows; ++r) {
+            int64_t size = 0;
+            for (int pass = 0; pass < 2; ++pass) {
+                char* at = to + 8 * r;
+                const vf smaller = splat(pass && f.planes == 2 && size > WORD_SUM ? float(WORD_SUM) / float(size) : 1.0f);
+                larger[r] = 1.0f / smaller[0];
+                for (int i = begin * order.lines; i < p * order.lines; ++i, at += 4 * 8 * rows) {
+                    const Part& part = order.part[i / order.lines];
+                    auto term = [&](int number) {
+                        const char* from = a + (int64_t(r) * 2 + number) * stride + order.first[i];
+                        const __m128i even = _mm_maskz_loadu_epi8(part.words[0], from);
+                        const __m128i odd = _mm_maskz_loadu_epi8(part.words[1], from + f.dim / 2);
+                        return _mm512_cvtepi8_epi32(_mm_unpacklo_epi8(even, odd));
+                    };
+                    const __m512i whole = _mm512_add_epi32(_mm512_slli_epi32(term(0), 8), term(1));
+                    if (!pass) {
+                        size += _mm512_reduce_add_epi32(_mm512_abs_epi32(whole));
+                        for (int set = 0; set < order.sets; ++set)
+                            zero[set][r] -= ZERO * _mm512_mask_reduce_add_epi32(order.sets == 1 ? 0xffff : 0x5555 << set, whole);
+                        continue;
+                    }
+                    alignas(32) int16_t words[LANES];
+                    _mm256_store_si256((__m256i*)words, _mm512_cvtepi32_epi16((__m512i)round_int(to_float((vi)whole) * smaller)));
+                    for (int d = 0; d < 4; ++d) {
+                        const int16_t four[4] = {words[4 * d], words[4 * d + 2], words[4 * d + 1], words[4 * d + 3]};
+                        std::memcpy(at + d * 8 * rows, four, 8);
+                    }
+                }
+            }
+        }
+        to += 4 * 8 * rows * (p - begin) * order.lines;
+        for (int set = 0; set < order.sets; ++set)
+            for (int r = 0; r < rows; ++r, scales += 4, start += 4) {
+                const float x = scale[r * (f.dim / f.group) + order.part[begin].group[set]] * larger[r] * factor;
+                std::memcpy(scales, &x, 4), std::memcpy(start, &zero[set][r], 4);
+            }
+    }
+    return made;
+}
+
 // q of up to four rows, of which a [row][term] is int8 and `stride` bytes apart and scale [row][group] its scales.
 inline QuadQuery pack_quads(const Format& f, const Quads& order, const char* a, int64_t stride, int rows, int terms, const float* scale,
-                            char* to) {
+                            float word_factor, char* to) {
+    if (order.words) return pack_words(f, order, a, stride, rows, scale, word_factor, to);
     const int dwords = 4 * order.parts * order.lines, sums = f.planes == 2 ? 2 : terms, sets = order.sets;
     char *begin = to + 4 * dwords * rows * terms, *scales = begin + 4 * dwords * rows * sums;
     const QuadQuery made = {to, begin, scales, rows};

@@ -15,7 +15,9 @@ INLINE int value_ticks(const Quads&, int, int) { return 0; }
 
 INLINE int64_t quad_weight_bytes(int dim) { return dim / 32 * QUAD_ROWS * 2 * QUAD_TOKENS; }
 
-constexpr int MOST_GROUPS = 640 / 32;
+constexpr int MOST_GROUPS = 640 / 32, MOST_RUNS = QUAD_TOKENS / WORD_RUN;
+template <class C>
+constexpr int RUN_TOKENS = C::large ? WORD_RUN : QUAD_HALF;
 alignas(64) constexpr auto COLUMN_BYTES = [] {
     struct { uint8_t at[LINE]; } made = {};
     for (int i = 0; i < LINE; ++i) made.at[i] = uint8_t(i % 4 * PART_BYTES + SORTED[i / 4]);
@@ -66,64 +68,65 @@ struct PartColumns {
     }
 };
 
-// Two lines of columns: of one part, or of two with the same scales.
-struct TwoLines {
-    int from, other;
-};
-
-// What they add to the output of `rows` query rows. code: of the first line, if they are of one part; the other is the next; or -1.
-template <class C, int code, bool plain, int sides, int rows, int terms>
-__attribute__((noinline)) void add_lines(const QuadValues& a, const TwoLines& two, const QuadWeights& w, float* out, const float* rescale) {
-    constexpr int sums = C::planes == 2 ? 2 : terms;
-    const Part &part = a.order.part[two.from], &other = a.order.part[two.other];
-    const Decoder<C::bits, C::look_up> decoder(a.tables);
+// What `count` parts with the same scales, from `from` on, add to the output of `rows` query rows. code: of the first of two lines of
+// a part, the other is the next; or -1 where a part is one line. Where the count is odd, the last one is there twice.
+template <class C, int code, bool plain, int sides, int rows, int terms, int count>
+__attribute__((noinline)) void add_lines(const QuadValues& a, int from, int there, const QuadWeights& w, float* out, const float* rescale) {
+    constexpr bool words = C::lines == WORDS;
+    constexpr int run = RUN_TOKENS<C>, sums = C::sums(terms);
+    const Part& part = a.order.part[from];
+    const Levels<C> levels(a.tables);
     constexpr bool apart = code < 0;
     constexpr bool shifted = apart && Fields<C::bits>::steps > 1;
-    const PartColumns<C, plain, shifted> columns[2] = {PartColumns<C, plain, shifted>(part), PartColumns<C, plain, shifted>(other)};
-    vf total[2][rows] = {};
+    constexpr int per_part = apart ? 1 : 2, lines = count * per_part;
+    using Columns = PartColumns<C, plain, shifted>;
+    const auto columns = [&]<int... i>(std::integer_sequence<int, i...>) __attribute__((always_inline)) {
+        return std::array<Columns, count>{Columns(a.order.part[from + std::min(i, there - 1)])...};
+    }(std::make_integer_sequence<int, count>{});
+    vf total[lines][rows] = {};
     const char* weights[sides];
     for (int side = 0; side < sides; ++side) weights[side] = w.bytes + part.group[side] * (rows * terms * QUAD_TOKENS);
-    for (int begin = a.first / QUAD_HALF * QUAD_HALF; begin < a.stop; begin += QUAD_HALF) {
-        const int half = begin / QUAD_HALF;
-        vi sum[2][rows][sums];
+    for (int begin = a.first / run * run; begin < a.stop; begin += run) {
+        const int number = begin / run;
+        vi sum[lines][rows][sums];
         for (int r = 0; r < rows; ++r)
-            for (int i = 0; i < sums; ++i)
-                sum[0][r][i] = sum[1][r][i] =
-                    (vi)spread_sides<sides>([&](int side) { return w.zero[(part.group[side] * 2 + half) * 8 + i * 4 + r]; });
-        for (int step = std::max(begin, a.first / 64 * 64); step < std::min(begin + QUAD_HALF, a.stop); step += 64) {
+            for (int i = 0; i < sums; ++i) {
+                auto zero = [&](int side) { return w.zero[(part.group[side] * MOST_RUNS + number) * 8 + i * 4 + r]; };
+                for (int c = 0; c < lines; ++c) sum[c][r][i] = words ? vi{} : (vi)spread_sides<sides>(zero);
+            }
+        for (int step = std::max(begin, a.first / 64 * 64); step < std::min(begin + run, a.stop); step += 64) {
             const bool rest = step + 64 > a.count;
-            const char* from = rest ? a.rest : a.rows + step * a.stride;
+            const char* row = rest ? a.rest : a.rows + step * a.stride;
             const int64_t stride = rest ? a.bytes : a.stride;
-            for (int i = 0; i < 4; ++i, from += 4 * stride) {
-                a.ahead.tick_inside(4);
+            for (int i = 0; i < 4; ++i, row += 4 * stride) {
+                a.ahead.tick_inside(2 * lines);
 #pragma GCC unroll 4
                 for (int m = 0; m < 4; ++m) {
-                    const char* at = from + m * 16 * stride;
-                    const int place = step + 16 * i + 4 * m;
-                    line v[2][C::planes];
-                    const auto x = columns[0](at, stride);
-                    decoder.template values<C::planes>(x.template codes<apart ? 0 : code>(), v[0]);
-                    if constexpr (apart)
-                        decoder.template values<C::planes>(columns[1](at, stride).template codes<0>(), v[1]);
-                    else
-                        decoder.template values<C::planes>(x.template codes<code + 1>(), v[1]);
+                    const char* at = row + m * 16 * stride;
+                    const int place = words ? 2 * step + word_place(i, m) : step + 16 * i + 4 * m;
+                    line v[lines][Levels<C>::lines];
+#pragma GCC unroll 4
+                    for (int c = 0; c < count; ++c) {
+                        const auto x = columns[c](at, stride);
+                        levels.of(x.template codes<apart ? 0 : code>(), v[c * per_part]);
+                        if constexpr (!apart) levels.of(x.template codes<code + 1>(), v[2 * c + 1]);
+                    }
                     auto weight = [&](int r, int term) __attribute__((always_inline)) {
                         return spread_sides<sides>([&](int side) __attribute__((always_inline)) {
                             int32_t four;
-                            std::memcpy(&four, weights[side] + place + (r * terms + term) * QUAD_TOKENS, 4);
+                            const int64_t from = words ? 2 * r * QUAD_TOKENS + 4 * term : (r * terms + term) * QUAD_TOKENS;
+                            std::memcpy(&four, weights[side] + place + from, 4);
                             return four;
                         });
                     };
-                    for (int r = 0; r < rows; ++r) {
-                        const __m512i high = weight(r, 0);
-                        for (int c = 0; c < 2; ++c) sum[c][r][0] = dot_parts(sum[c][r][0], v[c][C::planes - 1], high);
-                        if constexpr (C::planes == 2)
-                            for (int c = 0; c < 2; ++c) sum[c][r][1] = dot_parts(sum[c][r][1], v[c][0], high);
-                        if constexpr (terms == 2) {
-                            const __m512i low = weight(r, 1);
-                            for (int c = 0; c < 2; ++c) sum[c][r][1] = dot_parts(sum[c][r][1], v[c][C::planes - 1], low);
+                    for (int r = 0; r < rows; ++r)
+                        for (int i = 0; i < terms; ++i) {
+                            const __m512i by = weight(r, i);
+                            for (int c = 0; c < lines; ++c) {
+                                if constexpr (words) sum[c][r][0] = dot_words(sum[c][r][0], v[c][i], by);
+                                else sum[c][r][i] = dot_parts(sum[c][r][i], v[c][0], by);
+                            }
                         }
-                    }
                 }
             }
         }
@@ -131,25 +134,26 @@ __attribute__((noinline)) void add_lines(const QuadValues& a, const TwoLines& tw
         for (int r = 0; r < rows; ++r) {
             const vf factor = (vf)spread_sides<sides>([&](int side) {
                 int32_t bits;
-                std::memcpy(&bits, w.factor + (part.group[side] * 2 + half) * 4 + r, 4);
+                std::memcpy(&bits, w.factor + (part.group[side] * MOST_RUNS + number) * 4 + r, 4);
                 return bits;
             });
-            for (int c = 0; c < 2; ++c) {
+            for (int c = 0; c < lines; ++c) {
                 vi made = sum[c][r][0];
                 if constexpr (sums == 2) made = (made << 8) + sum[c][r][1];
                 total[c][r] = fma(to_float(made), factor, total[c][r]);
             }
         }
     }
-    const float by = a.format.factor * (C::planes == 2 ? 256.0f : 1.0f);
+    const float by = a.format.factor * (words ? a.tables.word_factor : 1.0f);
 #pragma GCC unroll 4
     for (int r = 0; r < rows; ++r, out += a.out_stride) {
-#pragma GCC unroll 2
-        for (int c = 0; c < 2; ++c) {
-            if (apart && c && two.other == two.from) continue;  // there was one part only
+#pragma GCC unroll 4
+        for (int c = 0; c < lines; ++c) {
+            const int place = c / per_part;
+            if (place >= there) continue;
             const __m512 made = (__m512)(total[c][r] * by);
-            const __mmask8* words = apart && c ? other.words : part.words;
-            float* to = out + a.order.first[apart ? (c ? two.other : two.from) : two.from * a.order.lines + code + c];
+            const __mmask8* words = a.order.part[from + place].words;
+            float* to = out + a.order.first[apart ? from + place : (from + place) * a.order.lines + code + c % per_part];
             auto add = [&](float* at, __mmask8 mask, __m256 x) {
                 _mm256_mask_storeu_ps(at, mask, _mm256_fmadd_ps(_mm256_maskz_loadu_ps(mask, at), _mm256_set1_ps(rescale[r]), x));
             };
@@ -163,45 +167,58 @@ __attribute__((noinline)) void add_lines(const QuadValues& a, const TwoLines& tw
 template <class C, int rows, int terms>
 INLINE void add_quads_of(const QuadValues& a, const float* weights, float* out, const float* rescale) {
     const Format& f = a.format;
-    if constexpr (C::look_up == VALUES || C::bits == 4)
+    if constexpr (C::sums(terms) == 1 && (C::look_up == VALUES || C::bits == 4))
         if (a.order.chunks) return add_chunks_of<C, rows, terms>(a, weights, out, rescale);
     const int groups = f.dim / f.group;
-    alignas(16) int32_t zero[MOST_GROUPS * 2 * 8];
-    alignas(16) float factor[MOST_GROUPS * 2 * 4];
+    alignas(16) int32_t zero[MOST_GROUPS * MOST_RUNS * 8];
+    alignas(16) float factor[MOST_GROUPS * MOST_RUNS * 4];
+    constexpr int length = RUN_TOKENS<C>;
     for (int g = 0; g < groups; ++g)
-        for (int t = a.first / QUAD_HALF * QUAD_HALF; t < a.stop; t += QUAD_HALF) {
-            const int at = 2 * g + t / QUAD_HALF;
-            spread_weights<C::planes, terms, 1>(a, rows, std::min(QUAD_HALF, a.tokens - t), weights + t, a.scales + int64_t(g) * a.tokens + t,
-                                             a.spread + g * (rows * terms * QUAD_TOKENS) + t, zero + 8 * at, factor + 4 * at);
+        for (int t = a.first / length * length; t < a.stop; t += length) {
+            const int at = MOST_RUNS * g + t / length;
+            spread<C, terms, 1>(a, rows, std::min(length, a.tokens - t), weights + t, a.scales + int64_t(g) * a.tokens + t,
+                                a.spread + g * (rows * terms * QUAD_TOKENS) + (C::lines == WORDS ? 2 : 1) * t, zero + 8 * at, factor + 4 * at);
         }
     const QuadWeights w = {a.spread, zero, factor};
     const Quads& order = a.order;
-    auto run = [&]<int code>(std::integral_constant<int, code>, const TwoLines& two) __attribute__((always_inline)) {
-        const int* g = order.part[two.from].group;
+    constexpr int most = C::sums(terms) == 1 ? 4 : 2;  // lines at once: as many sums as registers hold
+    // those of up to `most` lines from part `from` on, and how many parts they are
+    auto run = [&]<int code>(std::integral_constant<int, code>, int from) __attribute__((always_inline)) {
+        constexpr int per_part = code < 0 ? 1 : 2;
+        int there = 1;
+        while (there < most / per_part && from + there < order.parts && !order.part[from + there - 1].last) ++there;
+        const int* g = order.part[from].group;
         auto lines = [&]<bool plain>(std::bool_constant<plain>) __attribute__((always_inline)) {
-            if (g[0] == g[1]) return add_lines<C, code, plain, 1, rows, terms>(a, two, w, out, rescale);
-            add_lines<C, code, plain, 2, rows, terms>(a, two, w, out, rescale);
+            auto with = [&]<int count>(std::integral_constant<int, count>) __attribute__((always_inline)) {
+                if (g[0] == g[1]) return add_lines<C, code, plain, 1, rows, terms, count>(a, from, there, w, out, rescale);
+                add_lines<C, code, plain, 2, rows, terms, count>(a, from, there, w, out, rescale);
+            };
+            constexpr int few = 2 / per_part;
+            if constexpr (most > 2)
+                if (there > few) return with(std::integral_constant<int, 2 * few>{});
+            with(std::integral_constant<int, few>{});
         };
+        bool shuffled = false;
         if constexpr (Fields<C::bits>::next > 0)
-            if (!order.plain) return lines(std::false_type{});
-        lines(std::true_type{});
+            if (!order.plain) shuffled = true, lines(std::false_type{});
+        if (!shuffled) lines(std::true_type{});
+        return there;
     };
     constexpr int steps = Fields<C::bits>::steps;
-    for (int p = 0; p < order.parts; ++p) {
+    for (int p = 0; p < order.parts;) {
+        int taken = 0;
         if constexpr (steps > 1)
             if (order.lines > 1) {
-                run(std::integral_constant<int, 0>{}, {p, p});
-                if constexpr (steps > 2) run(std::integral_constant<int, 2>{}, {p, p});
-                continue;
+                taken = run(std::integral_constant<int, 0>{}, p);
+                if constexpr (steps > 2) run(std::integral_constant<int, 2>{}, p);
             }
-        const bool both = p + 1 < order.parts && !order.part[p].last;
-        run(std::integral_constant<int, -1>{}, {p, p + both});
-        p += both;
+        if (!taken) taken = run(std::integral_constant<int, -1>{}, p);
+        p += taken;
     }
 }
 
 inline void add_quads(const QuadValues& a, int rows) {
-    as_coded(a.format, [&]<class C>(C) {
+    as_coded<true>(a.format, a.order, [&]<class C>(C) {
         const float *weights = a.weights, *rescale = a.rescale;
         float* out = a.out;
         while (rows) {
@@ -217,8 +234,8 @@ inline void add_quads(const QuadValues& a, int rows) {
 }
 INLINE int value_ticks(const Quads& order, int rows, int tokens) {
     int passes = 0;
-    if (order.chunks) return (rows + CHUNK_ROWS - 1) / CHUNK_ROWS * order.chunks * order.steps * tokens / 4;
     for (; rows; ++passes) rows -= quad_pass(rows);
+    if (order.chunks) return passes * order.chunks * order.steps * tokens / 4;
     return passes * tokens / 4 * (order.lines > 1 ? order.parts * order.lines / 2 : (order.parts + 1) / 2);
 }
 

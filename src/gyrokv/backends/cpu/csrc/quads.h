@@ -17,6 +17,9 @@ namespace GYROKV_ISA {
 constexpr int QUAD_TOKENS = 256;      // of a block, at most
 constexpr int QUAD_HALF = 128;        // whose weights are rounded relative to the same largest one
 constexpr int64_t QUAD_BLOCK = 40960;  // bytes of a block of K or V: V is passed over several times
+constexpr int WORD_RUN = 64;          // products of so many large words are added up as integers, at most
+constexpr int WORD_SUM = 198000;      // the sizes of what such are multiplied with add up to this, at most
+static_assert((WORD_SUM + WORD_RUN / 2) * int64_t(LARGEST_LEVEL) < int64_t(1) << 31);
 constexpr int PART_WORDS = 8, PART_BYTES = 2 * PART_WORDS;
 constexpr int MOST_QUAD_ROWS = 16;            // query rows
 constexpr int MOST_PARTS = 640 / PART_BYTES + 640 / 32;  // lines of a padded head, and those of two groups
@@ -25,7 +28,7 @@ constexpr int MOST_PARTS = 640 / PART_BYTES + 640 / 32;  // lines of a padded he
 
 constexpr bool TAKES_QUADS = false;
 struct Quads {
-    Quads(const Format&, bool, bool) {}
+    Quads(const Format&, bool, int, bool) {}
 };
 INLINE bool takes_quads(const Format&, int, int) { return false; }
 
@@ -45,6 +48,8 @@ INLINE bool takes_quads(const Format& f, int rows, int terms) {
     return f.planes == terms && (f.bits < 8 || has_half_table(f));
 }
 
+alignas(16) constexpr uint8_t TWICE[2][PART_BYTES] = {{0, 0, 2, 2, 4, 4, 6, 6, 8, 8, 10, 10, 12, 12, 14, 14},
+                                                      {1, 1, 3, 3, 5, 5, 7, 7, 9, 9, 11, 11, 13, 13, 15, 15}};
 alignas(16) constexpr uint8_t SORTED[PART_BYTES] = {0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15};
 INLINE __m512i every_part(const void* p) { return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)p)); }
 
@@ -56,7 +61,7 @@ struct Part {
     __mmask8 words[2], here;      // whose even and odd bytes count; of the next field's, those at `next`
     bool wraps, last;             // last: lines from the next part on have other scales
     int32_t group[2];             // of the scale, of even and of odd bytes
-    alignas(16) uint8_t gather[PART_BYTES];   // bytes of the next field, in the order of a line
+    alignas(16) uint8_t gather[PART_BYTES];   // bytes of the next field, in the order of a line of keys
     __mmask32 further;                        // whose bits lie one code higher, in 16-bit lanes
     uint32_t turn;                            // that brings the bits above the others
     alignas(64) uint8_t column_gather[LINE];  // the same for lines of columns (see quad_values.h)
@@ -70,11 +75,12 @@ struct Quads {
     int chunks;    // of 64 bytes, if they are taken so: see chunk_values.h
     int steps;     // codes of a byte
     int sets;      // 2 where even and odd bytes may have scales of their own
+    bool words;    // see Lines
     Part part[MOST_PARTS];
     int first[MOST_PARTS];  // value of the first byte of a line [part][line]; the odd ones lie dim / 2 behind
 
-    // needed: else there are no parts; columns: for values
-    Quads(const Format& f, bool needed, bool columns) {
+    // needed: else there are no parts; terms: of q or of the weights; columns: for values
+    Quads(const Format& f, bool needed, int terms, bool columns) {
         if (!needed) return;
         const int wide = wide_bits(f), next = next_bits(f), steps = 8 / wide, words = f.dim * wide / 16;
         plain = f.dim * next / 16 % PART_WORDS == 0;
@@ -108,6 +114,14 @@ struct Quads {
                 }
         for (int i = 0; i < parts; ++i)
             part[i].last = i + 1 == parts || !std::equal(part[i].group, part[i].group + 2, part[i + 1].group);
+        this->words = f.planes == 2 ? columns || f.bits < 8 : terms == 2 && (columns ? chunks > 0 : sets == 2 && (f.linear || f.bits == 4));
+        if (columns || !this->words || f.planes == 1) return;
+        for (int i = 0, values = 0; i < parts; ++i) {  // see WORD_RUN
+            auto of = [&](const Part& p) { return lines * (std::popcount(p.words[0]) + std::popcount(p.words[1])); };
+            values += of(part[i]);
+            if (i + 1 < parts) part[i].last |= values + of(part[i + 1]) > WORD_RUN;
+            if (part[i].last) values = 0;
+        }
     }
 
    private:
@@ -122,8 +136,9 @@ struct Quads {
         auto turn_of = [&](int w) { return uint32_t(((first + w + k * words) / count * next - wide) & 31); };
         made.turn = turn_of(0), made.further = 0;
         for (int i = 0; i < PART_BYTES; ++i) {
-            made.gather[i] = byte_of(i % PART_WORDS, i / PART_WORDS);
-            if (turn_of(i % PART_WORDS) != made.turn) made.further |= 0x01010101u << (i / 2);
+            const int word = f.planes == 2 ? i / 2 : i % PART_WORDS, odd = f.planes == 2 ? i % 2 : i / PART_WORDS;
+            made.gather[i] = byte_of(word, odd);
+            if (turn_of(word) != made.turn) made.further |= 0x01010101u << (i / 2);
         }
         for (int i = 0; columns && i < LINE; ++i) {
             made.column_gather[i] = uint8_t(i % 4 * PART_BYTES + byte_of(i / 4 % PART_WORDS, i / 4 / PART_WORDS));
@@ -132,25 +147,69 @@ struct Quads {
     }
 };
 
+// What codes are multiplied as: bytes, two planes of bytes, or words: those of even bytes and those of odd ones, with words of q or
+// weights. Words take two products where two planes take three, and one sum where two terms or planes take two; but they are made of
+// bytes first, and sums of larger words fit an integer only if the other factor is less precise (WORD_SUM).
+enum Lines : int { BYTES, PLANES, WORDS };
+
 // A format whose rows are taken so, as a type.
-template <int bits_, int look_up_, int planes_>
+template <int bits_, int look_up_, int lines_>
 struct Coded {
-    static constexpr int bits = bits_, look_up = look_up_, planes = planes_;
+    static constexpr int bits = bits_, look_up = look_up_, lines = lines_;
+    static constexpr bool large = lines == WORDS && bits > 4 && look_up != VALUES;  // words beyond a byte
+    static constexpr int sums(int terms) { return lines == WORDS ? 1 : lines == PLANES ? 2 : terms; }  // of a line and a row
 };
 // body(Coded) as rows of `f` want it.
-template <class Body>
-INLINE void as_coded(const Format& f, Body body) {
+template <bool columns, class Body>
+INLINE void as_coded(const Format& f, const Quads& order, Body body) {
     switch (f.bits) {
-        case 2: return body(Coded<2, INDICES, 1>{});
-        case 3: return body(Coded<3, INDICES, 1>{});
-        case 4: return body(Coded<4, INDICES, 1>{});
-        case 5: return f.planes == 2 ? body(Coded<5, INDICES, 2>{}) : body(Coded<5, INDICES, 1>{});
-        case 6: return f.planes == 2 ? body(Coded<6, INDICES, 2>{}) : body(Coded<6, INDICES, 1>{});
+        case 2: return body(Coded<2, INDICES, BYTES>{});
+        case 3: return body(Coded<3, INDICES, BYTES>{});
+        case 4: return order.words ? body(Coded<4, INDICES, WORDS>{}) : body(Coded<4, INDICES, BYTES>{});
+        case 5: return order.words ? body(Coded<5, INDICES, WORDS>{}) : body(Coded<5, INDICES, BYTES>{});
+        case 6: return order.words ? body(Coded<6, INDICES, WORDS>{}) : body(Coded<6, INDICES, BYTES>{});
         default:
-            if (f.linear) return body(Coded<8, VALUES, 1>{});
-            return f.planes == 2 ? body(Coded<8, SIGNED_INDICES, 2>{}) : body(Coded<8, SIGNED_INDICES, 1>{});
+            if (f.linear) return order.words ? body(Coded<8, VALUES, WORDS>{}) : body(Coded<8, VALUES, BYTES>{});
+            return f.planes == 2 ? body(Coded<8, SIGNED_INDICES, columns ? WORDS : PLANES>{}) : body(Coded<8, SIGNED_INDICES, BYTES>{});
     }
 }
+
+// What lines are of codes.
+template <class C>
+struct Levels : Decoder<C::bits, C::look_up> {
+    static constexpr int lines = C::lines == BYTES ? 1 : 2;
+    explicit Levels(const Tables& tables) : Decoder<C::bits, C::look_up>(tables) {}
+    inline __attribute__((always_inline)) void of(line code, line* made) const { this->template values<lines>(code, made); }
+};
+template <class C>
+    requires(C::lines == WORDS)
+struct Levels<C> {
+    static constexpr int lines = 2;
+    __m512i part[C::bits == 8 ? 4 : 2];
+    explicit Levels(const Tables& tables) {
+        const void* from = C::bits == 8 ? (const void*)tables.word_half : tables.words;
+        for (int i = 0; i < int(sizeof part / LINE); ++i) part[i] = _mm512_load_si512((const char*)from + i * LINE);
+    }
+    inline __attribute__((always_inline)) void of(line code, line* made) const {
+        const __m512i x = (__m512i)code, odd = _mm512_srli_epi16(x, 8);
+        if constexpr (C::look_up == VALUES) {  // with ZERO
+            made[0] = (line)_mm512_and_si512(x, _mm512_set1_epi16(255)), made[1] = (line)odd;
+        } else if constexpr (C::bits < 8) {
+            auto look_up = [&](__m512i at) __attribute__((always_inline)) {
+                if constexpr (C::bits < 6) return (line)_mm512_permutexvar_epi16(at, part[0]);
+                return (line)_mm512_permutex2var_epi16(part[0], at, part[1]);
+            };
+            made[0] = look_up(x), made[1] = look_up(odd);
+        } else {
+            const __mmask64 negative = _mm512_movepi8_mask(x), second = 0xaaaaaaaaaaaaaaaa;
+            __m512i low = _mm512_permutex2var_epi8(part[0], x, part[1]), high = _mm512_permutex2var_epi8(part[2], x, part[3]);
+            low = _mm512_mask_sub_epi8(low, negative, __m512i{}, low);  // and carries nothing, as it is not 0
+            high = _mm512_mask_sub_epi8(high, negative, _mm512_set1_epi8(-1), high);
+            made[0] = (line)_mm512_mask_shuffle_epi8(low, second, high, every_part(TWICE[0]));
+            made[1] = (line)_mm512_mask_shuffle_epi8(high, ~second, low, every_part(TWICE[1]));
+        }
+    }
+};
 
 // The next field's words of a part, of four rows, `step` bytes apart.
 template <bool plain>

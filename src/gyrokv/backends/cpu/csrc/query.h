@@ -60,7 +60,7 @@ struct Query {
     int group, groups, terms;
     bool sorted;      // each four values as 0, 2, 1, 3, like lines of packed rows
     bool bytes;       // as lines of fp8 rows are (see float8.h)
-    float factor;     // of the format, which is in the scale
+    float factor, word_factor;  // of the format, which are in the scale
     char* a;
     int64_t stride;   // bytes; a row of q is `terms` rows of A
     float* scale;     // [rows][groups], with the scale of the scores in it
@@ -79,13 +79,13 @@ INLINE int64_t query_bytes(const Attend& call, int rows) {
 }
 
 inline Query pack_query(const Attend& call, const Unit& unit, const Format& f, const Stored* stored, const Quads* quads, bool bytes,
-                        char* to) {
+                        float word_factor, char* to) {
     Query made;
     made.element = element_of(f);
     made.group = made.element == INT8 ? f.group : f.dim;
     made.groups = f.dim / made.group;
     made.terms = terms_of(made.element, call, bfloat_query(call));
-    made.factor = f.factor;
+    made.factor = f.factor, made.word_factor = word_factor;
     made.planes = f.planes;
     made.sorted = packed_tokens(f) && !stored && !quads;
     made.bytes = bytes;
@@ -146,7 +146,7 @@ inline Query pack_query(const Attend& call, const Unit& unit, const Format& f, c
     for (int r = 0, i = 0; quads && r < unit.rows; ++i) {
         const int rows = quad_pass(unit.rows - r);
         made.passes[i] = pack_quads(f, *quads, made.a + int64_t(r) * made.terms * made.stride, made.stride, rows, made.terms,
-                                    made.scale + r * made.groups, after);
+                                    made.scale + r * made.groups, word_factor, after);
         after += quad_query_bytes(call.k_dim, rows), r += rows;
     }
 #endif
