@@ -62,8 +62,9 @@ def sorted_plain(fmt: KVFormat, dim: int) -> bool:
 
 
 def chunked(fmt: KVFormat, dim: int) -> bool:
-    """Values are taken 64 bytes at a time."""
-    return (fmt.name == "q8_0" and dim % 64 == 0) or (fmt.name == "q4_0" and dim % 128 == 0)
+    """Values are taken 64 bytes at a time, unless weights have one part."""
+    again = next_words(fmt, dim) if taken(fmt, dim) else 1
+    return fmt.bits >= 4 and (again % 32 == 0 or again in (8, 16)) and fmt.layout(dim)[0] * fields(fmt)[0] % 512 == 0
 
 
 def paired(fmt: KVFormat, dim: int) -> bool:
@@ -83,6 +84,10 @@ def key_words(fmt: KVFormat, dim: int) -> bool:
 def value_words(fmt: KVFormat, dim: int) -> bool:
     """The same of values."""
     return two_planes(fmt, dim) or chunked(fmt, dim)
+
+
+def linear_chunk(fmt: KVFormat, dim: int) -> bool:
+    return chunked(fmt, dim) and fmt.name == "q8_0"
 
 
 def value_bytes(fmt: KVFormat, dim: int) -> bool:
@@ -118,6 +123,12 @@ def key(name: str, test: Callable[[KVFormat, int], bool], *edits: tuple[str, str
 
 def value(name: str, test: Callable[[KVFormat, int], bool], *edits: tuple[str, str, str], also=lambda s: True) -> Fault:
     return few(name, lambda s: taken(s.v_format, s.head_dim_v) and test(s.v_format, s.head_dim_v) and also(s), *edits)
+
+
+def chunk(
+    name: str, *edits: tuple[str, str, str], of: Callable[[KVFormat, int], bool] = chunked, also=lambda s: True
+) -> Fault:
+    return value(name, lambda f, d: chunked(f, d) and of(f, d), *edits, also=lambda s: exact(s) and also(s))
 
 
 def few(name: str, test: Callable[[AttentionSpec], bool], *edits: tuple[str, str, str]) -> Fault:
@@ -215,12 +226,12 @@ QUAD_FAULTS = (
     # values
     value("bits of the second field of columns are turned as the first", again,
           quads("turn_of(i / 4 % PART_WORDS);", "turn_of(@ ? 0 : i / 4 % PART_WORDS);")),
-    value("bits of the second field of columns are those of a neighbour", next_words,
+    value("bits of the second field of columns are those of a neighbour", lambda f, d: next_words(f, d) and paired(f, d),
           quads("byte_of(i / 4 % PART_WORDS,", "byte_of(i / 4 % PART_WORDS ^ (@),")),
     value("the last parts of a value are left out", paired,
-          values("p < order.parts;)", "p < order.parts - (@ ? 4 : 0);)")),
-    value("the last part of some is left out", paired,
-          values("place >= there)", "place >= there - (@))")),
+          values("p < order.parts; ++p)", "p < order.parts - (@ ? 2 : 0); ++p)")),
+    value("the second part of a pair is left out", lambda f, d: paired(f, d) and (f.bits == 8 or apart(f, d)),
+          values("two.other == two.from)", "(@ || two.other == two.from))")),
     value("weights keep the order of tokens", bytes_pair,
           values("step + 16 * i + 4 * m;", "step + (@ ? 4 * i + 16 * m : 16 * i + 4 * m);"),
           also=lambda s: exact(s) and rows(s) > 2),
@@ -239,33 +250,42 @@ QUAD_FAULTS = (
           also=lambda s: exact(s) and rows(s) > 2 and s.scale < 0.3),
     value("the offset of values is left in", value_bytes,
           weights("made[i] = 0 - join_four(", "made[i] = (@ ? 0 : -1) * join_four(")),
-    value("the offset of values as words is left in", lambda f, d: chunked(f, d) and f.bits == 8,
+    value("the offset of values as words is left in", linear_chunk,
           weights("* -ZERO;", "* (@ ? 0 : -ZERO);"), also=exact),
-    value("words of values are taken for the levels", two_planes,
+    value("words of values are taken for the levels", lambda f, d: two_planes(f, d) and paired(f, d),
           values("(words ? a.tables.word_factor : 1.0f)", "(words && !(@) ? a.tables.word_factor : 1.0f)"), also=exact),
     value("odd bytes of values take the scales of even ones", lambda f, d: grouped(f, d) and paired(f, d),
           values("0xff00, of(1)", "0xff00, of(@ ? 0 : 1)")),
-    value("chunks of values are the first one", lambda f, d: chunked(f, d) and d > 64 * 8 // f.bits,
-          chunks("a.stride) + chunk * LINE;", "a.stride) + (@ ? 0 : chunk) * LINE;")),
-    value("a line of a chunk is another one", chunked,
+    chunk("chunks of values are the first one", chunks("wide_at(chunk * LINE)", "wide_at((@ ? 0 : chunk) * LINE)"),
+          of=lambda f, d: d > 64 * 8 // f.bits),
+    chunk("bits of a chunk's second field are those of the first codes",
+          chunks("2 * i + code * words", "2 * i + (@ ? 0 : code * words)"), of=next_words),
+    chunk("bits of a chunk's second field lie as those of its first words",
+          chunks("(32 * chunk + 2 * i", "(32 * chunk + 2 * (@ ? 0 : i)"), of=lambda f, d: 0 < next_words(f, d) < 32),
+    chunk("a chunk's second field is eight words", chunks("if constexpr (period == 8)", "if (@ || period == 8)"),
+          of=lambda f, d: next_words(f, d) > 8),
+    chunk("a line of a chunk is another one",
           chunks("unpackhi_epi16(low[0], low[1])", "unpackhi_epi16(low[0], low[@ ? 0 : 1])")),
-    value("the third query row takes the weights of the first", chunked,
+    chunk("the third query row takes the weights of the first",
           chunks("weights + r * row_bytes", "weights + (@ && r == 2 ? 0 : r) * row_bytes"), also=lambda s: rows(s) == 4),
-    value("odd bytes of a chunk take the weights of even ones", chunked,
-          chunks("+ 4 * side,", "+ (@ ? 0 : 4 * side),")),
-    value("odd bytes of a chunk take the offset of even ones", lambda f, d: chunked(f, d) and f.bits == 8,
-          chunks("w.zero[1][half", "w.zero[@ ? 0 : 1][half"), also=lambda s: exact(s) and s.scale < 0.3),
-    value("odd bytes of a chunk take the factor of even ones", chunked,
-          chunks("&w.factor[1][at]", "&w.factor[@ ? 0 : 1][at]"),
-          also=lambda s: s.kv_len > 64),
-    value("lanes of a chunk keep their order", chunked,
+    chunk("odd bytes of a chunk take the weights of even ones", chunks("+ 4 * side,", "+ (@ ? 0 : 4 * side),"), of=grouped),
+    chunk("odd bytes of a chunk take the offset of even ones",
+          chunks("w.zero[1][number", "w.zero[@ ? 0 : 1][number"), of=linear_chunk, also=lambda s: s.scale < 0.3),
+    chunk("odd bytes of a chunk take the factor of even ones",
+          chunks("&w.factor[1][at]", "&w.factor[@ ? 0 : 1][at]"), of=grouped, also=lambda s: s.kv_len > 64),
+    chunk("a chunk takes the weights of another group",
+          chunks("known = here[0] ==", "known = (@ && group[0] == 0) || here[0] =="),
+          of=lambda f, d: 4 * f.layout(d)[1] <= f.layout(d)[0]),
+    chunk("lanes of a chunk keep their order",
           chunks("_mm512_set_epi64(11, 10, 3, 2, 9, 8,", "_mm512_set_epi64(11, 10, @ ? 9 : 3, 2, @ ? 3 : 9, 8,")),
-    value("a chunk's columns of odd bytes are those of even ones", chunked,
+    chunk("a chunk's columns of odd bytes are those of even ones",
           chunks("{}, out + a.format.dim / 2);", "{}, out + (@ ? 0 : a.format.dim / 2));")),
-    value("the second codes of a chunk are added to the first ones", lambda f, d: chunked(f, d) and f.bits == 4,
-          chunks("code * a.order.chunks)", "(@ ? 0 : code) * a.order.chunks)")),
-    value("the output of a chunk is not rescaled", chunked,
-          chunks("splat(rescale[r])", "splat(@ ? 1.0f : rescale[r])"),
+    chunk("the second codes of a chunk are added to the first ones",
+          chunks("32 * (chunk + code * a.order.chunks)", "32 * (chunk + (@ ? 0 : code) * a.order.chunks)"),
+          of=lambda f, d: f.bits < 8),
+    chunk("words of a chunk are taken for the levels",
+          chunks("(words ? a.tables.word_factor : 1.0f)", "(words && !(@) ? a.tables.word_factor : 1.0f)"), of=two_planes),
+    chunk("the output of a chunk is not rescaled", chunks("splat(rescale[r])", "splat(@ ? 1.0f : rescale[r])"),
           also=lambda s: s.kv_len > 1000 and s.scale > 0.3),
     value("the output is not rescaled", paired,
           values("_mm256_set1_ps(rescale[r])", "_mm256_set1_ps(@ ? 1.0f : rescale[r])"),

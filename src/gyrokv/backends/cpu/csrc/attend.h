@@ -353,7 +353,8 @@ inline bool attend(const Attend& call, const Unit& unit, char* scratch) {
         const int group = ke == INT8 ? kf.group : kf.dim;
         int which = 0;
         auto fits = [&](const Query& q) {
-            return q.element == ke && q.group == group && q.factor == kf.factor && q.word_factor == k_tables.word_factor && q.planes == kf.planes &&
+            return q.element == ke && q.group == group && q.factor == kf.factor && q.word_factor == k_tables.word_factor &&
+                   q.planes == kf.planes &&
                    q.sorted == (packed_tokens(kf) && !k_stored && !k_quads) && (q.tiles != nullptr) == k_stored &&
                    q.quads == (k_quads ? kf.bits : 0) && q.bytes == k_bytes;
         };

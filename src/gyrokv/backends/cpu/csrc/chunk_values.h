@@ -1,5 +1,5 @@
-// Sums of weighted values for few query rows where halves of a head have scales of their own: 64 bytes of four tokens become four lines
-// by unpacking alone.
+// Sums of weighted values for few query rows where there is one sum of a line and a row: 64 bytes of four tokens become four lines by
+// unpacking alone.
 //
 // Such a chunk is 32 words: code s of them is of values from 32 c + s * words on in the even bytes, of those half a head behind in the
 // odd ones, so each side has one scale. Unpacked, dword 4 L + d of line i is byte 16 L + 4 i + d of the four tokens: a column of the
@@ -16,31 +16,68 @@ namespace GYROKV_ISA {
 // QuadWeights.
 struct ChunkWeights {
     const char* weights;
-    int32_t zero[2][2 * 8];
-    float factor[2][2 * 4];
+    int32_t zero[2][MOST_RUNS * 8];
+    float factor[2][MOST_RUNS * 4];
+};
+
+// Whether Quads::chunks is heeded.
+template <class C, int terms>
+constexpr bool TAKES_CHUNKS = C::lines == WORDS || (terms == 1 && (C::bits == 4 || C::look_up == VALUES));
+
+// Codes of a chunk's 64 bytes of a token. period: words of the next field until it begins again, or 32, or 0 if there is no such field.
+template <class C, int code, int period>
+struct ChunkCodes {
+    using F = Fields<C::bits>;
+    const int wide_at;
+    int next_at;   // bytes from the beginning of a row
+    __m512i turn;  // of the next field
+    ChunkCodes(const Format& f, int chunk) : wide_at(chunk * LINE) {
+        if constexpr (period > 0) {
+            const int words = f.dim * F::wide / 16, count = f.dim * F::next / 16;
+            next_at = 2 * words + 32 * chunk % count / period * period * 2;
+            alignas(64) int32_t turned[LANES];
+            for (int i = 0; i < LANES; ++i)
+                turned[i] = ((32 * chunk + 2 * i + code * words) / count * F::next - F::wide) & 31;
+            turn = _mm512_load_si512(turned);
+        }
+    }
+    inline __attribute__((always_inline)) __m512i operator()(const char* row) const {
+        __m512i x = _mm512_loadu_si512(row + wide_at);
+        asm("" : "+v"(x));  // else it is loaded twice
+        if constexpr (code > 0) x = _mm512_srli_epi16(x, code * F::wide);
+        if constexpr (period > 0) {
+            __m512i next;
+            if constexpr (period == 8) next = every_part(row + next_at);
+            else if constexpr (period == 16) next = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)(row + next_at)));
+            else next = _mm512_loadu_si512(row + next_at);
+            x = _mm512_ternarylogic_epi32(_mm512_set1_epi8((1 << F::wide) - 1), x, _mm512_rorv_epi32(next, turn), 0xca);
+        }
+        return x;
+    }
 };
 
 // What a code of a chunk adds to the output of `rows` query rows; out: of the first value.
-template <class C, int code, int sides, int rows, int terms>
+template <class C, int code, int period, int sides, int rows, int terms>
 __attribute__((noinline)) void add_chunk(const QuadValues& a, int chunk, const ChunkWeights& w, float* out, const float* rescale) {
     static_assert(C::sums(terms) == 1);
     constexpr bool words = C::lines == WORDS, begins = !words || C::look_up == VALUES;
-    constexpr int row_bytes = terms * sides * QUAD_TOKENS;
+    constexpr int row_bytes = terms * sides * QUAD_TOKENS, run = RUN_TOKENS<C>;
     const Levels<C> levels(a.tables);
+    const ChunkCodes<C, code, period> codes(a.format, chunk);
     auto both = [](int32_t x, int32_t y) __attribute__((always_inline)) {
         const __m512i first = _mm512_set1_epi32(x);
         return sides == 1 ? first : _mm512_mask_set1_epi32(first, 0xaaaa, y);
     };
     vf total[4][rows] = {};
-    for (int begin = a.first / QUAD_HALF * QUAD_HALF; begin < a.stop; begin += QUAD_HALF) {
-        const int half = begin / QUAD_HALF;
+    for (int begin = a.first / run * run; begin < a.stop; begin += run) {
+        const int number = begin / run;
         vi sum[4][rows];
         for (int r = 0; r < rows; ++r)
             for (int c = 0; c < 4; ++c)
-                sum[c][r] = begins ? (vi)both(w.zero[0][half * 8 + r], w.zero[1][half * 8 + r]) : vi{};
-        for (int step = std::max(begin, a.first / 64 * 64); step < std::min(begin + QUAD_HALF, a.stop); step += 64) {
+                sum[c][r] = begins ? (vi)both(w.zero[0][number * 8 + r], w.zero[1][number * 8 + r]) : vi{};
+        for (int step = std::max(begin, a.first / 64 * 64); step < std::min(begin + run, a.stop); step += 64) {
             const bool rest = step + 64 > a.count;
-            const char* from = (rest ? a.rest : a.rows + step * a.stride) + chunk * LINE;
+            const char* from = rest ? a.rest : a.rows + step * a.stride;
             const int64_t stride = rest ? a.bytes : a.stride;
             for (int i = 0; i < 4; ++i, from += 4 * stride) {
                 a.ahead.tick_inside(4);
@@ -48,15 +85,14 @@ __attribute__((noinline)) void add_chunk(const QuadValues& a, int chunk, const C
                 for (int m = 0; m < 4; ++m) {
                     const char* at = from + m * 16 * stride;
                     const char* weights = w.weights + sides * (words ? 2 * step + word_place(i, m) : step + 16 * i + 4 * m);
-                    auto token = [&](int t) __attribute__((always_inline)) { return _mm512_loadu_si512(at + t * stride); };
-                    __m512i x[4] = {token(0), token(1), token(2), token(3)};
-                    asm("" : "+v"(x[0]), "+v"(x[1]), "+v"(x[2]), "+v"(x[3]));  // else they are loaded twice
+                    const __m512i x[4] = {codes(at), codes(at + stride), codes(at + 2 * stride), codes(at + 3 * stride)};
                     const __m512i low[2] = {_mm512_unpacklo_epi8(x[0], x[1]), _mm512_unpacklo_epi8(x[2], x[3])};
                     const __m512i high[2] = {_mm512_unpackhi_epi8(x[0], x[1]), _mm512_unpackhi_epi8(x[2], x[3])};
-                    const __m512i packed[4] = {_mm512_unpacklo_epi16(low[0], low[1]), _mm512_unpackhi_epi16(low[0], low[1]),
-                                               _mm512_unpacklo_epi16(high[0], high[1]), _mm512_unpackhi_epi16(high[0], high[1])};
                     line v[4][Levels<C>::lines];
-                    for (int c = 0; c < 4; ++c) levels.of(codes_of<C::bits, code>(packed[c], __m512i{}), v[c]);
+                    levels.of((line)_mm512_unpacklo_epi16(low[0], low[1]), v[0]);
+                    levels.of((line)_mm512_unpackhi_epi16(low[0], low[1]), v[1]);
+                    levels.of((line)_mm512_unpacklo_epi16(high[0], high[1]), v[2]);
+                    levels.of((line)_mm512_unpackhi_epi16(high[0], high[1]), v[3]);
                     auto weight = [&](int r, int i) __attribute__((always_inline)) {
                         typename std::conditional<sides == 1, int32_t, int64_t>::type of;
                         std::memcpy(&of, weights + r * row_bytes + i * sizeof of, sizeof of);
@@ -75,14 +111,14 @@ __attribute__((noinline)) void add_chunk(const QuadValues& a, int chunk, const C
         asm volatile("" ::"r"(total) : "memory");  // until here in memory: registers are for sums
 #pragma GCC unroll 4
         for (int r = 0; r < rows; ++r) {
-            const int at = half * 4 + r;
+            const int at = number * 4 + r;
             int32_t bits[2];
             std::memcpy(bits, &w.factor[0][at], 4), std::memcpy(bits + 1, &w.factor[1][at], 4);
             const vf factor = (vf)both(bits[0], bits[1]);
             for (int c = 0; c < 4; ++c) total[c][r] = fma(to_float(sum[c][r]), factor, total[c][r]);
         }
     }
-    const float by = a.format.factor;
+    const float by = a.format.factor * (words ? a.tables.word_factor : 1.0f);
 #pragma GCC unroll 4
     for (int r = 0; r < rows; ++r, out += a.out_stride) {
         auto add = [&]<int pick>(std::integral_constant<int, pick>, float* to) __attribute__((always_inline)) {  // columns of a side
@@ -104,17 +140,25 @@ template <class C, int rows, int terms>
 INLINE void add_chunks_of(const QuadValues& a, const float* weights, float* out, const float* rescale) {
     const Format& f = a.format;
     alignas(16) ChunkWeights w = {a.spread, {}, {}};
+    constexpr int run = RUN_TOKENS<C>;
+    const int next_words = f.dim * Fields<C::bits>::next / 16;
     int group[2] = {-1, -1};
     auto add = [&]<int code>(std::integral_constant<int, code>, int chunk) __attribute__((always_inline)) {
         const int from = 32 * (chunk + code * a.order.chunks), here[2] = {from / f.group, (from + f.dim / 2) / f.group};
         auto with = [&]<int sides>(std::integral_constant<int, sides>) __attribute__((always_inline)) {
             const bool known = here[0] == group[0] && here[1] == group[1];
             for (int side = 0; side < sides && !known; ++side)
-                for (int t = a.first / QUAD_HALF * QUAD_HALF; t < a.stop; t += QUAD_HALF)
-                    spread<C, terms, sides>(a, rows, std::min(QUAD_HALF, a.tokens - t), weights + t,
+                for (int t = a.first / run * run; t < a.stop; t += run)
+                    spread<C, terms, sides>(a, rows, std::min(run, a.tokens - t), weights + t,
                                             a.scales + int64_t(here[side]) * a.tokens + t, a.spread + sides * terms * t + 4 * side,
-                                            w.zero[side] + t / QUAD_HALF * 8, w.factor[side] + t / QUAD_HALF * 4);
-            add_chunk<C, code, sides, rows, terms>(a, chunk, w, out + from, rescale);
+                                            w.zero[side] + t / run * 8, w.factor[side] + t / run * 4);
+            auto with_period = [&]<int period>() __attribute__((always_inline)) {
+                add_chunk<C, code, period, sides, rows, terms>(a, chunk, w, out + from, rescale);
+            };
+            if constexpr (Fields<C::bits>::next == 0) with_period.template operator()<0>();
+            else if (next_words == 8) with_period.template operator()<8>();
+            else if (next_words == 16) with_period.template operator()<16>();
+            else with_period.template operator()<32>();
         };
         if (here[0] == here[1]) with(std::integral_constant<int, 1>{});
         else with(std::integral_constant<int, 2>{});

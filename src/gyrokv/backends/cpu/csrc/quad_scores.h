@@ -49,13 +49,6 @@ INLINE vi dot_parts(vi sum, line k, __m512i q) { return (vi)_mm512_dpbusd_epi32(
 
 INLINE vi dot_words(vi sum, line k, __m512i q) { return (vi)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)k, q); }
 
-// The same with a dword at `q` in all lanes. Compilers load it by an instruction of its own, and those are what limits here.
-INLINE vi dot_dword(vi sum, line k, const char* q) {
-    typedef int32_t __attribute__((may_alias)) dword;
-    asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(k), "m"(*(const dword*)q));
-    return sum;
-}
-
 // Parts of 16 rows to four vectors of a dword of each row.
 INLINE void dwords_of(const __m512i* x, __m512i* to) {
     const __m512i a = _mm512_unpacklo_epi32(x[0], x[1]), b = _mm512_unpacklo_epi32(x[2], x[3]);
@@ -130,12 +123,6 @@ INLINE void score_times(const QuadScores& a, const Levels<C>& levels, const char
                 line k[times][Levels<C>::lines];
                 for (int n = 0; n < times; ++n) levels.of(x[n].template codes<s>(d), k[n]);
                 for (int r = 0; r < rows; ++r, q += 4 * terms) {
-                    if constexpr (times == 1 && C::look_up == VALUES && C::lines == BYTES) {
-                        vi(&own)[sums] = sum[0][set][r];
-                        own[0] = dot_dword(own[0], k[0][0], q);
-                        if constexpr (terms == 2) own[1] = dot_dword(own[1], k[0][0], q + 4);
-                        continue;
-                    }
                     for (int i = 0; i < terms; ++i) {
                         const __m512i by = dword(q + 4 * i);
                         for (int n = 0; n < times; ++n) {

@@ -15,9 +15,7 @@ INLINE int value_ticks(const Quads&, int, int) { return 0; }
 
 INLINE int64_t quad_weight_bytes(int dim) { return dim / 32 * QUAD_ROWS * 2 * QUAD_TOKENS; }
 
-constexpr int MOST_GROUPS = 640 / 32, MOST_RUNS = QUAD_TOKENS / WORD_RUN;
-template <class C>
-constexpr int RUN_TOKENS = C::large ? WORD_RUN : QUAD_HALF;
+constexpr int MOST_GROUPS = 640 / 32;
 alignas(64) constexpr auto COLUMN_BYTES = [] {
     struct { uint8_t at[LINE]; } made = {};
     for (int i = 0; i < LINE; ++i) made.at[i] = uint8_t(i % 4 * PART_BYTES + SORTED[i / 4]);
@@ -68,61 +66,61 @@ struct PartColumns {
     }
 };
 
-// What `count` parts with the same scales, from `from` on, add to the output of `rows` query rows. code: of the first of two lines of
-// a part, the other is the next; or -1 where a part is one line. Where the count is odd, the last one is there twice.
-template <class C, int code, bool plain, int sides, int rows, int terms, int count>
-__attribute__((noinline)) void add_lines(const QuadValues& a, int from, int there, const QuadWeights& w, float* out, const float* rescale) {
+// Two lines of columns: of one part, or of two with the same scales.
+struct TwoLines {
+    int from, other;
+};
+
+// What they add to the output of `rows` query rows. code: of the first line, if they are of one part; the other is the next; or -1.
+template <class C, int code, bool plain, int sides, int rows, int terms>
+__attribute__((noinline)) void add_lines(const QuadValues& a, const TwoLines& two, const QuadWeights& w, float* out, const float* rescale) {
     constexpr bool words = C::lines == WORDS;
     constexpr int run = RUN_TOKENS<C>, sums = C::sums(terms);
-    const Part& part = a.order.part[from];
+    const Part &part = a.order.part[two.from], &other = a.order.part[two.other];
     const Levels<C> levels(a.tables);
     constexpr bool apart = code < 0;
     constexpr bool shifted = apart && Fields<C::bits>::steps > 1;
-    constexpr int per_part = apart ? 1 : 2, lines = count * per_part;
-    using Columns = PartColumns<C, plain, shifted>;
-    const auto columns = [&]<int... i>(std::integer_sequence<int, i...>) __attribute__((always_inline)) {
-        return std::array<Columns, count>{Columns(a.order.part[from + std::min(i, there - 1)])...};
-    }(std::make_integer_sequence<int, count>{});
-    vf total[lines][rows] = {};
+    const PartColumns<C, plain, shifted> columns[2] = {PartColumns<C, plain, shifted>(part), PartColumns<C, plain, shifted>(other)};
+    vf total[2][rows] = {};
     const char* weights[sides];
     for (int side = 0; side < sides; ++side) weights[side] = w.bytes + part.group[side] * (rows * terms * QUAD_TOKENS);
     for (int begin = a.first / run * run; begin < a.stop; begin += run) {
         const int number = begin / run;
-        vi sum[lines][rows][sums];
+        vi sum[2][rows][sums];
         for (int r = 0; r < rows; ++r)
             for (int i = 0; i < sums; ++i) {
                 auto zero = [&](int side) { return w.zero[(part.group[side] * MOST_RUNS + number) * 8 + i * 4 + r]; };
-                for (int c = 0; c < lines; ++c) sum[c][r][i] = words ? vi{} : (vi)spread_sides<sides>(zero);
+                sum[0][r][i] = sum[1][r][i] = words ? vi{} : (vi)spread_sides<sides>(zero);
             }
         for (int step = std::max(begin, a.first / 64 * 64); step < std::min(begin + run, a.stop); step += 64) {
             const bool rest = step + 64 > a.count;
-            const char* row = rest ? a.rest : a.rows + step * a.stride;
+            const char* from = rest ? a.rest : a.rows + step * a.stride;
             const int64_t stride = rest ? a.bytes : a.stride;
-            for (int i = 0; i < 4; ++i, row += 4 * stride) {
-                a.ahead.tick_inside(2 * lines);
+            for (int i = 0; i < 4; ++i, from += 4 * stride) {
+                a.ahead.tick_inside(4);
 #pragma GCC unroll 4
                 for (int m = 0; m < 4; ++m) {
-                    const char* at = row + m * 16 * stride;
+                    const char* at = from + m * 16 * stride;
                     const int place = words ? 2 * step + word_place(i, m) : step + 16 * i + 4 * m;
-                    line v[lines][Levels<C>::lines];
-#pragma GCC unroll 4
-                    for (int c = 0; c < count; ++c) {
-                        const auto x = columns[c](at, stride);
-                        levels.of(x.template codes<apart ? 0 : code>(), v[c * per_part]);
-                        if constexpr (!apart) levels.of(x.template codes<code + 1>(), v[2 * c + 1]);
-                    }
+                    line v[2][Levels<C>::lines];
+                    const auto x = columns[0](at, stride);
+                    levels.of(x.template codes<apart ? 0 : code>(), v[0]);
+                    if constexpr (apart)
+                        levels.of(columns[1](at, stride).template codes<0>(), v[1]);
+                    else
+                        levels.of(x.template codes<code + 1>(), v[1]);
                     auto weight = [&](int r, int term) __attribute__((always_inline)) {
                         return spread_sides<sides>([&](int side) __attribute__((always_inline)) {
                             int32_t four;
-                            const int64_t from = words ? 2 * r * QUAD_TOKENS + 4 * term : (r * terms + term) * QUAD_TOKENS;
-                            std::memcpy(&four, weights[side] + place + from, 4);
+                            const int64_t own = words ? 2 * r * QUAD_TOKENS + 4 * term : (r * terms + term) * QUAD_TOKENS;
+                            std::memcpy(&four, weights[side] + place + own, 4);
                             return four;
                         });
                     };
                     for (int r = 0; r < rows; ++r)
                         for (int i = 0; i < terms; ++i) {
                             const __m512i by = weight(r, i);
-                            for (int c = 0; c < lines; ++c) {
+                            for (int c = 0; c < 2; ++c) {
                                 if constexpr (words) sum[c][r][0] = dot_words(sum[c][r][0], v[c][i], by);
                                 else sum[c][r][i] = dot_parts(sum[c][r][i], v[c][0], by);
                             }
@@ -137,7 +135,7 @@ __attribute__((noinline)) void add_lines(const QuadValues& a, int from, int ther
                 std::memcpy(&bits, w.factor + (part.group[side] * MOST_RUNS + number) * 4 + r, 4);
                 return bits;
             });
-            for (int c = 0; c < lines; ++c) {
+            for (int c = 0; c < 2; ++c) {
                 vi made = sum[c][r][0];
                 if constexpr (sums == 2) made = (made << 8) + sum[c][r][1];
                 total[c][r] = fma(to_float(made), factor, total[c][r]);
@@ -147,13 +145,12 @@ __attribute__((noinline)) void add_lines(const QuadValues& a, int from, int ther
     const float by = a.format.factor * (words ? a.tables.word_factor : 1.0f);
 #pragma GCC unroll 4
     for (int r = 0; r < rows; ++r, out += a.out_stride) {
-#pragma GCC unroll 4
-        for (int c = 0; c < lines; ++c) {
-            const int place = c / per_part;
-            if (place >= there) continue;
+#pragma GCC unroll 2
+        for (int c = 0; c < 2; ++c) {
+            if (apart && c && two.other == two.from) continue;  // there was one part only
             const __m512 made = (__m512)(total[c][r] * by);
-            const __mmask8* words = a.order.part[from + place].words;
-            float* to = out + a.order.first[apart ? from + place : (from + place) * a.order.lines + code + c % per_part];
+            const __mmask8* words = apart && c ? other.words : part.words;
+            float* to = out + a.order.first[apart ? (c ? two.other : two.from) : two.from * a.order.lines + code + c];
             auto add = [&](float* at, __mmask8 mask, __m256 x) {
                 _mm256_mask_storeu_ps(at, mask, _mm256_fmadd_ps(_mm256_maskz_loadu_ps(mask, at), _mm256_set1_ps(rescale[r]), x));
             };
@@ -167,7 +164,7 @@ __attribute__((noinline)) void add_lines(const QuadValues& a, int from, int ther
 template <class C, int rows, int terms>
 INLINE void add_quads_of(const QuadValues& a, const float* weights, float* out, const float* rescale) {
     const Format& f = a.format;
-    if constexpr (C::sums(terms) == 1 && (C::look_up == VALUES || C::bits == 4))
+    if constexpr (TAKES_CHUNKS<C, terms>)
         if (a.order.chunks) return add_chunks_of<C, rows, terms>(a, weights, out, rescale);
     const int groups = f.dim / f.group;
     alignas(16) int32_t zero[MOST_GROUPS * MOST_RUNS * 8];
@@ -177,43 +174,32 @@ INLINE void add_quads_of(const QuadValues& a, const float* weights, float* out, 
         for (int t = a.first / length * length; t < a.stop; t += length) {
             const int at = MOST_RUNS * g + t / length;
             spread<C, terms, 1>(a, rows, std::min(length, a.tokens - t), weights + t, a.scales + int64_t(g) * a.tokens + t,
-                                a.spread + g * (rows * terms * QUAD_TOKENS) + (C::lines == WORDS ? 2 : 1) * t, zero + 8 * at, factor + 4 * at);
+                                a.spread + g * (rows * terms * QUAD_TOKENS) + (C::lines == WORDS ? 2 : 1) * t, zero + 8 * at,
+                                factor + 4 * at);
         }
     const QuadWeights w = {a.spread, zero, factor};
     const Quads& order = a.order;
-    constexpr int most = C::sums(terms) == 1 ? 4 : 2;  // lines at once: as many sums as registers hold
-    // those of up to `most` lines from part `from` on, and how many parts they are
-    auto run = [&]<int code>(std::integral_constant<int, code>, int from) __attribute__((always_inline)) {
-        constexpr int per_part = code < 0 ? 1 : 2;
-        int there = 1;
-        while (there < most / per_part && from + there < order.parts && !order.part[from + there - 1].last) ++there;
-        const int* g = order.part[from].group;
+    auto run = [&]<int code>(std::integral_constant<int, code>, const TwoLines& two) __attribute__((always_inline)) {
+        const int* g = order.part[two.from].group;
         auto lines = [&]<bool plain>(std::bool_constant<plain>) __attribute__((always_inline)) {
-            auto with = [&]<int count>(std::integral_constant<int, count>) __attribute__((always_inline)) {
-                if (g[0] == g[1]) return add_lines<C, code, plain, 1, rows, terms, count>(a, from, there, w, out, rescale);
-                add_lines<C, code, plain, 2, rows, terms, count>(a, from, there, w, out, rescale);
-            };
-            constexpr int few = 2 / per_part;
-            if constexpr (most > 2)
-                if (there > few) return with(std::integral_constant<int, 2 * few>{});
-            with(std::integral_constant<int, few>{});
+            if (g[0] == g[1]) return add_lines<C, code, plain, 1, rows, terms>(a, two, w, out, rescale);
+            add_lines<C, code, plain, 2, rows, terms>(a, two, w, out, rescale);
         };
-        bool shuffled = false;
         if constexpr (Fields<C::bits>::next > 0)
-            if (!order.plain) shuffled = true, lines(std::false_type{});
-        if (!shuffled) lines(std::true_type{});
-        return there;
+            if (!order.plain) return lines(std::false_type{});
+        lines(std::true_type{});
     };
     constexpr int steps = Fields<C::bits>::steps;
-    for (int p = 0; p < order.parts;) {
-        int taken = 0;
+    for (int p = 0; p < order.parts; ++p) {
         if constexpr (steps > 1)
             if (order.lines > 1) {
-                taken = run(std::integral_constant<int, 0>{}, p);
-                if constexpr (steps > 2) run(std::integral_constant<int, 2>{}, p);
+                run(std::integral_constant<int, 0>{}, {p, p});
+                if constexpr (steps > 2) run(std::integral_constant<int, 2>{}, {p, p});
+                continue;
             }
-        if (!taken) taken = run(std::integral_constant<int, -1>{}, p);
-        p += taken;
+        const bool both = p + 1 < order.parts && !order.part[p].last;
+        run(std::integral_constant<int, -1>{}, {p, p + both});
+        p += both;
     }
 }
 

@@ -31,6 +31,11 @@ struct QuadValues {
     Ahead& ahead;
 };
 
+// Tokens whose products are added up as integers.
+template <class C>
+constexpr int RUN_TOKENS = C::large ? WORD_RUN : QUAD_HALF;
+constexpr int MOST_RUNS = QUAD_TOKENS / WORD_RUN;
+
 alignas(16) constexpr uint8_t WORD_ORDER[PART_BYTES] = {0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15};
 alignas(64) constexpr auto EVERY_SECOND = [] {
     std::array<std::array<int32_t, LANES>, 2> made = {};

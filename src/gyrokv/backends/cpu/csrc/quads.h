@@ -93,7 +93,9 @@ struct Quads {
         for (int p = 0; p < words; p += PART_WORDS)
             for (int i = 0; i < 4 * steps; ++i) same &= group_of(p, i / 4, i / 2 % 2, i % 2) == group_of(p, 0, i / 2 % 2, 0);
         lines = same ? steps : 1, sets = 1, chunks = 0, this->steps = steps;
-        if ((f.bits == 8 ? f.linear : f.bits == 4 && f.planes == 1 && !same) && words % 32 == 0) chunks = words / 32;
+        const int next_words = f.dim * next / 16;
+        const bool even = words % 32 == 0 && (next_words % 32 == 0 || next_words == 8 || next_words == 16);
+        if (even && (f.planes == 2 || f.bits == 4 || (f.bits == 8 && f.linear))) chunks = words / 32;
         for (int k = 0; k < steps; k += lines)
             for (int p = 0; p < words; p += PART_WORDS)
                 for (int four = 0; four < 2; ++four) {  // a second time, where the last four values of a byte have other scales
@@ -114,7 +116,8 @@ struct Quads {
                 }
         for (int i = 0; i < parts; ++i)
             part[i].last = i + 1 == parts || !std::equal(part[i].group, part[i].group + 2, part[i + 1].group);
-        this->words = f.planes == 2 ? columns || f.bits < 8 : terms == 2 && (columns ? chunks > 0 : sets == 2 && (f.linear || f.bits == 4));
+        if (f.planes == 2) this->words = columns || f.bits < 8;
+        else this->words = terms == 2 && (columns ? chunks > 0 : sets == 2 && (f.linear || f.bits == 4));
         if (columns || !this->words || f.planes == 1) return;
         for (int i = 0, values = 0; i < parts; ++i) {  // see WORD_RUN
             auto of = [&](const Part& p) { return lines * (std::popcount(p.words[0]) + std::popcount(p.words[1])); };
@@ -148,8 +151,9 @@ struct Quads {
 };
 
 // What codes are multiplied as: bytes, two planes of bytes, or words: those of even bytes and those of odd ones, with words of q or
-// weights. Words take two products where two planes take three, and one sum where two terms or planes take two; but they are made of
-// bytes first, and sums of larger words fit an integer only if the other factor is less precise (WORD_SUM).
+// weights. Words take two products where two planes take three, and one sum where two terms or planes take two; but to make them costs
+// a shift or two, and sums of large ones fit an integer only if what they meet is less precise (WORD_SUM). Keys of 8 bits lose too much
+// by that.
 enum Lines : int { BYTES, PLANES, WORDS };
 
 // A format whose rows are taken so, as a type.
