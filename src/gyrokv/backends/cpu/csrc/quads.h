@@ -152,8 +152,8 @@ struct Quads {
 
 // What codes are multiplied as: bytes, two planes of bytes, or words: those of even bytes and those of odd ones, with words of q or
 // weights. Words take two products where two planes take three, and one sum where two terms or planes take two; but to make them costs
-// a shift or two, and sums of large ones fit an integer only if what they meet is less precise (WORD_SUM). Keys of 8 bits lose too much
-// by that.
+// a shift or two, and sums of large ones fit an integer only if what they meet is less precise (WORD_SUM): too little for keys of tables
+// of 256.
 enum Lines : int { BYTES, PLANES, WORDS };
 
 // A format whose rows are taken so, as a type.
