@@ -181,7 +181,8 @@ inline void attend_rows(const Attend& call, const Unit& unit, Workspace& work, c
         if (e == BFLOAT && !apart) {
             soften_short(scores, scale, top[r], tokens, state[r], total[r]);
         } else {
-            soften<e>(block, scores, scale, top[r], one_group, state[r], total[r]);
+            if (block.v_quads) soften<e, 4>(block, scores, scale, top[r], one_group, state[r], total[r]);
+            else soften<e>(block, scores, scale, top[r], one_group, state[r], total[r]);
             if (!apart && !block.direct && !block.v_stored && !block.v_quads) {  // they are multiplied where they are
                 std::memset(scores, 0, state[r].begin * 4);
                 std::memset(scores + state[r].end, 0, (tokens - state[r].end) * 4);

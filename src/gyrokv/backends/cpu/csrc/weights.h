@@ -46,11 +46,11 @@ struct Row {
 };
 
 // Scores of a row to weights exp2(score * scale - top). With one group of V's scales they are multiplied at once.
-template <Element e>
+template <Element e, int degree = 5>
 INLINE void soften(const Block& block, float* scores, float scale, float top, bool one_group, Row& row, float& total) {
     vf added = {}, most = {};
     for (int t = row.begin; t < row.end; t += LANES) {
-        vf w = exp2(fma(load<vf>(scores + t), splat(scale), splat(-top)));
+        vf w = exp2<degree>(fma(load<vf>(scores + t), splat(scale), splat(-top)));
         added += w;
         if (e == INT8 && one_group) {
             w *= load<vf>(block.v_scale + t);
