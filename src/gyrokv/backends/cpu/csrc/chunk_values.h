@@ -84,7 +84,7 @@ __attribute__((noinline)) void add_chunk(const QuadValues& a, int chunk, const C
 #pragma GCC unroll 4
                 for (int m = 0; m < 4; ++m) {
                     const char* at = from + m * 16 * stride;
-                    const char* weights = w.weights + sides * (words ? 2 * step + word_place(i, m) : step + 16 * i + 4 * m);
+                    const char* weights = w.weights + sides * terms * step + (words ? word_place<sides>(i, m) : sides * (16 * i + 4 * m));
                     const __m512i x[4] = {codes(at), codes(at + stride), codes(at + 2 * stride), codes(at + 3 * stride)};
                     const __m512i low[2] = {_mm512_unpacklo_epi8(x[0], x[1]), _mm512_unpacklo_epi8(x[2], x[3])};
                     const __m512i high[2] = {_mm512_unpackhi_epi8(x[0], x[1]), _mm512_unpackhi_epi8(x[2], x[3])};
@@ -147,11 +147,13 @@ INLINE void add_chunks_of(const QuadValues& a, const float* weights, float* out,
         const int from = 32 * (chunk + code * a.order.chunks), here[2] = {from / f.group, (from + f.dim / 2) / f.group};
         auto with = [&]<int sides>(std::integral_constant<int, sides>) __attribute__((always_inline)) {
             const bool known = here[0] == group[0] && here[1] == group[1];
-            for (int side = 0; side < sides && !known; ++side)
-                for (int t = a.first / run * run; t < a.stop; t += run)
-                    spread<C, terms, sides>(a, rows, std::min(run, a.tokens - t), weights + t,
-                                            a.scales + int64_t(here[side]) * a.tokens + t, a.spread + sides * terms * t + 4 * side,
-                                            w.zero[side] + t / run * 8, w.factor[side] + t / run * 4);
+            for (int t = a.first / run * run; t < a.stop && !known; t += run) {
+                const float *first = a.scales + int64_t(here[0]) * a.tokens + t, *other = a.scales + int64_t(here[1]) * a.tokens + t;
+                int32_t* zero[2] = {w.zero[0] + t / run * 8, w.zero[1] + t / run * 8};
+                float* factor[2] = {w.factor[0] + t / run * 4, w.factor[1] + t / run * 4};
+                spread<C, terms, sides>(a, rows, std::min(run, a.tokens - t), weights + t,
+                                        {{first, other}, a.spread + sides * terms * t, {zero[0], zero[1]}, {factor[0], factor[1]}});
+            }
             auto with_period = [&]<int period>() __attribute__((always_inline)) {
                 add_chunk<C, code, period, sides, rows, terms>(a, chunk, w, out + from, rescale);
             };

@@ -101,7 +101,7 @@ __attribute__((noinline)) void add_lines(const QuadValues& a, const TwoLines& tw
 #pragma GCC unroll 4
                 for (int m = 0; m < 4; ++m) {
                     const char* at = from + m * 16 * stride;
-                    const int place = words ? 2 * step + word_place(i, m) : step + 16 * i + 4 * m;
+                    const int place = words ? 2 * step + word_place<1>(i, m) : step + 16 * i + 4 * m;
                     line v[2][Levels<C>::lines];
                     const auto x = columns[0](at, stride);
                     levels.of(x.template codes<apart ? 0 : code>(), v[0]);
@@ -173,9 +173,9 @@ INLINE void add_quads_of(const QuadValues& a, const float* weights, float* out, 
     for (int g = 0; g < groups; ++g)
         for (int t = a.first / length * length; t < a.stop; t += length) {
             const int at = MOST_RUNS * g + t / length;
-            spread<C, terms, 1>(a, rows, std::min(length, a.tokens - t), weights + t, a.scales + int64_t(g) * a.tokens + t,
-                                a.spread + g * (rows * terms * QUAD_TOKENS) + (C::lines == WORDS ? 2 : 1) * t, zero + 8 * at,
-                                factor + 4 * at);
+            spread<C, terms, 1>(a, rows, std::min(length, a.tokens - t), weights + t,
+                                {{a.scales + int64_t(g) * a.tokens + t}, a.spread + g * (rows * terms * QUAD_TOKENS) +
+                                 (C::lines == WORDS ? 2 : 1) * t, {zero + 8 * at}, {factor + 4 * at}});
         }
     const QuadWeights w = {a.spread, zero, factor};
     const Quads& order = a.order;

@@ -51,9 +51,10 @@ INLINE void store_sides(char* to, __m512i w) {
         _mm512_mask_storeu_epi32(to + j * LINE, 0x5555, _mm512_permutexvar_epi32(_mm512_load_si512(EVERY_SECOND[j].data()), w));
 }
 
-// Weights as words: of each 64 tokens, of the first and the second half of each 32, four by four, those of tokens 0 and 2, then of 1 and 3;
-// the bytes before those of tokens 16 m + 4 i.
-INLINE int word_place(int i, int m) { return 16 * i + m % 2 * 8 + m / 2 * LINE; }
+// Weights as words: of each four tokens a dword of 0 and 2 and one of 1 and 3; with two sides those of the other one after each of them.
+// Bytes before those of tokens 16 m + 4 i, of 64.
+template <int sides>
+INLINE int word_place(int i, int m) { return 16 * i + m % 2 * (sides == 1 ? 8 : LINE) + m / 2 * sides * LINE; }
 
 // op over the four dwords of each part and over parts: of four vectors, to each part's lanes.
 template <class V, class Op>
@@ -67,44 +68,72 @@ INLINE V join_four(const V (&x)[4], Op op) {
     return op(d, shuffle<part>(d, d));
 }
 
-// Those of `tokens`, up to QUAD_HALF, and one group. sides: 2 where every second dword is another group's.
-//
-// As words (see word_place); large: such as large words of V are multiplied with, else the others are offset by ZERO.
-template <bool large, int sides>
-__attribute__((noinline)) void spread_words(const QuadValues& a, int rows, int tokens, const float* weights, const float* scales,
-                                            char* words, int32_t* zero, float* factor) {
-    const int vectors = tokens / LANES;
-    vf scale[QUAD_HALF / LANES], most[4] = {}, total[4] = {};
-    for (int i = 0; i < vectors; ++i) scale[i] = load<vf>(scales + LANES * i);
-    for (int r = 0; r < rows; ++r)
-        for (int i = 0; i < vectors; ++i) {
-            const vf x = (vf)((vi)(load<vf>(weights + r * a.weight_stride + LANES * i) * scale[i]) & 0x7fffffff);
-            most[r] = max(most[r], x);
-            if (large) total[r] += x;
-        }
-    const vf largest = join_four(most, [](vf x, vf y) { return max(x, y); });
-    vf unit = largest * (1.0f / 32767.0f);
-    if (large) unit = max(unit, join_four(total, [](vf x, vf y) { return x + y; }) * (1.0f / WORD_SUM));
-    alignas(64) float inverse[LANES];
-    store(inverse, largest > 1e-30f ? 1.0f / unit : vf{});
-    _mm_storeu_ps(factor, _mm512_castps512_ps128((__m512)unit));
-    const __m512i order = every_part(WORD_ORDER);
-    vi sum[4] = {};
-    for (int r = 0; r < rows; ++r, words += sides * 2 * QUAD_TOKENS) {
-        const float* from = weights + r * a.weight_stride;
-        const vf by = splat(inverse[r]);
-        for (int i = 0; i < vectors; i += 2) {
-            auto whole = [&](int j) { return (__m512i)round_int(load<vf>(from + LANES * (i + j)) * scale[i + j] * by); };
-            store_sides<sides>(words + sides * LINE / 2 * i, _mm512_shuffle_epi8(_mm512_packs_epi32(whole(0), whole(1)), order));
-            if (!large) sum[r] += (vi)whole(0) + (vi)whole(1);
-        }
-    }
-    if (large) return;
-    const vi made = join_four(sum, [](vi x, vi y) { return x + y; }) * -ZERO;
-    _mm_storeu_si128((__m128i*)zero, _mm512_castsi512_si128((__m512i)made));
+// Where weights of up to QUAD_HALF tokens go, of one group or, in turn, of two; scales: of these tokens.
+struct Spread {
+    const float* scales[2];
+    char* to;
+    int32_t* zero[2];
+    float* factor[2];
+};
+
+// op over the lanes of one vector or of two: to the first dword, or to the first two.
+template <int sides, class V, class Op>
+INLINE V join_sides(const V* x, Op op) {
+    constexpr auto pair = [](int i) constexpr { return i ^ 2; };
+    constexpr auto part = [](int i) constexpr { return i ^ 4; };
+    constexpr auto half = [](int i) constexpr { return i ^ 8; };
+    V y = op(zip<0>(x[0], x[sides - 1]), zip<1>(x[0], x[sides - 1]));
+    y = op(y, shuffle<half>(y, y));
+    y = op(y, shuffle<part>(y, y));
+    y = op(y, shuffle<pair>(y, y));
+    return y;
 }
 
-// The same as bytes.
+// Those of 16 * vectors tokens as words (see word_place); large: such as large words of V are multiplied with; offset: by ZERO, of V.
+template <bool large, bool offset, int sides, int vectors>
+__attribute__((noinline)) void spread_words(const QuadValues& a, int rows, const float* weights, const Spread& s) {
+    char* words = s.to;
+    for (int r = 0; r < rows; ++r, words += sides * 2 * QUAD_TOKENS, weights += a.weight_stride) {
+        vf x[sides][vectors], most[sides] = {}, total[sides] = {};
+#pragma GCC unroll 8
+        for (int i = 0; i < vectors; ++i)
+#pragma GCC unroll 2
+            for (int side = 0; side < sides; ++side) {
+                x[side][i] = load<vf>(weights + LANES * i) * load<vf>(s.scales[side] + LANES * i);
+                most[side] = larger_size(most[side], x[side][i]);
+                if (large) total[side] += (vf)((vi)x[side][i] & 0x7fffffff);
+            }
+        const vf largest = join_sides<sides>(most, [](vf x, vf y) { return max(x, y); });
+        vf unit = largest * (1.0f / 32767.0f);
+        if (large) unit = max(unit, join_sides<sides>(total, [](vf x, vf y) { return x + y; }) * (1.0f / WORD_SUM));
+        const __m128 units = _mm512_castps512_ps128((__m512)unit);
+        const __m128 inverse = _mm_and_ps(_mm_div_ps(_mm_set1_ps(1.0f), units),
+                                          _mm_cmp_ps(_mm512_castps512_ps128((__m512)largest), _mm_set1_ps(1e-30f), _CMP_GT_OQ));
+        const vf by[2] = {(vf)_mm512_broadcastss_ps(inverse), (vf)_mm512_broadcastss_ps(_mm_movehdup_ps(inverse))};
+        vi sum[sides] = {};
+#pragma GCC unroll 4
+        for (int i = 0; i < vectors; i += 2) {
+            __m512i made[sides];
+#pragma GCC unroll 2
+            for (int side = 0; side < sides; ++side) {
+                const vi low = round_int(x[side][i] * by[side]), high = round_int(x[side][i + 1] * by[side]);
+                made[side] = _mm512_shuffle_epi8(_mm512_packs_epi32((__m512i)low, (__m512i)high), every_part(WORD_ORDER));
+                if (offset) sum[side] = dot_words(sum[side], (line)made[side], _mm512_set1_epi16(-ZERO));
+            }
+            char* to = words + sides * LINE / 2 * i;
+            if constexpr (sides == 1) {
+                _mm512_storeu_si512(to, made[0]);
+            } else {
+                _mm512_storeu_si512(to, _mm512_unpacklo_epi32(made[0], made[1]));
+                _mm512_storeu_si512(to + LINE, _mm512_unpackhi_epi32(made[0], made[1]));
+            }
+        }
+        const vi zeros = offset ? join_sides<sides>(sum, [](vi x, vi y) { return x + y; }) : vi{};
+        for (int side = 0; side < sides; ++side) s.factor[side][r] = unit[side], s.zero[side][r] = zeros[side];
+    }
+}
+
+// Those of `tokens` and one group as bytes, or as every second dword of them.
 template <int terms, int sides>
 __attribute__((noinline)) void spread_weights(const QuadValues& a, int rows, int tokens, const float* weights, const float* scales,
                                               char* bytes, int32_t* zero, float* factor) {
@@ -143,12 +172,17 @@ __attribute__((noinline)) void spread_weights(const QuadValues& a, int rows, int
     for (int i = 0; i < terms; ++i) _mm_storeu_si128((__m128i*)(zero + 4 * i), _mm512_castsi512_si128((__m512i)made[i]));
 }
 
-// The way that lines of C want it.
+// Those of `tokens`, 64 or QUAD_HALF, the way that lines of C want them. sides: groups, in turn.
 template <class C, int terms, int sides>
-INLINE void spread(const QuadValues& a, int rows, int tokens, const float* weights, const float* scales, char* to, int32_t* zero,
-                   float* factor) {
-    if constexpr (C::lines == WORDS) spread_words<C::large, sides>(a, rows, tokens, weights, scales, to, zero, factor);
-    else spread_weights<terms, sides>(a, rows, tokens, weights, scales, to, zero, factor);
+INLINE void spread(const QuadValues& a, int rows, int tokens, const float* weights, const Spread& s) {
+    if constexpr (C::lines == WORDS) {
+        constexpr bool offset = C::look_up == VALUES;
+        if (tokens > 64) return spread_words<C::large, offset, sides, QUAD_HALF / LANES>(a, rows, weights, s);
+        spread_words<C::large, offset, sides, 64 / LANES>(a, rows, weights, s);
+    } else {
+        for (int i = 0; i < sides; ++i)
+            spread_weights<terms, sides>(a, rows, tokens, weights, s.scales[i], s.to + 4 * i, s.zero[i], s.factor[i]);
+    }
 }
 
 #endif
