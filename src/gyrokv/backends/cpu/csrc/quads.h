@@ -94,8 +94,8 @@ struct Quads {
             for (int i = 0; i < 4 * steps; ++i) same &= group_of(p, i / 4, i / 2 % 2, i % 2) == group_of(p, 0, i / 2 % 2, 0);
         lines = same ? steps : 1, sets = 1, chunks = 0, this->steps = steps;
         const int next_words = f.dim * next / 16;
-        const bool even = words % 32 == 0 && (next_words % 32 == 0 || next_words == 8 || next_words == 16);
-        if (even && (f.planes == 2 || f.bits == 4 || (f.bits == 8 && f.linear))) chunks = words / 32;
+        const bool whole = words % 32 == 0 && (next_words % 32 == 0 || next_words == 8 || next_words == 16);
+        if (whole && (f.planes == 2 || f.bits == 4 || (f.bits == 8 && f.linear))) chunks = words / 32;
         for (int k = 0; k < steps; k += lines)
             for (int p = 0; p < words; p += PART_WORDS)
                 for (int four = 0; four < 2; ++four) {  // a second time, where the last four values of a byte have other scales
