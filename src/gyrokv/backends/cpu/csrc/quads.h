@@ -95,7 +95,8 @@ struct Quads {
         lines = same ? steps : 1, sets = 1, chunks = 0, this->steps = steps;
         const int next_words = f.dim * next / 16;
         const bool whole = words % 32 == 0 && (next_words % 32 == 0 || next_words == 8 || next_words == 16);
-        if (whole && (f.planes == 2 || f.bits == 4 || (f.bits == 8 && f.linear))) chunks = words / 32;
+        const bool four = f.bits == 4 && (terms == 2 || !same);  // else two lines of a part cost less
+        if (whole && (f.planes == 2 || four || (f.bits == 8 && f.linear))) chunks = words / 32;
         for (int k = 0; k < steps; k += lines)
             for (int p = 0; p < words; p += PART_WORDS)
                 for (int four = 0; four < 2; ++four) {  // a second time, where the last four values of a byte have other scales
