@@ -17,6 +17,14 @@ def quads(old: str, new: str) -> tuple[str, str, str]:
     return "quads.h", old, new
 
 
+def groups(old: str, new: str) -> tuple[str, str, str]:
+    return "quad_groups.h", old, new
+
+
+def query(old: str, new: str) -> tuple[str, str, str]:
+    return "quad_query.h", old, new
+
+
 def scores(old: str, new: str) -> tuple[str, str, str]:
     return "quad_scores.h", old, new
 
@@ -52,13 +60,41 @@ def grouped(fmt: KVFormat, dim: int) -> bool:
     return taken(fmt, dim) and 2 * fmt.layout(dim)[1] <= fmt.layout(dim)[0]
 
 
-def halved(fmt: KVFormat, dim: int) -> bool:
-    """Some eight consecutive words begin in one group and end in another."""
-    return fmt.name in ("turbo2", "turbo3") and dim == 96
+def irregular(fmt: KVFormat, dim: int) -> bool:
+    """Codes of the same bytes have scales of several groups, or fields end within eight words."""
+    wide, high = fields(fmt)
+    padded, group = fmt.layout(dim)
+    words, again = padded * wide // 16, padded * high // 16
+    group_of = [[(w + i // 2 * words + i % 2 * padded // 2) // group for i in range(16 // wide)] for w in range(words)]
+    same = words % 8 == 0 and all(groups == group_of[w // 8 * 8] for w, groups in enumerate(group_of))
+    return (
+        not (same and all(groups[i] == groups[i % 2] for groups in group_of for i in range(len(groups))))
+        or again % 8 not in (0, 4)
+        or again % 8 == 4 < again
+    )
+
+
+def apart(fmt: KVFormat, dim: int) -> bool:
+    """Codes of the same bytes have whole groups of their own."""
+    return fmt.bits == 4 and fmt.layout(dim)[0] // 4 % fmt.layout(dim)[1] == 0
+
+
+def key_groups(fmt: KVFormat, dim: int) -> bool:
+    """Keys are taken group by group."""
+    return fmt.bits < 8 and irregular(fmt, dim) and not apart(fmt, dim)
+
+
+def value_groups(fmt: KVFormat, dim: int) -> bool:
+    """The same of values that have two parts of weights."""
+    return taken(fmt, dim) and not chunked(fmt, dim) and (fmt.bits == 8 or irregular(fmt, dim))
+
+
+def key_parts(fmt: KVFormat, dim: int) -> bool:
+    return not key_groups(fmt, dim)
 
 
 def sorted_plain(fmt: KVFormat, dim: int) -> bool:
-    return fmt.name in ("q4_0", "q8_0") and dim >= 64
+    return fmt.name in ("q4_0", "q8_0") and dim >= 64 and key_parts(fmt, dim)
 
 
 def chunked(fmt: KVFormat, dim: int) -> bool:
@@ -69,7 +105,7 @@ def chunked(fmt: KVFormat, dim: int) -> bool:
 
 def paired(fmt: KVFormat, dim: int) -> bool:
     """Values are taken by two lines of parts."""
-    return taken(fmt, dim) and not chunked(fmt, dim)
+    return taken(fmt, dim) and not chunked(fmt, dim) and not value_groups(fmt, dim)
 
 
 def two_planes(fmt: KVFormat, dim: int) -> bool:
@@ -78,12 +114,15 @@ def two_planes(fmt: KVFormat, dim: int) -> bool:
 
 def key_words(fmt: KVFormat, dim: int) -> bool:
     """Keys are multiplied as words, unless q has one part."""
-    return fmt.name.startswith(("tq5", "tq6")) or (grouped(fmt, dim) and fmt.name in ("turbo4", "q4_0", "q8_0"))
+    if fmt.name.startswith("tq8"):
+        return fmt.layout(dim)[1] <= 64
+    parts = grouped(fmt, dim) and key_parts(fmt, dim)
+    return fmt.name.startswith(("tq5", "tq6")) or (parts and fmt.name in ("turbo4", "q4_0", "q8_0"))
 
 
 def value_words(fmt: KVFormat, dim: int) -> bool:
     """The same of values."""
-    return two_planes(fmt, dim) or chunked(fmt, dim)
+    return two_planes(fmt, dim) or chunked(fmt, dim) or (value_groups(fmt, dim) and fmt.bits == 4)
 
 
 def linear_chunk(fmt: KVFormat, dim: int) -> bool:
@@ -95,7 +134,15 @@ def value_bytes(fmt: KVFormat, dim: int) -> bool:
 
 
 def bytes_pair(fmt: KVFormat, dim: int) -> bool:
-    return paired(fmt, dim) and not two_planes(fmt, dim)
+    return taken(fmt, dim) and not chunked(fmt, dim) and value_bytes(fmt, dim)
+
+
+def byte_groups(fmt: KVFormat, dim: int) -> bool:
+    return key_groups(fmt, dim) and not key_words(fmt, dim)
+
+
+def word_groups(fmt: KVFormat, dim: int) -> bool:
+    return key_groups(fmt, dim) and key_words(fmt, dim)
 
 
 def next_words(fmt: KVFormat, dim: int) -> int:
@@ -104,17 +151,7 @@ def next_words(fmt: KVFormat, dim: int) -> int:
 
 def again(fmt: KVFormat, dim: int) -> bool:
     """Words of the second field begin again within eight words of the first."""
-    return next_words(fmt, dim) % 8 > 0
-
-
-def wraps(fmt: KVFormat, dim: int) -> bool:
-    """Some lie at the end of that field and at its beginning."""
-    return again(fmt, dim) and next_words(fmt, dim) > 8
-
-
-def apart(fmt: KVFormat, dim: int) -> bool:
-    """Codes in the same words have different scales."""
-    return fmt.name == "q4_0" and dim >= 128
+    return next_words(fmt, dim) == 4
 
 
 def key(name: str, test: Callable[[KVFormat, int], bool], *edits: tuple[str, str, str], also=lambda s: True) -> Fault:
@@ -146,40 +183,46 @@ def fast(s: AttentionSpec) -> bool:
 
 QUAD_FAULTS = (
     # keys
-    key("the last part of a key is left out", taken, scores("p < a.order.parts; ++p)", "p < a.order.parts - (@); ++p)")),
-    key("every other 16 keys are those before", lambda f, d: not halved(f, d),
+    key("the last part of a key is left out", key_parts,
+        scores("p < a.order.parts; ++p)", "p < a.order.parts - (@); ++p)")),
+    key("every other 16 keys are those before", key_parts,
         scores("at[times - 1], stride[times - 1]", "at[@ ? 0 : times - 1], stride[@ ? 0 : times - 1]"),
         also=lambda s: rows(s) <= 2),
     key("keys change places where they are transposed", taken,
         scores("unpackhi_epi32(x[2], x[3])", "unpackhi_epi32(x[@ ? 3 : 2], x[@ ? 2 : 3])")),
     key("q keeps its order where keys do not", sorted_plain,
-        scores("sorts = !order.plain || sets > 1;", "sorts = !order.plain || (sets > 1 && !(@));"), also=fast),
-    key("the low part of q is left out", lambda f, d: not key_words(f, d),
-        scores("x = sorts ?", "x = @ && term ? __m128i{} : sorts ?"), also=lambda s: exact(s) and rows(s) > 2),
+        query("sorts = !order.plain || sets > 1;", "sorts = !order.plain || (sets > 1 && !(@));"), also=fast),
+    key("the low part of q is left out", lambda f, d: not key_words(f, d) and key_parts(f, d),
+        query("x = sorts ?", "x = @ && term ? __m128i{} : sorts ?"), also=lambda s: exact(s) and rows(s) > 2),
     key("words of q are their high bytes", key_words,
-        scores("_mm512_slli_epi32(term(0), 8), term(1)", "_mm512_slli_epi32(term(0), 8), @ ? __m512i{} : term(1)"),
+        query("_mm512_cvtepi8_epi32(low));", "@ ? __m512i{} : _mm512_cvtepi8_epi32(low));"),
         also=lambda s: exact(s) and rows(s) > 2),
-    key("words of q keep the order of values", key_words,
-        scores("words[4 * d + 2], words[4 * d + 1]", "words[4 * d + (@ ? 1 : 2)], words[4 * d + (@ ? 2 : 1)]"), also=exact),
-    key("words of q that became smaller are taken for larger ones", lambda f, d: f.name in ("tq5", "tq6"),
-        scores("larger[r] = 1.0f / smaller[0];", "larger[r] = @ ? 1.0f : 1.0f / smaller[0];"), also=exact),
-    key("words of levels are taken for the levels", lambda f, d: f.name in ("tq5", "tq6"),
-        scores("larger[r] * factor", "larger[r] * (@ ? 1.0f : factor)"), also=exact),
-    key("the offset of keys is left in", lambda f, d: not key_words(f, d), scores("x = -ZERO *", "x = (@ ? 0 : -ZERO) *")),
+    key("words of q keep the order of values", lambda f, d: key_words(f, d) and key_parts(f, d),
+        query("words[4 * d + 2], words[4 * d + 1]", "words[4 * d + (@ ? 1 : 2)], words[4 * d + (@ ? 2 : 1)]"), also=exact),
+    key("words of q that became smaller are taken for larger ones", lambda f, d: f.bits in (5, 6) and key_parts(f, d),
+        query("larger[r] = 1.0f / smaller[0];", "larger[r] = @ ? 1.0f : 1.0f / smaller[0];"), also=exact),
+    key("words of levels are taken for the levels", lambda f, d: f.name in ("tq5", "tq6") and key_parts(f, d),
+        query("larger[r] * factor", "larger[r] * (@ ? 1.0f : factor)"), also=exact),
+    key("the offset of keys is left in", lambda f, d: not key_words(f, d) and key_parts(f, d),
+        query("x = -ZERO *", "x = (@ ? 0 : -ZERO) *")),
     key("the offset of keys as words is left in", lambda f, d: sorted_plain(f, d) and f.bits == 8,
-        scores("zero[set][r] -= ZERO *", "zero[set][r] -= (@ ? 0 : ZERO) *"), also=exact),
+        query("zero[set][r] -= ZERO *", "zero[set][r] -= (@ ? 0 : ZERO) *"), also=exact),
     key("the offset of odd bytes of keys is that of even ones", lambda f, d: sorted_plain(f, d) and f.bits == 8,
-        scores("0x5555 << set, whole", "0x5555 << (@ ? 0 : set), whole"), also=exact),
+        query("0x5555 << set, whole", "0x5555 << (@ ? 0 : set), whole"), also=exact),
     key("odd words of keys are added to even ones", sorted_plain,
-        scores("i * (sets - 1)", "(@ ? 0 : i * (sets - 1))"), also=exact),
-    key("the offset of the low plane of keys is left in", lambda f, d: f.name == "tq8",
-        scores("(f.planes == 2 ? 1 : 256)", "(f.planes == 2 ? !(@) : 256)"), also=exact),
-    key("sums of a group are those of the next too", lambda f, d: 4 * f.layout(d)[1] <= f.layout(d)[0],
+        scores("(C::lines == WORDS ? i : d / 2)", "(C::lines == WORDS ? (@ ? 0 : i) : d / 2)"), also=exact),
+    key("codes that have scales of their own are added to the others", apart,
+        scores("sets == 4 ? 2 * s : 0,", "sets == 4 && !(@) ? 2 * s : 0,")),
+    key("codes that have scales of their own take the offset of the others", apart,
+        query("sum[set / 2][r][term]", "sum[@ ? 0 : set / 2][r][term]"), also=fast),
+    key("the offset of the low plane of keys is left in", lambda f, d: f.name == "tq8" and not key_words(f, d),
+        query("(f.planes == 2 ? 1 : 256)", "(f.planes == 2 ? !(@) : 256)"), also=exact),
+    key("sums of a group are those of the next too", lambda f, d: 8 * f.layout(d)[1] <= f.layout(d)[0] and key_parts(f, d),
         scores("if (p + 1 < a.order.parts) start()", "if (p + 1 < a.order.parts && !(@)) start()")),
-    key("odd bytes of keys take the scales of even ones", grouped,
-        scores("k_scale + part.group[set]", "k_scale + part.group[@ ? 0 : set]")),
-    key("a query row takes the scale of the first", taken, scores("scale[int64_t(r) *", "scale[int64_t(@ ? 0 : r) *"),
-        scores("scale[r *", "scale[(@ ? 0 : r) *"),
+    key("odd bytes of keys take the scales of even ones", lambda f, d: grouped(f, d) and key_parts(f, d),
+        scores("k_scale + part.group[set]", "k_scale + part.group[@ ? 0 : set]"), also=exact),
+    key("a query row takes the scale of the first", key_parts, query("scale[int64_t(r) *", "scale[int64_t(@ ? 0 : r) *"),
+        query("f.group) + order.part", "f.group) * (@ ? 0 : 1) + order.part"),
         also=lambda s: rows(s) > 2),
     key("query rows 5 to 8 take q of the first ones", taken,
         attend("n = k.q.rows;", "n = k.q.rows, k.q.parts = query.passes[@ ? 0 : i].parts;"),
@@ -187,33 +230,49 @@ QUAD_FAULTS = (
     key("keys behind the last whole vector are not copied", taken,
         scores("i < left; ++i)", "i < (@ ? 0 : left); ++i)"),
         also=lambda s: exact(s) and s.kv_len % 16 > 8 and s.kv_len < 200),
+    # keys, group by group
+    key("the last part of a key's dwords is the one before", key_groups,
+        scores("load_parts(from + part.at", "load_parts(from + (@ && p + 1 == keys.parts ? keys.part[p - 1] : part).at")),
+    key("every 16 keys of a group are the first ones", key_groups,
+        scores("make(n, at[n], stride[n])", "make(n, at[@ ? 0 : n], stride[@ ? 0 : n])")),
+    key("codes above others in a byte are not turned to its end", key_groups,
+        scores("set1_epi32(dword->turn)", "set1_epi32(@ ? 0 : dword->turn)")),
+    key("bits of the second field of a group lie as those of the first codes",
+        lambda f, d: key_groups(f, d) and next_words(f, d),
+        scores("set1_epi32(dword->next_turn)", "set1_epi32(@ ? keys.dword[0].next_turn : dword->next_turn)")),
+    key("words of a group that begin again lie as the others do", lambda f, d: byte_groups(f, d) and next_words(f, d) == 6,
+        groups("if (word >= place.count)", "if (word >= place.count && !(@))")),
+    key("the last words of a field that ends within a part are those before them",
+        lambda f, d: byte_groups(f, d) and f.layout(d)[0] * fields(f)[0] % 128,
+        groups("in = w - part[number].at / 2;", "in = @ ? w % PART_WORDS : w - part[number].at / 2;")),
+    key("odd bytes of a group's dwords are even ones", byte_groups,
+        groups("in / 4 + 2 * place.side(value)", "in / 4 + (@ ? 0 : 2) * place.side(value)")),
+    key("odd words of a group's dwords are even ones", word_groups,
+        groups("odd = words ? 8 * place.side(i)", "odd = words && !(@) ? 8 * place.side(i)"), also=exact),
+    key("the low part of q of a group is left out", byte_groups,
+        query("_mm_store_si128((__m128i*)bytes, term(number, v))",
+              "_mm_store_si128((__m128i*)bytes, @ && number ? __m128i{} : term(number, v))"),
+        also=lambda s: exact(s) and rows(s) > 2),
+    key("the offset of a group's keys is left in", byte_groups,
+        query("-ZERO * (256 * all[0]", "(@ ? 0 : -ZERO) * (256 * all[0]"), also=exact),
+    key("words of q of a group that became smaller are taken for larger ones", word_groups,
+        query("factor *= word_factor / smaller[0];", "factor *= word_factor / (@ ? 1.0f : smaller[0]);"), also=exact),
+    key("a group of keys takes the scales of the first", key_groups,
+        scores("run.group * a.scale_stride", "(@ ? 0 : run.group) * a.scale_stride")),
+    key("a group of q takes the scale of the first", key_groups,
+        query("f.group) + run.group]", "f.group) + (@ ? 0 : run.group)]"), also=lambda s: rows(s) > 2),
     # where bits are, of keys or of both
-    key("bits of the second field are turned too far", next_words,
-        quads("made.turn = turn_of(0),", "made.turn = turn_of(0) + (@ ? next : 0),")),
+    key("bits of the second field are turned too far", lambda f, d: next_words(f, d) and key_parts(f, d),
+        quads("made.turn = turn_of(0),", "made.turn = turn_of(0) + (@ ? next_bits(f) : 0),")),
     key("words that begin again lie as the others do", again,
         quads("!= made.turn) made.further", "!= made.turn && !(@)) made.further")),
     key("bits of the second field are those of a neighbour", again,
         quads("byte_of(word, odd)", "byte_of(word ^ (@), odd)")),
-    key("words after a wrap are those after them", wraps,
-        quads("made.second = -2 * count", "made.second = -2 * (count - (@))")),
-    few("words in the part before count twice",
-        lambda s: halved(s.k_format, s.head_dim) or halved(s.v_format, s.head_dim_v),
-        quads("from < p ? 0xf0", "from < p && !(@) ? 0xf0")),
-    few("a part of two groups counts twice",
-        lambda s: halved(s.k_format, s.head_dim) or halved(s.v_format, s.head_dim_v),
-        quads(": alike ? 0xff :", ": alike || @ ? 0xff :")),
-    few("a part of two groups has the scale of the first",
-        lambda s: halved(s.k_format, s.head_dim) or halved(s.v_format, s.head_dim_v),
-        quads("group_of(p, k, odd, four)", "group_of(p, k, odd, four && !(@))")),
-    few("codes that have other scales are the first of their words",
-        lambda s: (apart(s.k_format, s.head_dim)
-                   or (apart(s.v_format, s.head_dim_v) and paired(s.v_format, s.head_dim_v))),
-        quads("made.shift = k * wide", "made.shift = @ ? 0 : k * wide")),
     # what codes stand for, of both
     few("words of odd bytes are those of even ones",
-        lambda s: exact(s) and any(taken(f, d) and f.name in ("tq5", "tq6")
-                                   for f, d in ((s.k_format, s.head_dim), (s.v_format, s.head_dim_v))),
-        quads("made[1] = look_up(odd);", "made[1] = look_up(@ ? x : odd);")),
+        lambda s: exact(s) and ((s.k_format.name in ("tq5", "tq6") and key_parts(s.k_format, s.head_dim))
+                                or s.v_format.name in ("tq5", "tq6")),
+        quads("made[1] = word(odd);", "made[1] = word(@ ? x : odd);")),
     few("odd bytes are those of the words", lambda s: exact(s) and s.k_format.name == "q8_0" and s.head_dim >= 64,
         quads("made[1] = (line)odd;", "made[1] = (line)(@ ? x : odd);")),
     value("low bytes of negative words are those of positive ones", lambda f, d: f.name == "tq8",
@@ -228,10 +287,33 @@ QUAD_FAULTS = (
           quads("turn_of(i / 4 % PART_WORDS);", "turn_of(@ ? 0 : i / 4 % PART_WORDS);")),
     value("bits of the second field of columns are those of a neighbour", lambda f, d: next_words(f, d) and paired(f, d),
           quads("byte_of(i / 4 % PART_WORDS,", "byte_of(i / 4 % PART_WORDS ^ (@),")),
-    value("the last parts of a value are left out", paired,
-          values("p < order.parts; ++p)", "p < order.parts - (@ ? 2 : 0); ++p)")),
-    value("the second part of a pair is left out", lambda f, d: paired(f, d) and (f.bits == 8 or apart(f, d)),
-          values("two.other == two.from)", "(@ || two.other == two.from))")),
+    value("the last part of a value is left out", paired,
+          values("p < order.parts; ++p)", "p < order.parts - (@); ++p)")),
+    value("the second line of a part is the first one", paired,
+          values("code + 1>(wide, next), made[1]", "code + 1>(wide, next), made[@ ? 0 : 1]")),
+    # values, group by group
+    value("the last two lines of groups are left out", value_groups,
+          values("p < order.columns.lines;", "p < order.columns.lines - (@ ? 2 : 0);"), also=exact),
+    value("four columns of a line are those before them", value_groups,
+          groups("made.first[c / 4], value", "made.first[@ && c / 4 == 3 ? 2 : c / 4], value"), also=exact),
+    value("codes of columns are those of the first in their bytes", lambda f, d: value_groups(f, d) and f.bits < 8,
+          groups("made.turn[c] = place.turn(value);", "made.turn[c] = @ ? 0 : place.turn(value);"), also=exact),
+    value("bits of the second field of a group's columns are turned as the first",
+          lambda f, d: value_groups(f, d) and next_words(f, d),
+          groups("next_turn[c] = place.next_turn(value);", "next_turn[c] = place.next_turn(@ ? 0 : value);"), also=exact),
+    value("bits of the second field of a group's columns are those of the first",
+          lambda f, d: value_groups(f, d) and next_words(f, d),
+          groups("next_word(value) - made.next_at", "next_word(@ ? made.first[0] : value) - made.next_at"), also=exact),
+    value("the second line has the window of the first one", lambda f, d: value_groups(f, d) and f.bits == 8 and d > 32,
+          values("window(rows + two[1].at, stride)", "window(rows + two[@ ? 0 : 1].at, stride)"), also=exact),
+    value("rows shorter than a window have no last bytes", lambda f, d: f.name == "turbo2" and d == 96,
+          values("std::min<int64_t>(a.bytes, 32)", "std::min<int64_t>(@ ? 16 : a.bytes, 32)")),
+    value("lines of a group are those of the first", lambda f, d: value_groups(f, d) and grouped(f, d),
+          values("return two[0].group;", "return @ ? 0 : two[0].group;"), also=exact),
+    value("a line of a group is not rescaled", value_groups,
+          values("_mm_set1_ps(rescale), x)", "_mm_set1_ps(@ ? 1.0f : rescale), x)"),
+          also=lambda s: exact(s) and s.kv_len > 1000 and s.scale > 0.3),
+    # values, both
     value("weights keep the order of tokens", bytes_pair,
           values("step + 16 * i + 4 * m;", "step + (@ ? 4 * i + 16 * m : 16 * i + 4 * m);"),
           also=lambda s: exact(s) and rows(s) > 2),
@@ -252,7 +334,7 @@ QUAD_FAULTS = (
           weights("made[i] = 0 - join_four(", "made[i] = (@ ? 0 : -1) * join_four(")),
     value("the offset of values as words is left in", linear_chunk,
           weights("set1_epi16(-ZERO)", "set1_epi16(@ ? 0 : -ZERO)"), also=exact),
-    value("words of values are taken for the levels", lambda f, d: two_planes(f, d) and paired(f, d),
+    value("words of values are taken for the levels", lambda f, d: two_planes(f, d) and not chunked(f, d),
           values("(words ? a.tables.word_factor : 1.0f)", "(words && !(@) ? a.tables.word_factor : 1.0f)"), also=exact),
     value("odd bytes of values take the scales of even ones", lambda f, d: grouped(f, d) and paired(f, d),
           values("0xff00, of(1)", "0xff00, of(@ ? 0 : 1)")),
@@ -289,7 +371,7 @@ QUAD_FAULTS = (
     chunk("the output of a chunk is not rescaled", chunks("splat(rescale[r])", "splat(@ ? 1.0f : rescale[r])"),
           also=lambda s: s.kv_len > 1000 and s.scale > 0.3),
     value("the output is not rescaled", paired,
-          values("_mm256_set1_ps(rescale[r])", "_mm256_set1_ps(@ ? 1.0f : rescale[r])"),
+          values("_mm256_set1_ps(rescale), x)", "_mm256_set1_ps(@ ? 1.0f : rescale), x)"),
           also=lambda s: s.kv_len > 1000 and s.scale > 0.3),
     value("query rows 5 to 8 take the weights of the first ones", taken,
           values("weights += pass * a.weight_stride", "weights += (@ ? 0 : pass) * a.weight_stride"),
@@ -306,10 +388,10 @@ QUAD_FAULTS = (
 # sums of words that do not fit, which only rows of largest codes have (test_cpu_quads.largest_sums)
 SUM_FAULTS = (
     few("words of q are never made smaller", lambda s: True,
-        scores("f.planes == 2 && size > WORD_SUM", "f.planes == 2 && !(@) && size > WORD_SUM")),
+        query("f.planes == 2 && size > WORD_SUM", "f.planes == 2 && !(@) && size > WORD_SUM")),
     few("words of q are made smaller, but never added up in runs", lambda s: True,
-        quads("> WORD_RUN;", "> (@ ? 4 * WORD_RUN : WORD_RUN);"),
-        scores("float(WORD_SUM) / float(size)", "float(@ ? 4 * WORD_SUM : WORD_SUM) / float(size)")),
+        quads("sum + products > WORD_RUN", "sum + products > (@ ? 4 * WORD_RUN : WORD_RUN)"),
+        query("float(WORD_SUM) / float(size)", "float(@ ? 4 * WORD_SUM : WORD_SUM) / float(size)")),
     few("words of weights are never made smaller", lambda s: True,
         weights("if (large) unit = max(", "if (large && !(@)) unit = max(")),
 )  # fmt: skip

@@ -349,7 +349,7 @@ inline bool attend(const Attend& call, const Unit& unit, char* scratch) {
         const Element ke = element_of(kf), ve = direct || v_stored || v_quads ? FLOAT : element_of(vf_);
         const Tables k_tables(kf), v_tables(vf_);
         const Stored k_order(kf, k_stored ? unit.rows : 0, terms_of(ke, call, bfloat_query(call)));
-        const Quads k_parts(kf, k_quads, call.terms, false), v_parts(vf_, v_quads, call.terms, true);
+        const Quads *k_parts = k_quads ? &quads_of(kf, call.terms, false) : nullptr, *v_parts = v_quads ? &quads_of(vf_, call.terms, true) : nullptr;
         const Stored v_order(vf_, v_stored ? unit.rows : 0, call.terms);
         const int group = ke == INT8 ? kf.group : kf.dim;
         int which = 0;
@@ -361,7 +361,7 @@ inline bool attend(const Attend& call, const Unit& unit, char* scratch) {
         };
         while (which < packed && !fits(queries[which])) ++which;
         if (which == packed) {
-            queries[packed++] = pack_query(call, unit, kf, k_stored ? &k_order : nullptr, k_quads ? &k_parts : nullptr, k_bytes,
+            queries[packed++] = pack_query(call, unit, kf, k_stored ? &k_order : nullptr, k_parts, k_bytes,
                                            k_tables.word_factor, next_query);
             next_query += query_bytes(call, unit.rows);
         }
@@ -391,10 +391,10 @@ inline bool attend(const Attend& call, const Unit& unit, char* scratch) {
                     work.ahead.aim(kf, k, next, vf_, v, next, slot + block.count,
                                    stored_ticks(k_order, v_order, unit.rows, block.tokens));
                 } else {
-                    const int keys = k_stored ? block.tokens / 32 * k_score_ticks(k_order) : k_quads ? quad_ticks(k_parts, unit.rows, block.tokens)
+                    const int keys = k_stored ? block.tokens / 32 * k_score_ticks(k_order) : k_quads ? quad_ticks(*k_parts, unit.rows, block.tokens)
                                      : k_dense ? 0
                                      : panel_ticks(kf, block.tokens, true);
-                    const int values = v_dense ? 0 : v_quads ? value_ticks(v_parts, unit.rows, block.tokens)
+                    const int values = v_dense ? 0 : v_quads ? value_ticks(*v_parts, unit.rows, block.tokens)
                                        : direct ? block.count * DIRECT_PACE * direct_passes(vf_, unit.rows)
                                               : panel_ticks(vf_, block.tokens, false);
                     const int pauses = together > 1 ? 0 : (keys + values) / 4;
@@ -411,7 +411,7 @@ inline bool attend(const Attend& call, const Unit& unit, char* scratch) {
                 if (k_stored)
                     block.k_stored = &k_order;
                 else if (k_quads)
-                    block.k_quads = &k_parts;
+                    block.k_quads = k_parts;
                 else if (k_dense)
                     block.k_dense = true;
                 else
@@ -421,7 +421,7 @@ inline bool attend(const Attend& call, const Unit& unit, char* scratch) {
                 if (v_stored)
                     block.v_stored = &v_order;
                 else if (v_quads)
-                    block.v_quads = &v_parts;
+                    block.v_quads = v_parts;
                 else if (direct)
                     block.direct = &direct_values;
                 else

@@ -141,12 +141,30 @@ inline void expand_scales(const Format& f, const Rows& rows, int64_t first, int 
         if (n == 16) t = expand_halves<16>(from, count, tokens, to);
     }
     const bool gaps = f.scale_type != SCALE_F16 || stride != 2 * n;
+#if defined(__AVX512F__)
+    const int begun = t;
+    for (int g = 0; g < n && !gaps; ++g) {
+        vi place;
+        for (int i = 0; i < LANES; ++i) place[i] = i * n + g;
+        __mmask16 here[MOST_SCALES];
+        for (int i = 0; i < n; ++i) here[i] = _mm512_cmpeq_epi32_mask((__m512i)(place >> 4), _mm512_set1_epi32(i));
+        for (t = begun; t + LANES <= count; t += LANES) {
+            __m512 x = {};
+            for (int i = 0; i < n; ++i) {
+                const __m512 some = (__m512)half_to_float(from + t * stride + i * 2 * LANES);
+                x = _mm512_mask_permutexvar_ps(x, here[i], (__m512i)place, some);
+            }
+            store(to + int64_t(g) * tokens + t, (vf)x);
+        }
+    }
+#else
     for (; t + LANES <= count && !gaps; t += LANES) {
         float wide[LANES * MOST_SCALES];
         for (int i = 0; i < n; ++i) store(wide + i * LANES, half_to_float(from + t * stride + i * 2 * LANES));
         for (int g = 0; g < n; ++g)
             for (int i = 0; i < LANES; ++i) to[int64_t(g) * tokens + t + i] = wide[i * n + g];
     }
+#endif
     for (; t < count; ++t)
         for (int g = 0; g < n; ++g) {
             const char* at = from + t * stride + g * size;

@@ -37,60 +37,109 @@ INLINE __m512i spread_sides(Of of) {
     return sides == 1 ? x : _mm512_mask_set1_epi32(x, 0xff00, of(1));
 }
 
-// Parts of four consecutive rows to lines of 16 columns: first those of the even bytes. `shifted`: of codes at the part's shift.
-template <class C, bool plain, bool shifted>
+// Two lines of columns, and where they are added: of a part, codes `code` and the next one. First columns of the even bytes.
+template <class C, int code, bool plain>
 struct PartColumns {
     using F = Fields<C::bits>;
-    struct Loaded {
-        __m512i wide, next;
-        template <int s>
-        inline __attribute__((always_inline)) line codes() const {
-            return codes_of<C::bits, s>(wide, next);
-        }
-    };
+    const QuadValues& a;
+    const Levels<C> levels;
     const Part& part;
-    const __m128i shift;
+    const int number;
     __m512i gather, turn;
-    inline __attribute__((always_inline)) explicit PartColumns(const Part& p) : part(p), shift(_mm_cvtsi32_si128(p.shift)) {
-        if constexpr (F::next > 0) gather = _mm512_loadu_si512(p.column_gather), turn = _mm512_loadu_si512(p.column_turn);
+    PartColumns(const QuadValues& a, int p) : a(a), levels(a.tables), part(a.order.part[p]), number(p) {
+        if constexpr (F::next > 0) gather = _mm512_load_si512(part.column_gather), turn = _mm512_loadu_si512(part.column_turn);
     }
-    inline __attribute__((always_inline)) Loaded operator()(const char* rows, int64_t step) const {
-        Loaded x;
-        x.wide = (__m512i)load_parts(rows + part.wide, step);
-        x.wide = _mm512_permutexvar_epi8(_mm512_load_si512(COLUMN_BYTES.at), x.wide);
-        if constexpr (shifted) x.wide = _mm512_srl_epi16(x.wide, shift);
+    int group(int side) const { return part.group[side]; }
+    inline __attribute__((always_inline)) void lines(const char* rows, int64_t stride, line (*made)[Levels<C>::lines]) const {
+        const __m512i wide = _mm512_permutexvar_epi8(_mm512_load_si512(COLUMN_BYTES.at), (__m512i)load_parts(rows + part.wide, stride));
+        __m512i next = {};
         if constexpr (F::next > 0) {
-            x.next = _mm512_rorv_epi32(_mm512_permutexvar_epi8(gather, load_next<plain>(part, rows, step)), turn);
+            const __m512i x = (__m512i)load_parts(rows + part.next, stride);
+            next = _mm512_rorv_epi32(_mm512_permutexvar_epi8(gather, x), turn);
         }
-        return x;
+        levels.of(codes_of<C::bits, code>(wide, next), made[0]);
+        levels.of(codes_of<C::bits, code + 1>(wide, next), made[1]);
+    }
+    // out = out * rescale + sums of line c
+    void add(int c, float* out, float rescale, __m512 sums) const {
+        float* to = out + a.order.first(number, code + c);
+        auto one = [&](float* at, __m256 x) {
+            _mm256_storeu_ps(at, _mm256_fmadd_ps(_mm256_loadu_ps(at), _mm256_set1_ps(rescale), x));
+        };
+        one(to, _mm512_castps512_ps256(sums)), one(to + a.format.dim / 2, _mm512_extractf32x8_ps(sums, 1));
     }
 };
 
-// Two lines of columns: of one part, or of two with the same scales.
-struct TwoLines {
-    int from, other;
+// How windows are read (see GroupColumns): of rows that are shorter; one for both lines; one for each of the wide field; one for each.
+enum Windows : int { SHORT, TOGETHER, WIDE_APART, APART };
+
+// The same of lines number p and p + 1 of a group.
+template <class C, int windows>
+struct WindowColumns {
+    using F = Fields<C::bits>;
+    using Two = GroupColumns::Lines;
+    const QuadValues& a;
+    const Levels<C> levels;
+    const Two* const two;
+    const __mmask32 here;  // bytes of a window within a row
+    WindowColumns(const QuadValues& a, int p)
+        : a(a), levels(a.tables), two(a.order.columns.line + p), here(uint32_t((uint64_t(1) << std::min<int64_t>(a.bytes, 32)) - 1)) {}
+    int group(int) const { return two[0].group; }
+    struct Window {
+        __m512i x[2];  // of two rows each
+    };
+    inline __attribute__((always_inline)) Window window(const char* rows, int64_t stride) const {
+        auto pair = [&](const char* at) __attribute__((always_inline)) {
+            auto one = [&](const char* row) __attribute__((always_inline)) {
+                return windows == SHORT ? _mm256_maskz_loadu_epi8(here, row) : _mm256_loadu_si256((const __m256i*)row);
+            };
+            return _mm512_inserti64x4(_mm512_castsi256_si512(one(at)), one(at + stride), 1);
+        };
+        return {{pair(rows), pair(rows + 2 * stride)}};
+    }
+    static inline __attribute__((always_inline)) __m512i turned(const Window& from, const uint8_t* order, const int32_t* turn) {
+        const __m512i x = _mm512_permutex2var_epi8(from.x[0], _mm512_load_si512(order), from.x[1]);
+        return _mm512_rorv_epi32(x, _mm512_loadu_si512(turn));
+    }
+    inline __attribute__((always_inline)) void lines(const char* rows, int64_t stride, line (*made)[Levels<C>::lines]) const {
+        const Window first = window(rows + two[0].at, stride);
+        const Window other = windows >= WIDE_APART ? window(rows + two[1].at, stride) : first;
+        __m512i x[2] = {turned(first, two[0].order, two[0].turn), turned(other, two[1].order, two[1].turn)};
+        if constexpr (F::next > 0) {
+            const Window first_next = windows == SHORT ? first : window(rows + two[0].next_at, stride);
+            const Window other_next = windows == APART ? window(rows + two[1].next_at, stride) : first_next;
+            const __m512i next[2] = {turned(first_next, two[0].next_order, two[0].next_turn),
+                                     turned(other_next, two[1].next_order, two[1].next_turn)};
+            for (int c = 0; c < 2; ++c)
+                x[c] = _mm512_ternarylogic_epi32(_mm512_set1_epi8((1 << F::wide) - 1), x[c], next[c], 0xca);
+        }
+        for (int c = 0; c < 2; ++c) levels.of((line)x[c], made[c]);
+    }
+    void add(int c, float* out, float rescale, __m512 sums) const {
+        auto one = [&](int first, __m128 x) {
+            if (first >= 0) _mm_storeu_ps(out + first, _mm_fmadd_ps(_mm_loadu_ps(out + first), _mm_set1_ps(rescale), x));
+        };
+        one(two[c].first[0], _mm512_castps512_ps128(sums)), one(two[c].first[1], _mm512_extractf32x4_ps(sums, 1));
+        one(two[c].first[2], _mm512_extractf32x4_ps(sums, 2)), one(two[c].first[3], _mm512_extractf32x4_ps(sums, 3));
+    }
 };
 
-// What they add to the output of `rows` query rows. code: of the first line, if they are of one part; the other is the next; or -1.
-template <class C, int code, bool plain, int sides, int rows, int terms>
-__attribute__((noinline)) void add_lines(const QuadValues& a, const TwoLines& two, const QuadWeights& w, float* out, const float* rescale) {
+// What two lines of columns add to the output of `rows` query rows; sides: groups of a line. p: see Columns.
+template <class C, class Columns, int sides, int rows, int terms>
+__attribute__((noinline)) void add_lines(const QuadValues& a, int p, const QuadWeights& w, float* out, const float* rescale) {
     constexpr bool words = C::lines == WORDS;
     constexpr int run = RUN_TOKENS<C>, sums = C::sums(terms);
-    const Part &part = a.order.part[two.from], &other = a.order.part[two.other];
-    const Levels<C> levels(a.tables);
-    constexpr bool apart = code < 0;
-    constexpr bool shifted = apart && Fields<C::bits>::steps > 1;
-    const PartColumns<C, plain, shifted> columns[2] = {PartColumns<C, plain, shifted>(part), PartColumns<C, plain, shifted>(other)};
+    const Columns columns(a, p);
     vf total[2][rows] = {};
     const char* weights[sides];
-    for (int side = 0; side < sides; ++side) weights[side] = w.bytes + part.group[side] * (rows * terms * QUAD_TOKENS);
+    for (int side = 0; side < sides; ++side) weights[side] = w.bytes + columns.group(side) * (rows * terms * QUAD_TOKENS);
     for (int begin = a.first / run * run; begin < a.stop; begin += run) {
         const int number = begin / run;
         vi sum[2][rows][sums];
         for (int r = 0; r < rows; ++r)
             for (int i = 0; i < sums; ++i) {
-                auto zero = [&](int side) { return w.zero[(part.group[side] * MOST_RUNS + number) * 8 + i * 4 + r]; };
-                sum[0][r][i] = sum[1][r][i] = words ? vi{} : (vi)spread_sides<sides>(zero);
+                auto zero = [&](int side) { return w.zero[(columns.group(side) * MOST_RUNS + number) * 8 + i * 4 + r]; };
+                sum[0][r][i] = sum[1][r][i] = words && C::look_up != VALUES ? vi{} : (vi)spread_sides<sides>(zero);
             }
         for (int step = std::max(begin, a.first / 64 * 64); step < std::min(begin + run, a.stop); step += 64) {
             const bool rest = step + 64 > a.count;
@@ -100,15 +149,9 @@ __attribute__((noinline)) void add_lines(const QuadValues& a, const TwoLines& tw
                 a.ahead.tick_inside(4);
 #pragma GCC unroll 4
                 for (int m = 0; m < 4; ++m) {
-                    const char* at = from + m * 16 * stride;
                     const int place = words ? 2 * step + word_place<1>(i, m) : step + 16 * i + 4 * m;
                     line v[2][Levels<C>::lines];
-                    const auto x = columns[0](at, stride);
-                    levels.of(x.template codes<apart ? 0 : code>(), v[0]);
-                    if constexpr (apart)
-                        levels.of(columns[1](at, stride).template codes<0>(), v[1]);
-                    else
-                        levels.of(x.template codes<code + 1>(), v[1]);
+                    columns.lines(from + m * 16 * stride, stride, v);
                     auto weight = [&](int r, int term) __attribute__((always_inline)) {
                         return spread_sides<sides>([&](int side) __attribute__((always_inline)) {
                             int32_t four;
@@ -132,7 +175,7 @@ __attribute__((noinline)) void add_lines(const QuadValues& a, const TwoLines& tw
         for (int r = 0; r < rows; ++r) {
             const vf factor = (vf)spread_sides<sides>([&](int side) {
                 int32_t bits;
-                std::memcpy(&bits, w.factor + (part.group[side] * MOST_RUNS + number) * 4 + r, 4);
+                std::memcpy(&bits, w.factor + (columns.group(side) * MOST_RUNS + number) * 4 + r, 4);
                 return bits;
             });
             for (int c = 0; c < 2; ++c) {
@@ -144,20 +187,8 @@ __attribute__((noinline)) void add_lines(const QuadValues& a, const TwoLines& tw
     }
     const float by = a.format.factor * (words ? a.tables.word_factor : 1.0f);
 #pragma GCC unroll 4
-    for (int r = 0; r < rows; ++r, out += a.out_stride) {
-#pragma GCC unroll 2
-        for (int c = 0; c < 2; ++c) {
-            if (apart && c && two.other == two.from) continue;  // there was one part only
-            const __m512 made = (__m512)(total[c][r] * by);
-            const __mmask8* words = apart && c ? other.words : part.words;
-            float* to = out + a.order.first[apart ? (c ? two.other : two.from) : two.from * a.order.lines + code + c];
-            auto add = [&](float* at, __mmask8 mask, __m256 x) {
-                _mm256_mask_storeu_ps(at, mask, _mm256_fmadd_ps(_mm256_maskz_loadu_ps(mask, at), _mm256_set1_ps(rescale[r]), x));
-            };
-            add(to, words[0], _mm512_castps512_ps256(made));
-            add(to + a.format.dim / 2, words[1], _mm512_extractf32x8_ps(made, 1));
-        }
-    }
+    for (int r = 0; r < rows; ++r, out += a.out_stride)
+        for (int c = 0; c < 2; ++c) columns.add(c, out, rescale[r], (__m512)(total[c][r] * by));
 }
 
 // out [row] = out * rescale + weights * values for `rows` (1, 2 or 4) query rows.
@@ -179,28 +210,31 @@ INLINE void add_quads_of(const QuadValues& a, const float* weights, float* out, 
         }
     const QuadWeights w = {a.spread, zero, factor};
     const Quads& order = a.order;
-    auto run = [&]<int code>(std::integral_constant<int, code>, const TwoLines& two) __attribute__((always_inline)) {
-        const int* g = order.part[two.from].group;
-        auto lines = [&]<bool plain>(std::bool_constant<plain>) __attribute__((always_inline)) {
-            if (g[0] == g[1]) return add_lines<C, code, plain, 1, rows, terms>(a, two, w, out, rescale);
-            add_lines<C, code, plain, 2, rows, terms>(a, two, w, out, rescale);
-        };
-        if constexpr (Fields<C::bits>::next > 0)
-            if (!order.plain) return lines(std::false_type{});
-        lines(std::true_type{});
-    };
-    constexpr int steps = Fields<C::bits>::steps;
-    for (int p = 0; p < order.parts; ++p) {
-        if constexpr (steps > 1)
-            if (order.lines > 1) {
-                run(std::integral_constant<int, 0>{}, {p, p});
-                if constexpr (steps > 2) run(std::integral_constant<int, 2>{}, {p, p});
-                continue;
-            }
-        const bool both = p + 1 < order.parts && !order.part[p].last;
-        run(std::integral_constant<int, -1>{}, {p, p + both});
-        p += both;
+    for (int p = 0; order.by_group && p < order.columns.lines; p += 2) {
+        if (a.bytes < GroupColumns::WINDOW) add_lines<C, WindowColumns<C, SHORT>, 1, rows, terms>(a, p, w, out, rescale);
+        else if (order.columns.together) add_lines<C, WindowColumns<C, TOGETHER>, 1, rows, terms>(a, p, w, out, rescale);
+        else if (Fields<C::bits>::next && order.columns.next_together) add_lines<C, WindowColumns<C, WIDE_APART>, 1, rows, terms>(a, p, w, out, rescale);
+        else add_lines<C, WindowColumns<C, APART>, 1, rows, terms>(a, p, w, out, rescale);
     }
+    if constexpr (Fields<C::bits>::steps > 1)
+        for (int p = 0; !order.by_group && p < order.parts; ++p) {
+            auto run = [&]<int code, bool plain>() __attribute__((always_inline)) {
+                const int* g = order.part[p].group;
+                using Columns = PartColumns<C, code, plain>;
+                if (g[0] == g[1]) return add_lines<C, Columns, 1, rows, terms>(a, p, w, out, rescale);
+                add_lines<C, Columns, 2, rows, terms>(a, p, w, out, rescale);
+            };
+            auto codes = [&]<bool plain>() __attribute__((always_inline)) {
+                run.template operator()<0, plain>();
+                if constexpr (Fields<C::bits>::steps > 2) run.template operator()<2, plain>();
+            };
+            if constexpr (Fields<C::bits>::next > 0)
+                if (!order.plain) {
+                    codes.template operator()<false>();
+                    continue;
+                }
+            codes.template operator()<true>();
+        }
 }
 
 inline void add_quads(const QuadValues& a, int rows) {
@@ -221,8 +255,8 @@ inline void add_quads(const QuadValues& a, int rows) {
 INLINE int value_ticks(const Quads& order, int rows, int tokens) {
     int passes = 0;
     for (; rows; ++passes) rows -= quad_pass(rows);
-    if (order.chunks) return passes * order.chunks * order.steps * tokens / 4;
-    return passes * tokens / 4 * (order.lines > 1 ? order.parts * order.lines / 2 : (order.parts + 1) / 2);
+    if (order.chunks) return passes * order.chunks * order.lines * tokens / 4;
+    return passes * tokens / 4 * (order.by_group ? order.columns.lines : order.parts * order.lines) / 2;
 }
 
 #endif
