@@ -32,6 +32,8 @@ _AVX512 = (
     *_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vbmi", "-mavx512vnni", "-mavx512bf16",
 )  # fmt: skip
 _AMX = (*_AVX512, "-mamx-tile", "-mamx-int8", "-mamx-bf16")
+# speed alone, where the compiler knows it: also on other makers' CPUs (see CONTRIBUTING.md)
+_TUNING = {"avx512": ("-mtune=sapphirerapids",)}
 _X86 = "#include <immintrin.h>\n"
 _PROBES = {  # something that needs the compiler, its headers and its assembler to know the instructions
     "avx2": _X86 + "__m256 f(__m256 a, __m128i b) { return _mm256_fmadd_ps(a, _mm256_cvtph_ps(b), a); }",
@@ -149,7 +151,10 @@ def build(output: str | Path = LIBRARY, extra_flags: Sequence[str] = (), levels:
         def compile_level(name: str) -> str:
             if said := _accepts(command, _PROBES[name], ("-O1", *flags_of[name])):
                 return f"the compiler does not know it: {said}"
-            flags = (*_SHARED, *flags_of[name], f"-DGYROKV_ISA={name}")
+            tuning = _TUNING.get(name, ())
+            if tuning and _accepts(command, _PROBES["portable"], tuning):
+                tuning = ()
+            flags = (*_SHARED, *flags_of[name], *tuning, f"-DGYROKV_ISA={name}")
             _compile(command, "kernels.cpp", Path(folder) / f"{name}.o", (*flags, *extra_flags))
             return ""
 
