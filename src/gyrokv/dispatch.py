@@ -112,9 +112,9 @@ def attend(
     """
     view = kv.view() if isinstance(kv, LayerCache) else kv
     view.check_current()
-    sides = ((name, s) for segment in view.segments for name, s in (("k", segment.k.words), ("v", segment.v.words)))
-    for name, x in (("q", q), *sides):
-        check_gradients(**{name: x})
+    check_gradients(q=q)
+    for segment in view.segments:
+        check_gradients(k=segment.k.words, v=segment.v.words)
     spec = describe(
         q, view, causal=causal, window=window, scale=scale, softcap=softcap, mask=mask, alibi=alibi, sinks=sinks,
         block_map=block_map, fast=fast,
@@ -188,8 +188,10 @@ _spec = lru_cache(maxsize=256)(AttentionSpec)  # all layers of a step have the s
 
 def check_gradients(**tensors: Tensor) -> None:
     """Raise ValueError where autograd expects a gradient: kernels have none, and silence would look like zeros."""
+    if not torch.is_grad_enabled():
+        return
     for name, x in tensors.items():
-        if x.requires_grad and torch.is_grad_enabled():
+        if x.requires_grad:
             raise ValueError(f"{name} requires grad, but attention over a cache has no gradient; use torch.no_grad()")
 
 

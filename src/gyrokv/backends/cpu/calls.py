@@ -149,7 +149,7 @@ def attend(
     _check(library.attend(call, library.level.index))
     if heads and not _turns(v_codec):
         out = v_codec.output(out)
-    return out.to(dtype) if heads else out, lse
+    return out.to(dtype) if heads and out.dtype != dtype else out, lse
 
 
 def _turns(codec: Codec) -> bool:
