@@ -38,9 +38,9 @@ def planted(folder) -> None:
             count = original[name].count(old)
             assert count == 1 == text[name].count(old), f"{old!r} occurs {count} times in {name}; adapt {fault.name!r}"
             text[name] = text[name].replace(old, new.replace("@", f"fault == {number}"))
-    kept = "if (key != own.key)"  # plans are made of the faults too
-    assert text["quads.h"].count(kept) == 1, f"{kept!r} is not in quads.h"
-    text["quads.h"] = text["quads.h"].replace(kept, "if (true)")
+    for name, kept in (("quads.h", "if (key != own.key)"), ("expand.h", "if (!own ||")):  # these are made of the faults too
+        assert text[name].count(kept) == 1, f"{kept!r} is not in {name}"
+        text[name] = text[name].replace(kept, f"if (true || {kept[4:]}")
     start = "namespace gyrokv {\n"
     text["core.h"] = text["core.h"].replace(start, f"{start}extern int fault;\n", 1)
     text["core.cpp"] += "\nint gyrokv::fault = 0;\nGYROKV_API void gyrokv_plant(int which) { fault = which; }\n"

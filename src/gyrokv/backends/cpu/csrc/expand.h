@@ -2,6 +2,7 @@
 // panels.h).
 #pragma once
 #include <algorithm>
+#include <optional>
 
 #include "core.h"
 #include "simd.h"
@@ -50,6 +51,18 @@ struct Tables {
         for (int i = 1 << f.bits; i < 64; ++i) words[i] = words[i & ((1 << f.bits) - 1)];
     }
 };
+
+// Those of K (side 0) or V (1), made once while a thread's calls have the same format.
+INLINE const Tables& tables_of(const Format& f, int side) {
+    struct Known {
+        Format format;
+        Tables tables;
+    };
+    static thread_local std::optional<Known> known[2];
+    std::optional<Known>& own = known[side];
+    if (!own || std::memcmp(&own->format, &f, sizeof f)) own.emplace(Known{f, Tables(f)});
+    return own->tables;
+}
 
 // Rows that are `stride` bytes apart, to rows of plain bytes.
 struct Span {

@@ -338,7 +338,7 @@ template <int weight_terms>
 inline bool attend_squares(const Attend& call, const Unit& unit, const Run& run, const Rows& k, const Rows& v, int64_t first,
                            int64_t stop, const SquareMemory& memory, MatrixUnit& matrix, Ahead& ahead) {
     const Format &kf = *run.k_format, &vf_ = *run.v_format;
-    const Tables k_tables(kf), v_tables(vf_);
+    const Tables &k_tables = tables_of(kf, 0), &v_tables = tables_of(vf_, 1);
     const Terms terms = terms_of(call, kf, vf_);
     float scale;
     const Factor query = pack_squares(call, unit, terms.q, scale, memory.query);
