@@ -113,7 +113,7 @@ struct GroupKeys {
 
 // Values: lines of 16 columns of a group, four consecutive ones at a time, from a window of 32 bytes of each row.
 struct GroupColumns {
-    static constexpr int WINDOW = 32, MOST_LINES = 2 * 640 / 16 + 640 / 32;
+    static constexpr int WINDOW = 32, WHOLE = 64, MOST_LINES = 2 * 640 / 16 + 640 / 32;
     struct Lines {
         int32_t at, next_at, stop;  // of the windows; behind the last byte wanted of the first one
         int32_t first[4];           // of each four columns: the first value, or -1
@@ -123,11 +123,13 @@ struct GroupColumns {
     };
     int lines = 0;                 // even: two by two of the same group
     bool together, next_together;  // the two have the same windows, and that of the next field
+    bool next_whole;               // the next field is longer than that, and read as a whole, from WHOLE bytes
     Lines line[MOST_LINES];
 
     void make(const Format& f) {
         const CodePlaces place(f);
         lines = 0, together = next_together = true;
+        next_whole = 2 * place.count > WINDOW && 2 * place.count <= WHOLE && place.row_bytes() >= WHOLE;
         for (int g = 0; g * f.group < f.dim; ++g) {
             int four[640 / 4], count = 0;
             for (int v = g * f.group; v < (g + 1) * f.group; v += 4) four[count++] = v;
@@ -161,18 +163,18 @@ struct GroupColumns {
         for (; taken < count; ++taken) {
             const Span more = wide.with(2 * place.word(four[taken]), 8);
             Span more_next = next;
-            for (int j = 0; place.next && j < 4; ++j) more_next = more_next.with(2 * place.next_word(four[taken] + j), 2);
+            for (int j = 0; place.next && !next_whole && j < 4; ++j) more_next = more_next.with(2 * place.next_word(four[taken] + j), 2);
             if (!more.fits() || !more_next.fits()) break;
             wide = more, next = more_next;
         }
         Lines& made = line[lines++];
         const int last = std::max(place.row_bytes() - WINDOW, 0);
         made.group = group, made.at = std::min(wide.low, last), made.stop = wide.high;
-        made.next_at = place.next ? std::min(place.next_field() + next.low, last) : 0;
+        made.next_at = next_whole ? place.row_bytes() - WHOLE : place.next ? std::min(place.next_field() + next.low, last) : 0;
         for (int i = 0; i < 4; ++i) made.first[i] = i < taken ? four[i] : -1;
         return taken;
     }
-    static void fill(const CodePlaces& place, Lines& made) {
+    void fill(const CodePlaces& place, Lines& made) const {
         for (int c = 0; c < LANES; ++c) {
             const int four = made.first[c / 4], value = four + c % 4;
             made.turn[c] = made.next_turn[c] = 0;
@@ -180,10 +182,11 @@ struct GroupColumns {
             if (four < 0) continue;
             made.turn[c] = place.turn(value);
             if (place.next) made.next_turn[c] = place.next_turn(value);
+            const int wide = place.side(value) + 2 * place.word(value) - made.at;
+            const int next = place.next ? place.side(value) + place.next_field() + 2 * place.next_word(value) - made.next_at : 0;
             for (int t = 0; t < 4; ++t) {
-                const int side = t * WINDOW + place.side(value);
-                made.order[4 * c + t] = uint8_t(side + 2 * place.word(value) - made.at);
-                if (place.next) made.next_order[4 * c + t] = uint8_t(side + place.next_field() + 2 * place.next_word(value) - made.next_at);
+                made.order[4 * c + t] = uint8_t(t * WINDOW + wide);
+                made.next_order[4 * c + t] = uint8_t(next_whole ? t % 2 * WHOLE + next : t * WINDOW + next);
             }
         }
     }

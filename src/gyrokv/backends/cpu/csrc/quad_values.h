@@ -70,8 +70,9 @@ struct PartColumns {
     }
 };
 
-// How windows are read (see GroupColumns): of rows that are shorter; one for both lines; one for each of the wide field; one for each.
-enum Windows : int { SHORT, TOGETHER, WIDE_APART, APART };
+// How windows are read (see GroupColumns): of rows that are shorter; one for both lines; one for each of the wide field, or of both; one
+// for each, and the next field as a whole.
+enum Windows : int { SHORT, TOGETHER, WIDE_APART, APART, NEXT_WHOLE };
 
 // The same of lines number p and p + 1 of a group.
 template <class C, int windows>
@@ -105,7 +106,16 @@ struct WindowColumns {
         const Window first = window(rows + two[0].at, stride);
         const Window other = windows >= WIDE_APART ? window(rows + two[1].at, stride) : first;
         __m512i x[2] = {turned(first, two[0].order, two[0].turn), turned(other, two[1].order, two[1].turn)};
-        if constexpr (F::next > 0) {
+        if constexpr (F::next > 0 && windows == NEXT_WHOLE) {
+            __m512i row[4];
+            for (int t = 0; t < 4; ++t) row[t] = _mm512_loadu_si512(rows + t * stride + two[0].next_at);
+            for (int c = 0; c < 2; ++c) {
+                const __m512i order = _mm512_load_si512(two[c].next_order);
+                const __m512i low = _mm512_permutex2var_epi8(row[0], order, row[1]), high = _mm512_permutex2var_epi8(row[2], order, row[3]);
+                const __m512i next = _mm512_rorv_epi32(_mm512_mask_blend_epi16(0xaaaaaaaa, low, high), _mm512_loadu_si512(two[c].next_turn));
+                x[c] = _mm512_ternarylogic_epi32(_mm512_set1_epi8((1 << F::wide) - 1), x[c], next, 0xca);
+            }
+        } else if constexpr (F::next > 0) {
             const Window first_next = windows == SHORT ? first : window(rows + two[0].next_at, stride);
             const Window other_next = windows == APART ? window(rows + two[1].next_at, stride) : first_next;
             const __m512i next[2] = {turned(first_next, two[0].next_order, two[0].next_turn),
@@ -211,10 +221,15 @@ INLINE void add_quads_of(const QuadValues& a, const float* weights, float* out, 
     const QuadWeights w = {a.spread, zero, factor};
     const Quads& order = a.order;
     for (int p = 0; order.by_group && p < order.columns.lines; p += 2) {
-        if (a.bytes < GroupColumns::WINDOW) add_lines<C, WindowColumns<C, SHORT>, 1, rows, terms>(a, p, w, out, rescale);
-        else if (order.columns.together) add_lines<C, WindowColumns<C, TOGETHER>, 1, rows, terms>(a, p, w, out, rescale);
-        else if (Fields<C::bits>::next && order.columns.next_together) add_lines<C, WindowColumns<C, WIDE_APART>, 1, rows, terms>(a, p, w, out, rescale);
-        else add_lines<C, WindowColumns<C, APART>, 1, rows, terms>(a, p, w, out, rescale);
+        auto run = [&]<int windows>() __attribute__((always_inline)) {
+            add_lines<C, WindowColumns<C, windows>, 1, rows, terms>(a, p, w, out, rescale);
+        };
+        constexpr bool next = Fields<C::bits>::next > 0;
+        if (a.bytes < GroupColumns::WINDOW) run.template operator()<SHORT>();
+        else if (next && order.columns.next_whole) run.template operator()<NEXT_WHOLE>();
+        else if (order.columns.together) run.template operator()<TOGETHER>();
+        else if (next && order.columns.next_together) run.template operator()<WIDE_APART>();
+        else run.template operator()<APART>();
     }
     if constexpr (Fields<C::bits>::steps > 1)
         for (int p = 0; !order.by_group && p < order.parts; ++p) {
