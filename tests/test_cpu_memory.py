@@ -146,9 +146,8 @@ def formats_at_the_end() -> Iterator:
     for i, (fmt, dim) in enumerate(product(FORMATS.values(), HEAD_DIMS)):
         if fits(fmt, dim) and i % 3 == 0:
             yield alone(fmt, fmt, (dim, dim), q_len=(1, 3, 17)[i % 7 % 3], kv_len=(1, 7, 33, 65, 130)[i % 5], causal=True)
-    for name, dim in product(
-        ("turbo2", "turbo3", "turbo4", "tq5", "tq6", "tq8"), (96, 192)
-    ):  # rows are shorter than vectors
+    # rows shorter than a vector, whose last bytes vectors read that begin before them
+    for name, dim in product(("turbo2", "turbo3", "turbo4", "tq5", "tq6", "tq8"), (96, 192)):
         yield alone(name, name, (dim, dim), kv_len=130, causal=True)
 
 

@@ -349,7 +349,8 @@ inline bool attend(const Attend& call, const Unit& unit, char* scratch) {
         const Element ke = element_of(kf), ve = direct || v_stored || v_quads ? FLOAT : element_of(vf_);
         const Tables &k_tables = tables_of(kf, 0), &v_tables = tables_of(vf_, 1);
         const Stored k_order(kf, k_stored ? unit.rows : 0, terms_of(ke, call, bfloat_query(call)));
-        const Quads *k_parts = k_quads ? &quads_of(kf, call.terms, false) : nullptr, *v_parts = v_quads ? &quads_of(vf_, call.terms, true) : nullptr;
+        const Quads* k_parts = k_quads ? &quads_of(kf, call.terms, false) : nullptr;
+        const Quads* v_parts = v_quads ? &quads_of(vf_, call.terms, true) : nullptr;
         const Stored v_order(vf_, v_stored ? unit.rows : 0, call.terms);
         const int group = ke == INT8 ? kf.group : kf.dim;
         int which = 0;

@@ -143,7 +143,7 @@ inline void expand_scales(const Format& f, const Rows& rows, int64_t first, int 
     const bool gaps = f.scale_type != SCALE_F16 || stride != 2 * n;
 #if defined(__AVX512F__)
     const int begun = t;
-    for (int g = 0; g < n && !gaps; ++g) {
+    for (int g = 0; g < n && !gaps && begun + LANES <= count; ++g) {
         vi place;
         for (int i = 0; i < LANES; ++i) place[i] = i * n + g;
         __mmask16 here[MOST_SCALES];

@@ -134,7 +134,8 @@ struct WindowColumns {
     }
 };
 
-// What two lines of columns add to the output of `rows` query rows; sides: groups of a line. p: see Columns.
+// What two lines of columns add to the output of `rows` query rows; sides: groups of a line. p: number of the part, or of the
+// first line, as Columns has them.
 template <class C, class Columns, int sides, int rows, int terms>
 __attribute__((noinline)) void add_lines(const QuadValues& a, int p, const QuadWeights& w, float* out, const float* rescale) {
     constexpr bool words = C::lines == WORDS;

@@ -13,10 +13,10 @@
 namespace gyrokv {
 namespace GYROKV_ISA {
 
-constexpr int QUAD_TOKENS = 256;      // of a block, at most
-constexpr int QUAD_HALF = 128;        // whose weights are rounded relative to the same largest one
+constexpr int QUAD_TOKENS = 256;       // of a block, at most
+constexpr int QUAD_HALF = 128;         // whose weights are rounded relative to the same largest one
 constexpr int64_t QUAD_BLOCK = 40960;  // bytes of a block of K or V: V is passed over several times
-constexpr int WORD_SUM = 198000;      // the sizes of what such are multiplied with add up to this, at most
+constexpr int WORD_SUM = 198000;       // sizes of what a run of large words (WORD_RUN) meets add up to this, at most
 static_assert((WORD_SUM + WORD_RUN / 2) * int64_t(LARGEST_LEVEL) < int64_t(1) << 31);
 constexpr int MOST_QUAD_ROWS = 16;            // query rows
 constexpr int MOST_PARTS = 640 / PART_BYTES;  // of a padded head
