@@ -30,15 +30,15 @@ struct ChunkCodes {
     using F = Fields<C::bits>;
     const int wide_at;
     int next_at;   // bytes from the beginning of a row
-    __m512i turn;  // of the next field
+    __m512i shift;  // of the next field: up for the first code, else down
     ChunkCodes(const Format& f, int chunk) : wide_at(chunk * LINE) {
         if constexpr (period > 0) {
             const int words = f.dim * F::wide / 16, count = f.dim * F::next / 16;
             next_at = 2 * words + 32 * chunk % count / period * period * 2;
-            alignas(64) int32_t turned[LANES];
+            alignas(64) int32_t shifts[LANES];
             for (int i = 0; i < LANES; ++i)
-                turned[i] = ((32 * chunk + 2 * i + code * words) / count * F::next - F::wide) & 31;
-            turn = _mm512_load_si512(turned);
+                shifts[i] = std::abs((32 * chunk + 2 * i + code * words) / count * F::next - F::wide);
+            shift = _mm512_load_si512(shifts);
         }
     }
     inline __attribute__((always_inline)) __m512i operator()(const char* row) const {
@@ -50,7 +50,8 @@ struct ChunkCodes {
             if constexpr (period == 8) next = every_part(row + next_at);
             else if constexpr (period == 16) next = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)(row + next_at)));
             else next = _mm512_loadu_si512(row + next_at);
-            x = _mm512_ternarylogic_epi32(_mm512_set1_epi8((1 << F::wide) - 1), x, _mm512_rorv_epi32(next, turn), 0xca);
+            next = code == 0 ? _mm512_sllv_epi32(next, shift) : _mm512_srlv_epi32(next, shift);
+            x = _mm512_ternarylogic_epi32(_mm512_set1_epi8((1 << F::wide) - 1), x, next, 0xca);
         }
         return x;
     }

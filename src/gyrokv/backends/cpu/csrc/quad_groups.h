@@ -18,17 +18,19 @@ constexpr int PART_WORDS = 8, PART_BYTES = 2 * PART_WORDS;
 INLINE int wide_bits(const Format& f) { return f.bits & 8 ? 8 : f.bits & 4 ? 4 : 2; }
 INLINE int next_bits(const Format& f) { return f.bits - wide_bits(f); }
 
-// Where the code of a value is: bytes from the beginning of a row, and how far its bits are to be turned right in a dword, so that
-// those of the wide field are the lowest and those of the next one lie above them.
+// Where the code of a value is: bytes from the beginning of a row, and how far its bits of a field lie above the lowest of a byte. Those of
+// the next field are turned right until they lie above the wide ones. (Where shifts will do, products go on beside them: on AMD's cores not
+// beside rotations.)
 struct CodePlaces {
     const int wide, next, words, count, half;
     explicit CodePlaces(const Format& f)
         : wide(wide_bits(f)), next(next_bits(f)), words(f.dim * wide / 16), count(f.dim * next / 16), half(f.dim / 2) {}
     int side(int value) const { return value >= half; }
     int word(int value) const { return value % half % words; }
-    int turn(int value) const { return value % half / words * wide; }
+    int shift(int value) const { return value % half / words * wide; }
     int next_word(int value) const { return value % half % count; }
-    int next_turn(int value) const { return (value % half / count * next - wide) & 31; }
+    int next_shift(int value) const { return value % half / count * next; }
+    int next_turn(int value) const { return (next_shift(value) - wide) & 31; }
     int next_field() const { return 2 * words; }
     int row_bytes() const { return 2 * (words + count); }
 };
@@ -41,8 +43,8 @@ struct GroupKeys {
         alignas(16) uint8_t order[PART_BYTES];    // unless codes become words
     };
     struct Dword {
-        int32_t wide, next;       // vectors of a dword of 16 rows: bytes from the first one
-        int32_t turn, next_turn;  // see CodePlaces
+        int32_t wide, next;        // vectors of a dword of 16 rows: bytes from the first one
+        int32_t shift, next_turn;  // see CodePlaces
     };
     struct Run {
         int32_t group, first, count, dwords;  // values, and dwords of them
@@ -80,7 +82,7 @@ struct GroupKeys {
             for (int i = v; i < v + most; i += words ? 2 : 4) {
                 const int odd = words ? 8 * place.side(i) : 0;
                 Dword& d = dword[dwords++];
-                d.wide = wide_at(i), d.turn = place.turn(i) + odd, d.next = d.next_turn = 0;
+                d.wide = wide_at(i), d.shift = place.shift(i) + odd, d.next = d.next_turn = 0;
                 if (place.next) d.next = next_at(i), d.next_turn = (place.next_turn(i) + odd) & 31;
             }
         }
@@ -119,7 +121,7 @@ struct GroupColumns {
         int32_t first[4];           // of each four columns: the first value, or -1
         int32_t group;
         alignas(64) uint8_t order[LINE], next_order[LINE];
-        int32_t turn[LANES], next_turn[LANES];
+        int32_t shift[LANES], next_turn[LANES];
     };
     int lines = 0;                 // even: two by two of the same group
     bool together, next_together;  // the two have the same windows, and that of the next field
@@ -177,10 +179,10 @@ struct GroupColumns {
     void fill(const CodePlaces& place, Lines& made) const {
         for (int c = 0; c < LANES; ++c) {
             const int four = made.first[c / 4], value = four + c % 4;
-            made.turn[c] = made.next_turn[c] = 0;
+            made.shift[c] = made.next_turn[c] = 0;
             std::memset(made.order + 4 * c, 0, 4), std::memset(made.next_order + 4 * c, 0, 4);
             if (four < 0) continue;
-            made.turn[c] = place.turn(value);
+            made.shift[c] = place.shift(value);
             if (place.next) made.next_turn[c] = place.next_turn(value);
             const int wide = place.side(value) + 2 * place.word(value) - made.at;
             const int next = place.next ? place.side(value) + place.next_field() + 2 * place.next_word(value) - made.next_at : 0;

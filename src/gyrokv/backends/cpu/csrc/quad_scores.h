@@ -63,7 +63,7 @@ struct PartDwords {
                 x[j] = (__m512i)load_parts(rows + p.next + j * stride, 4 * stride);
                 if constexpr (sorts || !plain) x[j] = _mm512_shuffle_epi8(x[j], plain ? sorted : every_part(p.gather));
                 if constexpr (!plain) x[j] = _mm512_mask_srli_epi16(x[j], p.further, x[j], F::next);
-                x[j] = _mm512_rorv_epi32(x[j], _mm512_set1_epi32(p.turn));
+                x[j] = _mm512_srlv_epi32(x[j], _mm512_set1_epi32(p.shift));
             }
             dwords_of(x, next);
         }
@@ -211,10 +211,10 @@ __attribute__((noinline)) void score_groups_of(const QuadScores& a) {
                     for (int n = 0; n < times; ++n) sum[n][r][j] = C::lines == WORDS ? vi{} : (vi)every_dword(begin);
             for (const auto* stop = dword + run.dwords; dword < stop; ++dword) {
                 const char *wide = dwords + times * dword->wide, *above = dwords + times * dword->next;
-                const __m512i turn = _mm512_set1_epi32(dword->turn), next_turn = _mm512_set1_epi32(dword->next_turn);
+                const __m512i shift = _mm512_set1_epi32(dword->shift), next_turn = _mm512_set1_epi32(dword->next_turn);
                 line k[times];
                 for (int n = 0; n < times; ++n) {
-                    __m512i x = _mm512_rorv_epi32(_mm512_load_si512(wide + n * LINE), turn);
+                    __m512i x = _mm512_srlv_epi32(_mm512_load_si512(wide + n * LINE), shift);
                     if constexpr (F::next > 0) {
                         const __m512i next = _mm512_rorv_epi32(_mm512_load_si512(above + n * LINE), next_turn);
                         x = _mm512_ternarylogic_epi32(_mm512_set1_epi8((1 << F::wide) - 1), x, next, 0xca);

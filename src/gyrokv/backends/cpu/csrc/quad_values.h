@@ -45,9 +45,9 @@ struct PartColumns {
     const Levels<C> levels;
     const Part& part;
     const int number;
-    __m512i gather, turn;
+    __m512i gather, shift;
     PartColumns(const QuadValues& a, int p) : a(a), levels(a.tables), part(a.order.part[p]), number(p) {
-        if constexpr (F::next > 0) gather = _mm512_load_si512(part.column_gather), turn = _mm512_loadu_si512(part.column_turn);
+        if constexpr (F::next > 0) gather = _mm512_load_si512(part.column_gather), shift = _mm512_loadu_si512(part.column_shift);
     }
     int group(int side) const { return part.group[side]; }
     inline __attribute__((always_inline)) void lines(const char* rows, int64_t stride, line (*made)[Levels<C>::lines]) const {
@@ -55,7 +55,7 @@ struct PartColumns {
         __m512i next = {};
         if constexpr (F::next > 0) {
             const __m512i x = (__m512i)load_parts(rows + part.next, stride);
-            next = _mm512_rorv_epi32(_mm512_permutexvar_epi8(gather, x), turn);
+            next = _mm512_srlv_epi32(_mm512_permutexvar_epi8(gather, x), shift);
         }
         levels.of(codes_of<C::bits, code>(wide, next), made[0]);
         levels.of(codes_of<C::bits, code + 1>(wide, next), made[1]);
@@ -98,30 +98,32 @@ struct WindowColumns {
         };
         return {{pair(rows), pair(rows + 2 * stride)}};
     }
-    static inline __attribute__((always_inline)) __m512i turned(const Window& from, const uint8_t* order, const int32_t* turn) {
-        const __m512i x = _mm512_permutex2var_epi8(from.x[0], _mm512_load_si512(order), from.x[1]);
-        return _mm512_rorv_epi32(x, _mm512_loadu_si512(turn));
+    static inline __attribute__((always_inline)) __m512i ordered(const Window& from, const uint8_t* order) {
+        return _mm512_permutex2var_epi8(from.x[0], _mm512_load_si512(order), from.x[1]);
+    }
+    // The other field's bits above codes of the wide one.
+    static inline __attribute__((always_inline)) __m512i join(__m512i wide, __m512i next, const int32_t* turn) {
+        const __m512i low = _mm512_set1_epi8((1 << F::wide) - 1);
+        return _mm512_ternarylogic_epi32(low, wide, _mm512_rorv_epi32(next, _mm512_loadu_si512(turn)), 0xca);
     }
     inline __attribute__((always_inline)) void lines(const char* rows, int64_t stride, line (*made)[Levels<C>::lines]) const {
         const Window first = window(rows + two[0].at, stride);
         const Window other = windows >= WIDE_APART ? window(rows + two[1].at, stride) : first;
-        __m512i x[2] = {turned(first, two[0].order, two[0].turn), turned(other, two[1].order, two[1].turn)};
+        __m512i x[2] = {_mm512_srlv_epi32(ordered(first, two[0].order), _mm512_loadu_si512(two[0].shift)),
+                        _mm512_srlv_epi32(ordered(other, two[1].order), _mm512_loadu_si512(two[1].shift))};
         if constexpr (F::next > 0 && windows == NEXT_WHOLE) {
             __m512i row[4];
             for (int t = 0; t < 4; ++t) row[t] = _mm512_loadu_si512(rows + t * stride + two[0].next_at);
             for (int c = 0; c < 2; ++c) {
                 const __m512i order = _mm512_load_si512(two[c].next_order);
                 const __m512i low = _mm512_permutex2var_epi8(row[0], order, row[1]), high = _mm512_permutex2var_epi8(row[2], order, row[3]);
-                const __m512i next = _mm512_rorv_epi32(_mm512_mask_blend_epi16(0xaaaaaaaa, low, high), _mm512_loadu_si512(two[c].next_turn));
-                x[c] = _mm512_ternarylogic_epi32(_mm512_set1_epi8((1 << F::wide) - 1), x[c], next, 0xca);
+                x[c] = join(x[c], _mm512_mask_blend_epi16(0xaaaaaaaa, low, high), two[c].next_turn);
             }
         } else if constexpr (F::next > 0) {
             const Window first_next = windows == SHORT ? first : window(rows + two[0].next_at, stride);
             const Window other_next = windows == APART ? window(rows + two[1].next_at, stride) : first_next;
-            const __m512i next[2] = {turned(first_next, two[0].next_order, two[0].next_turn),
-                                     turned(other_next, two[1].next_order, two[1].next_turn)};
-            for (int c = 0; c < 2; ++c)
-                x[c] = _mm512_ternarylogic_epi32(_mm512_set1_epi8((1 << F::wide) - 1), x[c], next[c], 0xca);
+            x[0] = join(x[0], ordered(first_next, two[0].next_order), two[0].next_turn);
+            x[1] = join(x[1], ordered(other_next, two[1].next_order), two[1].next_turn);
         }
         for (int c = 0; c < 2; ++c) levels.of((line)x[c], made[c]);
     }

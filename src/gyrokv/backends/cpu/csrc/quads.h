@@ -53,9 +53,9 @@ struct Part {
     int32_t group[4];                         // of the scale: [code][even, odd bytes], of the first codes
     alignas(16) uint8_t gather[PART_BYTES];   // bytes of the next field, in the order of a line of keys
     __mmask32 further;                        // whose bits lie one code higher, in 16-bit lanes
-    uint32_t turn;                            // that brings the bits above the others
+    int32_t shift;                            // of the first code's bits above the lowest
     alignas(64) uint8_t column_gather[LINE];  // the same for lines of columns (see quad_values.h)
-    uint32_t column_turn[LANES];
+    int32_t column_shift[LANES];
 };
 
 struct Quads {
@@ -122,16 +122,16 @@ struct Quads {
         const int from = all ? place.count - PART_WORDS : first % place.count;
         made.next = place.next_field() + 2 * from;
         auto byte_of = [&](int w, int odd) { return uint8_t(2 * (all ? (first + w) % place.count - from : w) + odd); };
-        auto turn_of = [&](int w) { return uint32_t(place.next_turn(first + w)); };
-        made.turn = turn_of(0), made.further = 0;
+        auto shift_of = [&](int w) { return place.next_shift(first + w); };
+        made.shift = shift_of(0), made.further = 0;
         for (int i = 0; i < PART_BYTES; ++i) {
             const int word = f.planes == 2 ? i / 2 : i % PART_WORDS, odd = f.planes == 2 ? i % 2 : i / PART_WORDS;
             made.gather[i] = byte_of(word, odd);
-            if (turn_of(word) != made.turn) made.further |= 0x01010101u << (i / 2);
+            if (shift_of(word) != made.shift) made.further |= 0x01010101u << (i / 2);
         }
         for (int i = 0; columns && i < LINE; ++i) {
             made.column_gather[i] = uint8_t(i % 4 * PART_BYTES + byte_of(i / 4 % PART_WORDS, i / 4 / PART_WORDS));
-            made.column_turn[i / 4] = turn_of(i / 4 % PART_WORDS);
+            made.column_shift[i / 4] = shift_of(i / 4 % PART_WORDS);
         }
     }
 };
@@ -218,7 +218,7 @@ struct Levels<C> {
     }
 };
 
-// Codes number s of a part; bits above them do not matter.
+// Codes number s of a part, of whose next field the first bits are the lowest; bits above codes do not matter.
 template <int bits, int s>
 INLINE line codes_of(__m512i wide, __m512i next) {
     using F = Fields<bits>;
@@ -226,7 +226,8 @@ INLINE line codes_of(__m512i wide, __m512i next) {
     if constexpr (s > 0) code = _mm512_srli_epi16(code, s * F::wide);
     if constexpr (F::next > 0) {
         __m512i high = next;
-        if constexpr (s > 0) high = _mm512_ror_epi32(high, s * F::repeats * F::next);
+        if constexpr (s == 0) high = _mm512_slli_epi16(high, F::wide);
+        if constexpr (s > 1) high = _mm512_srli_epi16(high, (s - 1) * F::wide);
         code = _mm512_ternarylogic_epi32(_mm512_set1_epi8((1 << F::wide) - 1), code, high, 0xca);
     }
     return (line)code;
