@@ -310,11 +310,15 @@ struct MatrixUnit {
 // hold.
 class Ahead {
    public:
+    Ahead() = default;
+    Ahead(const Ahead&) = delete;
+    Ahead& operator=(const Ahead&) = delete;
+
     // `keys`, `values`: rows; `ticks`: how often tick() is called until the rows are needed
     void aim(const Format& kf, const Rows& k, int64_t keys, const Format& vf_, const Rows& v, int64_t values, int64_t first, int ticks) {
         credit_ = ONE << 20;  // what was left out
         fetch();
-        streams_ = turn_ = 0;
+        end_ = now_ = stream_;
         int64_t lines = add(k.scale, k.scale_strides[2], scale_bytes(kf), first, keys);
         lines += add(v.scale, v.scale_strides[2], scale_bytes(vf_), first, values);
         lines += add(k.words, k.word_strides[2], row_bytes(kf), first, keys);
@@ -335,17 +339,21 @@ class Ahead {
    private:
     __attribute__((noinline)) void fetch() { take_turns(); }
     inline __attribute__((always_inline)) void take_turns() {
-        for (; credit_ >= TURN * ONE && streams_; ++turn_) {
-            if (turn_ >= streams_) turn_ = 0;
-            Stream& s = stream_[turn_];
-            __builtin_prefetch(s.at, 0, 2), __builtin_prefetch(s.at + s.near, 0, 2);
-            __builtin_prefetch(s.at + s.far, 0, 2), __builtin_prefetch(s.at + s.far + s.near, 0, 2);
-            credit_ -= TURN * ONE, s.at += s.step;
-            if (--s.left) continue;
+        int64_t credit = credit_;
+        for (; credit >= TURN * ONE && end_ > stream_; credit -= TURN * ONE) {
+            Stream& s = *now_;
+            const char *at = s.at, *far = at + s.far;
+            const int64_t near = s.near;
+            __builtin_prefetch(at, 0, 2), __builtin_prefetch(at + near, 0, 2);
+            __builtin_prefetch(far, 0, 2), __builtin_prefetch(far + near, 0, 2);
+            s.at = at + s.step;
+            now_ = now_ + 1 < end_ ? now_ + 1 : stream_;
+            if (__builtin_expect(--s.left, 1)) continue;
             s.at += s.jump, s.left = s.turns;
-            if (!--s.rows) s = stream_[--streams_];
+            if (!--s.rows) s = *--end_, now_ = stream_;
         }
-        if (!streams_) rate_ = 0;
+        credit_ = credit;
+        if (end_ == stream_) rate_ = 0;
     }
 
     static constexpr int64_t ONE = 256;
@@ -353,8 +361,8 @@ class Ahead {
     static constexpr int64_t WIDE = 4 * 4096;  // bytes that are four parts, of a page each or more; others are two
     struct Stream {
         const char* at;             // the first line of the next turn
-        int64_t far, jump;          // bytes: to the other parts, or half of them; from the last turn of a row to the next row
-        int32_t near, step;         // bytes: to the line beside it, of the same or of another part; from a turn to the next
+        int64_t far, near;          // bytes: to the other parts, or half of them; to the line beside it, of the same or of another part
+        int64_t step, jump;         // bytes: from a turn to the next; from the last turn of a row to the next row
         int32_t left, turns, rows;  // turns left of the row; of a row; rows left
     };
     static int64_t scale_bytes(const Format& f) {
@@ -365,12 +373,11 @@ class Ahead {
         const int parts = bytes * count >= WIDE ? 4 : 2, step = parts == 4 ? 64 : 128;
         const int64_t each = (count + parts - 1) / parts, part = each * stride;
         const int rows = bytes == stride ? 1 : int(each), turns = int((bytes * each / rows + step - 1) / step);
-        stream_[streams_++] = {from + first * stride, parts == 4 ? 2 * part : part, stride - int64_t(step) * turns,
-                               parts == 4 ? int32_t(part) : 64, step, turns, turns, rows};
+        *end_++ = {from + first * stride, parts == 4 ? 2 * part : part, parts == 4 ? part : 64, step, stride - int64_t(step) * turns,
+                   turns, turns, rows};
         return int64_t(TURN) * rows * turns;
     }
-    Stream stream_[4];
-    int streams_ = 0, turn_ = 0;
+    Stream stream_[4], *now_ = stream_, *end_ = stream_;
     int64_t rate_ = 0, credit_ = 0;
 };
 
