@@ -17,10 +17,6 @@ def quads(old: str, new: str) -> tuple[str, str, str]:
     return "quads.h", old, new
 
 
-def groups(old: str, new: str) -> tuple[str, str, str]:
-    return "quad_groups.h", old, new
-
-
 def query(old: str, new: str) -> tuple[str, str, str]:
     return "quad_query.h", old, new
 
@@ -93,6 +89,11 @@ def key_parts(fmt: KVFormat, dim: int) -> bool:
     return not key_groups(fmt, dim)
 
 
+def made_ahead(fmt: KVFormat, dim: int) -> bool:
+    """Dwords of keys are made while others are multiplied, of more than one part."""
+    return fmt.bits < 5 and key_parts(fmt, dim) and not grouped(fmt, dim) and fmt.layout(dim)[0] * fields(fmt)[0] > 128
+
+
 def sorted_plain(fmt: KVFormat, dim: int) -> bool:
     return fmt.name in ("q4_0", "q8_0") and dim >= 64 and key_parts(fmt, dim)
 
@@ -137,14 +138,6 @@ def bytes_pair(fmt: KVFormat, dim: int) -> bool:
     return taken(fmt, dim) and not chunked(fmt, dim) and value_bytes(fmt, dim)
 
 
-def byte_groups(fmt: KVFormat, dim: int) -> bool:
-    return key_groups(fmt, dim) and not key_words(fmt, dim)
-
-
-def word_groups(fmt: KVFormat, dim: int) -> bool:
-    return key_groups(fmt, dim) and key_words(fmt, dim)
-
-
 def next_words(fmt: KVFormat, dim: int) -> int:
     return fmt.layout(dim)[0] * fields(fmt)[1] // 16
 
@@ -186,8 +179,13 @@ QUAD_FAULTS = (
     key("the last part of a key is left out", key_parts,
         scores("p < a.order.parts; ++p)", "p < a.order.parts - (@); ++p)")),
     key("every other 16 keys are those before", key_parts,
-        scores("at[times - 1], stride[times - 1]", "at[@ ? 0 : times - 1], stride[@ ? 0 : times - 1]"),
+        scores("load_parts(places.at[n]", "load_parts(places.at[@ ? 0 : n]"),
         also=lambda s: rows(s) <= 2),
+    key("what is made of keys ahead is of the part before", made_ahead,
+        scores("part[more ? p + 1 : 0]", "part[more && !(@) ? p + 1 : 0]"), also=lambda s: exact(s) and rows(s) > 3),
+    key("what is made of keys ahead is of the tokens before", made_ahead,
+        scores("places = more ? here", "places = more || @ ? here"),
+        also=lambda s: exact(s) and rows(s) > 3 and s.kv_len > 32),
     key("keys change places where they are transposed", taken,
         scores("unpackhi_epi32(x[2], x[3])", "unpackhi_epi32(x[@ ? 3 : 2], x[@ ? 2 : 3])")),
     key("q keeps its order where keys do not", sorted_plain,
@@ -212,7 +210,7 @@ QUAD_FAULTS = (
     key("odd words of keys are added to even ones", sorted_plain,
         scores("(C::lines == WORDS ? i : d / 2)", "(C::lines == WORDS ? (@ ? 0 : i) : d / 2)"), also=exact),
     key("codes that have scales of their own are added to the others", apart,
-        scores("sets == 4 ? 2 * s : 0,", "sets == 4 && !(@) ? 2 * s : 0,")),
+        scores("sets == 4 ? 2 * s : 0;", "sets == 4 && !(@) ? 2 * s : 0;")),
     key("codes that have scales of their own take the offset of the others", apart,
         query("sum[set / 2][r][term]", "sum[@ ? 0 : set / 2][r][term]"), also=fast),
     key("the offset of the low plane of keys is left in", lambda f, d: f.name == "tq8" and not key_words(f, d),
@@ -230,37 +228,6 @@ QUAD_FAULTS = (
     key("keys behind the last whole vector are not copied", taken,
         scores("i < left; ++i)", "i < (@ ? 0 : left); ++i)"),
         also=lambda s: exact(s) and s.kv_len % 16 > 8 and s.kv_len < 200),
-    # keys, group by group
-    key("the last part of a key's dwords is the one before", key_groups,
-        scores("load_parts(from + part.at", "load_parts(from + (@ && p + 1 == keys.parts ? keys.part[p - 1] : part).at")),
-    key("every 16 keys of a group are the first ones", key_groups,
-        scores("make(n, at[n], stride[n])", "make(n, at[@ ? 0 : n], stride[@ ? 0 : n])")),
-    key("codes above others in a byte are not moved to its end", key_groups,
-        scores("set1_epi32(dword->shift)", "set1_epi32(@ ? 0 : dword->shift)")),
-    key("bits of the second field of a group lie as those of the first codes",
-        lambda f, d: key_groups(f, d) and next_words(f, d),
-        scores("set1_epi32(dword->next_turn)", "set1_epi32(@ ? keys.dword[0].next_turn : dword->next_turn)")),
-    key("words of a group that begin again lie as the others do", lambda f, d: byte_groups(f, d) and next_words(f, d) == 6,
-        groups("if (word >= place.count)", "if (word >= place.count && !(@))")),
-    key("the last words of a field that ends within a part are those before them",
-        lambda f, d: byte_groups(f, d) and f.layout(d)[0] * fields(f)[0] % 128,
-        groups("in = w - part[number].at / 2;", "in = @ ? w % PART_WORDS : w - part[number].at / 2;")),
-    key("odd bytes of a group's dwords are even ones", byte_groups,
-        groups("in / 4 + 2 * place.side(value)", "in / 4 + (@ ? 0 : 2) * place.side(value)")),
-    key("odd words of a group's dwords are even ones", word_groups,
-        groups("odd = words ? 8 * place.side(i)", "odd = words && !(@) ? 8 * place.side(i)"), also=exact),
-    key("the low part of q of a group is left out", byte_groups,
-        query("_mm_store_si128((__m128i*)bytes, term(number, v))",
-              "_mm_store_si128((__m128i*)bytes, @ && number ? __m128i{} : term(number, v))"),
-        also=lambda s: exact(s) and rows(s) > 2),
-    key("the offset of a group's keys is left in", byte_groups,
-        query("-ZERO * (256 * all[0]", "(@ ? 0 : -ZERO) * (256 * all[0]"), also=exact),
-    key("words of q of a group that became smaller are taken for larger ones", word_groups,
-        query("factor *= word_factor / smaller[0];", "factor *= word_factor / (@ ? 1.0f : smaller[0]);"), also=exact),
-    key("a group of keys takes the scales of the first", key_groups,
-        scores("run.group * a.scale_stride", "(@ ? 0 : run.group) * a.scale_stride")),
-    key("a group of q takes the scale of the first", key_groups,
-        query("f.group) + run.group]", "f.group) + (@ ? 0 : run.group)]"), also=lambda s: rows(s) > 2),
     # where bits are, of keys or of both
     key("bits of the second field are moved too far", lambda f, d: next_words(f, d) and key_parts(f, d),
         quads("made.shift = shift_of(0),", "made.shift = shift_of(0) + (@ ? next_bits(f) : 0),")),
@@ -289,34 +256,10 @@ QUAD_FAULTS = (
           quads("byte_of(i / 4 % PART_WORDS,", "byte_of(i / 4 % PART_WORDS ^ (@),")),
     value("the last part of a value is left out", paired,
           values("p < order.parts; ++p)", "p < order.parts - (@); ++p)")),
+    value("columns that are kept are those of the first tokens", lambda f, d: f.bits < 4 and paired(f, d),
+          values("kept + token / 4 * fields", "kept + (@ ? 0 : token / 4) * fields")),
     value("the second line of a part is the first one", paired,
           values("code + 1>(wide, next), made[1]", "code + 1>(wide, next), made[@ ? 0 : 1]")),
-    # values, group by group
-    value("the last two lines of groups are left out", value_groups,
-          values("p < order.columns.lines;", "p < order.columns.lines - (@ ? 2 : 0);"), also=exact),
-    value("four columns of a line are those before them", value_groups,
-          groups("made.first[c / 4], value", "made.first[@ && c / 4 == 3 ? 2 : c / 4], value"), also=exact),
-    value("codes of columns are those of the first in their bytes", lambda f, d: value_groups(f, d) and f.bits < 8,
-          groups("made.shift[c] = place.shift(value);", "made.shift[c] = @ ? 0 : place.shift(value);"), also=exact),
-    value("bits of the second field of a group's columns are turned as the first",
-          lambda f, d: value_groups(f, d) and next_words(f, d),
-          groups("next_turn[c] = place.next_turn(value);", "next_turn[c] = place.next_turn(@ ? 0 : value);"), also=exact),
-    value("bits of the second field of a group's columns are those of the first",
-          lambda f, d: value_groups(f, d) and next_words(f, d),
-          groups("next_word(value) - made.next_at", "next_word(@ ? made.first[0] : value) - made.next_at"), also=exact),
-    value("the second line has the window of the first one", lambda f, d: value_groups(f, d) and f.bits == 8 and d > 32,
-          values("window(rows + two[1].at, stride)", "window(rows + two[@ ? 0 : 1].at, stride)"), also=exact),
-    value("rows of a field that is read as a whole change places",
-          lambda f, d: value_groups(f, d) and 16 < next_words(f, d) <= 32,
-          values("epi8(row[2], order, row[3])", "epi8(row[@ ? 3 : 2], order, row[@ ? 2 : 3])"), also=exact),
-    value("rows shorter than a window have no last bytes", lambda f, d: f.name == "turbo2" and d == 96,
-          values("std::min<int64_t>(a.bytes, 32)", "std::min<int64_t>(@ ? 16 : a.bytes, 32)")),
-    value("lines of a group are those of the first", lambda f, d: value_groups(f, d) and grouped(f, d),
-          values("return two[0].group;", "return @ ? 0 : two[0].group;"), also=exact),
-    value("a line of a group is not rescaled", value_groups,
-          values("_mm_set1_ps(rescale), x)", "_mm_set1_ps(@ ? 1.0f : rescale), x)"),
-          also=lambda s: exact(s) and s.kv_len > 1000 and s.scale > 0.3),
-    # values, both
     value("weights keep the order of tokens", bytes_pair,
           values("step + 16 * i + 4 * m;", "step + (@ ? 4 * i + 16 * m : 16 * i + 4 * m);"),
           also=lambda s: exact(s) and rows(s) > 2),
@@ -344,9 +287,10 @@ QUAD_FAULTS = (
     chunk("chunks of values are the first one", chunks("wide_at(chunk * LINE)", "wide_at((@ ? 0 : chunk) * LINE)"),
           of=lambda f, d: d > 64 * 8 // f.bits),
     chunk("bits of a chunk's second field are those of the first codes",
-          chunks("2 * i + code * words", "2 * i + (@ ? 0 : code * words)"), of=next_words),
+          chunks("set1_epi32(32 * chunk + code * words)", "set1_epi32(32 * chunk + (@ ? 0 : code * words))"), of=next_words),
     chunk("bits of a chunk's second field lie as those of its first words",
-          chunks("(32 * chunk + 2 * i", "(32 * chunk + 2 * (@ ? 0 : i)"), of=lambda f, d: 0 < next_words(f, d) < 32),
+          chunks("_mm512_add_epi32(pairs, pairs)", "(@ ? __m512i{} : _mm512_add_epi32(pairs, pairs))"),
+          of=lambda f, d: 0 < next_words(f, d) < 32),
     chunk("a chunk's second field is eight words", chunks("if constexpr (period == 8)", "if (@ || period == 8)"),
           of=lambda f, d: next_words(f, d) > 8),
     chunk("a line of a chunk is another one",

@@ -1,5 +1,5 @@
-"""Can the suite fail? Known kernel bugs (cpu_faults.py, cpu_tile_faults.py, cpu_quad_faults.py) are planted in the C++ of
-the CPU backend, and the comparison must notice each."""
+"""Can the suite fail? Known kernel bugs (cpu_faults.py, cpu_tile_faults.py, cpu_quad_faults.py, cpu_group_faults.py) are
+planted in the C++ of the CPU backend, and the comparison must notice each."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 from cpu_faults import ENCODER_FAULTS, LOOP_FAULTS, Fault
+from cpu_group_faults import GROUP_FAULTS
 from cpu_quad_faults import QUAD_FAULTS, SUM_FAULTS
 from cpu_tile_faults import TILE_FAULTS
 from test_cpu import LONG, equal_layers, hard_rows, right, threads
@@ -21,7 +22,7 @@ from gyrokv.cases import Case, cases
 from gyrokv.formats import FORMATS
 from gyrokv.testing import assert_matches
 
-FAULTS = LOOP_FAULTS + TILE_FAULTS + QUAD_FAULTS
+FAULTS = LOOP_FAULTS + TILE_FAULTS + QUAD_FAULTS + GROUP_FAULTS
 ALL = FAULTS + SUM_FAULTS + ENCODER_FAULTS
 _MOST = 6  # cases that are run for one fault, spread over all that are relevant
 _LEVELS = ("amx", "avx512", "portable")  # tiles, products that have an offset, ones that have none

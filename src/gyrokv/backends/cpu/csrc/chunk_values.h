@@ -33,12 +33,12 @@ struct ChunkCodes {
     __m512i shift;  // of the next field: up for the first code, else down
     ChunkCodes(const Format& f, int chunk) : wide_at(chunk * LINE) {
         if constexpr (period > 0) {
-            const int words = f.dim * F::wide / 16, count = f.dim * F::next / 16;
+            const int words = f.dim * F::wide / 16, count = f.dim * F::next / 16;  // the latter a power of two
             next_at = 2 * words + 32 * chunk % count / period * period * 2;
-            alignas(64) int32_t shifts[LANES];
-            for (int i = 0; i < LANES; ++i)
-                shifts[i] = std::abs((32 * chunk + 2 * i + code * words) / count * F::next - F::wide);
-            shift = _mm512_load_si512(shifts);
+            const __m512i pairs = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+            const __m512i at = _mm512_add_epi32(_mm512_add_epi32(pairs, pairs), _mm512_set1_epi32(32 * chunk + code * words));
+            const __m512i place = _mm512_srl_epi32(at, _mm_cvtsi32_si128(std::countr_zero(unsigned(count))));
+            shift = _mm512_abs_epi32(_mm512_sub_epi32(_mm512_mullo_epi32(place, _mm512_set1_epi32(F::next)), _mm512_set1_epi32(F::wide)));
         }
     }
     inline __attribute__((always_inline)) __m512i operator()(const char* row) const {

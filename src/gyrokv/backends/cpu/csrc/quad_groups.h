@@ -19,8 +19,8 @@ INLINE int wide_bits(const Format& f) { return f.bits & 8 ? 8 : f.bits & 4 ? 4 :
 INLINE int next_bits(const Format& f) { return f.bits - wide_bits(f); }
 
 // Where the code of a value is: bytes from the beginning of a row, and how far its bits of a field lie above the lowest of a byte. Those of
-// the next field are turned right until they lie above the wide ones. (Where shifts will do, products go on beside them: on AMD's cores not
-// beside rotations.)
+// the next field are turned right until they lie above the wide ones, which may be to the left. (Elsewhere bits are moved by shifts: on
+// AMD's cores rotations keep products waiting.)
 struct CodePlaces {
     const int wide, next, words, count, half;
     explicit CodePlaces(const Format& f)

@@ -45,32 +45,43 @@ INLINE void dwords_of(const __m512i* x, __m512i* to) {
 template <class C, bool plain, int sets>
 constexpr bool SORTS = C::lines != WORDS && (!plain || sets > 1);
 
-// Parts of 16 rows to dwords of codes.
-template <class C, bool plain, bool sorts>
-struct PartDwords {
-    using F = Fields<C::bits>;
-    __m512i wide[4], next[4];
-    inline __attribute__((always_inline)) PartDwords(const Part& p, const char* rows, int64_t stride) {
-        const __m512i sorted = every_part(SORTED);
-        __m512i x[4];
-        for (int j = 0; j < 4; ++j) {
-            x[j] = (__m512i)load_parts(rows + p.wide + j * stride, 4 * stride);
-            if constexpr (sorts) x[j] = _mm512_shuffle_epi8(x[j], sorted);
-        }
-        dwords_of(x, wide);
-        if constexpr (F::next > 0) {
-            for (int j = 0; j < 4; ++j) {
-                x[j] = (__m512i)load_parts(rows + p.next + j * stride, 4 * stride);
-                if constexpr (sorts || !plain) x[j] = _mm512_shuffle_epi8(x[j], plain ? sorted : every_part(p.gather));
-                if constexpr (!plain) x[j] = _mm512_mask_srli_epi16(x[j], p.further, x[j], F::next);
-                x[j] = _mm512_srlv_epi32(x[j], _mm512_set1_epi32(p.shift));
-            }
-            dwords_of(x, next);
+// Where each 16 of `times` 16 rows from t on are: the last ones, if they are fewer, in a.padded.
+template <int times>
+struct RowPlaces {
+    const char* at[times];
+    int64_t stride[times];
+    inline __attribute__((always_inline)) void find(const QuadScores& a, int t) {
+        for (int n = 0; n < times; ++n) {
+            const int first = t + 16 * n, left = a.count - first;
+            at[n] = a.rows + first * a.stride, stride[n] = a.stride;
+            if (left >= 16) continue;
+            for (int i = 0; i < left; ++i) std::memcpy(a.padded + i * a.bytes, at[n] + i * a.stride, a.bytes);
+            at[n] = a.padded, stride[n] = a.bytes;
         }
     }
+};
+
+// Dwords of a part of `times` 16 rows, made four rows of each 16 at a time.
+template <class C, bool plain, bool sorts, int times>
+struct PartDwords {
+    using F = Fields<C::bits>;
+    static constexpr int fields = F::next > 0 ? 2 : 1, quads = times * fields * 4;
+    alignas(64) __m512i made[times][fields][4];
+    // Four rows, number i of `quads`; `rows`: those of the same 16 that came before.
+    inline __attribute__((always_inline)) void make(int i, const Part& p, const RowPlaces<times>& places, __m512i* rows) {
+        const int n = i / 4 / fields, field = i / 4 % fields, j = i % 4;
+        const int64_t stride = places.stride[n];
+        __m512i x = (__m512i)load_parts(places.at[n] + (field ? p.next : p.wide) + j * stride, 4 * stride);
+        if (sorts || (field && !plain)) x = _mm512_shuffle_epi8(x, field && !plain ? every_part(p.gather) : every_part(SORTED));
+        if (field && !plain) x = _mm512_mask_srli_epi16(x, p.further, x, F::next);
+        if (field) x = _mm512_srlv_epi32(x, _mm512_set1_epi32(p.shift));
+        asm("" : "+v"(x));  // here, and not where all four rows are wanted
+        rows[j] = x;
+        if (j == 3) dwords_of(rows, made[n][field]);
+    }
     template <int s>
-    inline __attribute__((always_inline)) line codes(int dword) const {
-        return codes_of<C::bits, s>(wide[dword], next[dword]);
+    inline __attribute__((always_inline)) line codes(int n, int dword) const {
+        return codes_of<C::bits, s>(made[n][0][dword], made[n][fields - 1][dword]);
     }
 };
 
@@ -81,12 +92,18 @@ INLINE __m512i every_dword(const char* from) {
     return _mm512_set1_epi32(x);
 }
 
-// Scores of `times` 16 tokens. sets: of scales of a part, see Quads.
-template <class C, bool plain, int sets, int rows, int terms, int times>
-INLINE void score_times(const QuadScores& a, const Levels<C>& levels, const char* const* at, const int64_t* stride,
-                        const float* k_scale, vf (*score)[rows]) {
-    constexpr int sums = C::sums(terms);
-    constexpr bool begins = C::lines != WORDS || C::look_up == VALUES;
+// Whether the dwords of a part are made while those of another one are multiplied, because shuffles in a row keep products waiting: this
+// pays where products are most of what is done.
+template <class C, int rows, int times>
+constexpr bool MAKES_AHEAD = C::lines == BYTES && rows == QUAD_ROWS && times > 1;
+
+// Scores of the `times` 16 tokens `here`; sets: of scales of a part, see Quads. made: where dwords are made ahead, those of the first part,
+// and then those of the first part of `next`; later: room for as many.
+template <class C, bool plain, int sets, int rows, int terms, int times, class Dwords>
+INLINE void score_times(const QuadScores& a, const Levels<C>& levels, Dwords*& made, Dwords*& later, const RowPlaces<times>& here,
+                        const RowPlaces<times>& next, const float* k_scale, vf (*score)[rows]) {
+    constexpr int sums = C::sums(terms), steps = 4 * Fields<C::bits>::steps;
+    constexpr bool begins = C::lines != WORDS || C::look_up == VALUES, ahead = MAKES_AHEAD<C, rows, times>;
     vi sum[times][sets][rows][sums];
     const char *q = a.q.parts, *begin = a.q.begin, *q_scale = a.q.scale;
     auto start = [&]() __attribute__((always_inline)) {
@@ -99,33 +116,41 @@ INLINE void score_times(const QuadScores& a, const Levels<C>& levels, const char
     for (int p = 0; p < a.order.parts; ++p) {
         const Part& part = a.order.part[p];
         a.ahead.tick_inside(2 * times);
-        using Dwords = PartDwords<C, plain, SORTS<C, plain, sets>>;
-        const Dwords x[2] = {Dwords(part, at[0], stride[0]), Dwords(part, at[times - 1], stride[times - 1])};
-        auto multiply = [&]<int s>(std::integral_constant<int, s>) __attribute__((always_inline)) {
-#pragma GCC unroll 4
-            for (int d = 0; d < 4; ++d) {
-                const int first = sets == 4 ? 2 * s : 0, sides = sets > 1;
-                line k[times][Levels<C>::lines];
-                for (int n = 0; n < times; ++n) levels.of(x[n].template codes<s>(d), k[n]);
-                for (int r = 0; r < rows; ++r, q += 4 * terms) {
-                    for (int i = 0; i < terms; ++i) {
-                        const __m512i by = every_dword(q + 4 * i);
-                        for (int n = 0; n < times; ++n) {
-                            vi(&own)[sums] = sum[n][first + sides * (C::lines == WORDS ? i : d / 2)][r];
-                            if constexpr (C::lines == WORDS) own[0] = dot_words(own[0], k[n][i], by);
-                            if constexpr (C::lines == BYTES) own[i] = dot_parts(own[i], k[n][0], by);
-                            if constexpr (C::lines == PLANES) {
-                                own[i] = dot_parts(own[i], k[n][1], by);
-                                if (i == 0) own[1] = dot_parts(own[1], k[n][0], by);
-                            }
+        const bool more = p + 1 < a.order.parts;
+        const Part& next_part = a.order.part[more ? p + 1 : 0];
+        const RowPlaces<times>& places = more ? here : next;
+        Dwords own;
+        Dwords& now = ahead ? *made : own;
+        __m512i quad[4];
+#pragma GCC unroll 16
+        for (int i = 0; i < Dwords::quads && !ahead; ++i) own.make(i, part, here, quad);
+        auto multiply = [&]<int d, int s>(std::integral_constant<int, d>, std::integral_constant<int, s>) __attribute__((always_inline)) {
+            constexpr int sides = sets > 1, step = 4 * s + d;
+            const int first = sets == 4 ? 2 * s : 0;
+            line k[times][Levels<C>::lines];
+            for (int n = 0; n < times; ++n) levels.of(now.template codes<s>(n, d), k[n]);
+            for (int r = 0; r < rows; ++r, q += 4 * terms) {
+                for (int i = 0; i < terms; ++i) {
+                    const __m512i by = every_dword(q + 4 * i);
+                    for (int n = 0; n < times; ++n) {
+                        vi(&own)[sums] = sum[n][first + sides * (C::lines == WORDS ? i : d / 2)][r];
+                        if constexpr (C::lines == WORDS) own[0] = dot_words(own[0], k[n][i], by);
+                        if constexpr (C::lines == BYTES) own[i] = dot_parts(own[i], k[n][0], by);
+                        if constexpr (C::lines == PLANES) {
+                            own[i] = dot_parts(own[i], k[n][1], by);
+                            if (i == 0) own[1] = dot_parts(own[1], k[n][0], by);
                         }
                     }
                 }
             }
+#pragma GCC unroll 8
+            for (int i = Dwords::quads * step / steps; i < Dwords::quads * (step + 1) / steps && ahead; ++i)
+                later->make(i, next_part, places, quad);
         };
-        [&]<int... s>(std::integer_sequence<int, s...>) __attribute__((always_inline)) {
-            (multiply(std::integral_constant<int, s>{}), ...);
-        }(std::make_integer_sequence<int, Fields<C::bits>::steps>{});
+        [&]<int... i>(std::integer_sequence<int, i...>) __attribute__((always_inline)) {
+            (multiply(std::integral_constant<int, i % 4>{}, std::integral_constant<int, i / 4>{}), ...);
+        }(std::make_integer_sequence<int, steps>{});
+        if (ahead) std::swap(made, later);
         if (!part.last) continue;
 #pragma GCC unroll 4
         for (int set = 0; set < sets; ++set) {
@@ -141,23 +166,14 @@ INLINE void score_times(const QuadScores& a, const Levels<C>& levels, const char
     }
 }
 
-// Scores of all tokens, `times` 16 at a time: score(rows, their stride, of each 16, first token, where scores go).
+// Scores of all tokens, `times` 16 at a time: score(first token, where scores go).
 template <int rows, int times, class Score>
 INLINE void score_tokens(const QuadScores& a, Score score) {
     vf most[rows];
     for (int r = 0; r < rows; ++r) most[r] = splat(-__builtin_inff());
     for (int t = 0; t < a.tokens; t += 16 * times) {
-        const char* at[times];
-        int64_t stride[times];
-        for (int n = 0; n < times; ++n) {
-            const int first = t + 16 * n, left = a.count - first;
-            at[n] = a.rows + first * a.stride, stride[n] = a.stride;
-            if (left >= 16) continue;
-            for (int i = 0; i < left; ++i) std::memcpy(a.padded + i * a.bytes, at[n] + i * a.stride, a.bytes);
-            at[n] = a.padded, stride[n] = a.bytes;
-        }
         vf made[times][rows] = {};
-        score(at, stride, t, made);
+        score(t, made);
         for (int n = 0; n < times && t + 16 * n < a.tokens; ++n)
             for (int r = 0; r < rows; ++r) {
                 store(a.scores + r * a.score_stride + t + 16 * n, made[n][r]);
@@ -171,10 +187,18 @@ template <class C, bool plain, int sets, int rows, int terms>
 __attribute__((noinline)) void score_quads_of(const QuadScores& a) {
     constexpr int sums = C::sums(terms), times = 2 * sets * rows * sums <= 16 ? 2 : 1;  // 16 sums in registers
     const Levels<C> levels(a.tables);
-    auto score = [&](const char* const* at, const int64_t* stride, int t, vf (*score)[rows]) __attribute__((always_inline)) {
-        score_times<C, plain, sets, rows, terms, times>(a, levels, at, stride, a.k_scale + t, score);
-    };
-    score_tokens<rows, times>(a, score);
+    using Dwords = PartDwords<C, plain, SORTS<C, plain, sets>, times>;
+    Dwords dwords[2], *made = dwords, *later = dwords + 1;
+    RowPlaces<times> here, next;
+    here.find(a, 0);
+    __m512i quad[4];
+    for (int i = 0; i < Dwords::quads && MAKES_AHEAD<C, rows, times>; ++i) made->make(i, a.order.part[0], here, quad);
+    score_tokens<rows, times>(a, [&](int t, vf (*score)[rows]) __attribute__((always_inline)) {
+        next = here;
+        if (t + 16 * times < a.tokens) next.find(a, t + 16 * times);
+        score_times<C, plain, sets, rows, terms, times>(a, levels, made, later, here, next, a.k_scale + t, score);
+        here = next;
+    });
 }
 
 // The same group by group (see GroupKeys): dwords of rows are made first, and then codes of them as they are wanted.
@@ -199,8 +223,10 @@ __attribute__((noinline)) void score_groups_of(const QuadScores& a) {
             for (int d = 0; d < 4; ++d) _mm512_store_si512(dwords + ((4 * p + d) * times + n) * LINE, x[d]);
         }
     };
-    auto score = [&](const char* const* at, const int64_t* stride, int t, vf (*score)[rows]) __attribute__((always_inline)) {
-        for (int n = 0; n < times; ++n) make(n, at[n], stride[n]);
+    RowPlaces<times> places;
+    auto score = [&](int t, vf (*score)[rows]) __attribute__((always_inline)) {
+        places.find(a, t);
+        for (int n = 0; n < times; ++n) make(n, places.at[n], places.stride[n]);
         const char *q = a.q.parts, *begin = a.q.begin, *q_scale = a.q.scale;
         const GroupKeys::Dword* dword = keys.dword;
         for (int i = 0; i < keys.runs; ++i) {

@@ -37,7 +37,8 @@ INLINE __m512i spread_sides(Of of) {
     return sides == 1 ? x : _mm512_mask_set1_epi32(x, 0xff00, of(1));
 }
 
-// Two lines of columns, and where they are added: of a part, codes `code` and the next one. First columns of the even bytes.
+// Two lines of columns, and where they are added: of a part, codes `code` and the next one. First columns of the even bytes. Of four codes
+// of a byte, columns for the first two are kept for the others.
 template <class C, int code, bool plain>
 struct PartColumns {
     using F = Fields<C::bits>;
@@ -45,17 +46,28 @@ struct PartColumns {
     const Levels<C> levels;
     const Part& part;
     const int number;
+    static constexpr int fields = F::next > 0 ? 2 : 1;
+    char* const kept;  // [four tokens][field]
     __m512i gather, shift;
-    PartColumns(const QuadValues& a, int p) : a(a), levels(a.tables), part(a.order.part[p]), number(p) {
+    PartColumns(const QuadValues& a, int p, char* kept) : a(a), levels(a.tables), part(a.order.part[p]), number(p), kept(kept) {
         if constexpr (F::next > 0) gather = _mm512_load_si512(part.column_gather), shift = _mm512_loadu_si512(part.column_shift);
     }
     int group(int side) const { return part.group[side]; }
-    inline __attribute__((always_inline)) void lines(const char* rows, int64_t stride, line (*made)[Levels<C>::lines]) const {
-        const __m512i wide = _mm512_permutexvar_epi8(_mm512_load_si512(COLUMN_BYTES.at), (__m512i)load_parts(rows + part.wide, stride));
-        __m512i next = {};
-        if constexpr (F::next > 0) {
-            const __m512i x = (__m512i)load_parts(rows + part.next, stride);
-            next = _mm512_srlv_epi32(_mm512_permutexvar_epi8(gather, x), shift);
+    // Of four tokens from `token` on.
+    inline __attribute__((always_inline)) void lines(const char* rows, int64_t stride, int token, line (*made)[Levels<C>::lines]) const {
+        __m512i wide, next = {};
+        char* at = kept + token / 4 * fields * LINE;
+        if constexpr (code == 0) {
+            wide = _mm512_permutexvar_epi8(_mm512_load_si512(COLUMN_BYTES.at), (__m512i)load_parts(rows + part.wide, stride));
+            if constexpr (F::next > 0) {
+                const __m512i x = (__m512i)load_parts(rows + part.next, stride);
+                next = _mm512_srlv_epi32(_mm512_permutexvar_epi8(gather, x), shift);
+            }
+            if constexpr (F::steps > 2) _mm512_store_si512(at, wide);
+            if constexpr (F::steps > 2 && F::next > 0) _mm512_store_si512(at + LINE, next);
+        } else {
+            wide = _mm512_load_si512(at);
+            if constexpr (F::next > 0) next = _mm512_load_si512(at + LINE);
         }
         levels.of(codes_of<C::bits, code>(wide, next), made[0]);
         levels.of(codes_of<C::bits, code + 1>(wide, next), made[1]);
@@ -83,7 +95,7 @@ struct WindowColumns {
     const Levels<C> levels;
     const Two* const two;
     const __mmask32 here;  // bytes of a window within a row
-    WindowColumns(const QuadValues& a, int p)
+    WindowColumns(const QuadValues& a, int p, char*)
         : a(a), levels(a.tables), two(a.order.columns.line + p), here(uint32_t((uint64_t(1) << std::min<int64_t>(a.bytes, 32)) - 1)) {}
     int group(int) const { return two[0].group; }
     struct Window {
@@ -106,7 +118,7 @@ struct WindowColumns {
         const __m512i low = _mm512_set1_epi8((1 << F::wide) - 1);
         return _mm512_ternarylogic_epi32(low, wide, _mm512_rorv_epi32(next, _mm512_loadu_si512(turn)), 0xca);
     }
-    inline __attribute__((always_inline)) void lines(const char* rows, int64_t stride, line (*made)[Levels<C>::lines]) const {
+    inline __attribute__((always_inline)) void lines(const char* rows, int64_t stride, int, line (*made)[Levels<C>::lines]) const {
         const Window first = window(rows + two[0].at, stride);
         const Window other = windows >= WIDE_APART ? window(rows + two[1].at, stride) : first;
         __m512i x[2] = {_mm512_srlv_epi32(ordered(first, two[0].order), _mm512_loadu_si512(two[0].shift)),
@@ -137,12 +149,12 @@ struct WindowColumns {
 };
 
 // What two lines of columns add to the output of `rows` query rows; sides: groups of a line. p: number of the part, or of the
-// first line, as Columns has them.
+// first line, as Columns has them; kept: room for what Columns keeps.
 template <class C, class Columns, int sides, int rows, int terms>
-__attribute__((noinline)) void add_lines(const QuadValues& a, int p, const QuadWeights& w, float* out, const float* rescale) {
+__attribute__((noinline)) void add_lines(const QuadValues& a, int p, const QuadWeights& w, char* kept, float* out, const float* rescale) {
     constexpr bool words = C::lines == WORDS;
     constexpr int run = RUN_TOKENS<C>, sums = C::sums(terms);
-    const Columns columns(a, p);
+    const Columns columns(a, p, kept);
     vf total[2][rows] = {};
     const char* weights[sides];
     for (int side = 0; side < sides; ++side) weights[side] = w.bytes + columns.group(side) * (rows * terms * QUAD_TOKENS);
@@ -164,7 +176,7 @@ __attribute__((noinline)) void add_lines(const QuadValues& a, int p, const QuadW
                 for (int m = 0; m < 4; ++m) {
                     const int place = words ? 2 * step + word_place<1>(i, m) : step + 16 * i + 4 * m;
                     line v[2][Levels<C>::lines];
-                    columns.lines(from + m * 16 * stride, stride, v);
+                    columns.lines(from + m * 16 * stride, stride, step + 16 * i + 4 * m, v);
                     auto weight = [&](int r, int term) __attribute__((always_inline)) {
                         return spread_sides<sides>([&](int side) __attribute__((always_inline)) {
                             int32_t four;
@@ -223,9 +235,10 @@ INLINE void add_quads_of(const QuadValues& a, const float* weights, float* out, 
         }
     const QuadWeights w = {a.spread, zero, factor};
     const Quads& order = a.order;
+    alignas(LINE) char kept[QUAD_TOKENS / 4 * 2 * LINE];
     for (int p = 0; order.by_group && p < order.columns.lines; p += 2) {
         auto run = [&]<int windows>() __attribute__((always_inline)) {
-            add_lines<C, WindowColumns<C, windows>, 1, rows, terms>(a, p, w, out, rescale);
+            add_lines<C, WindowColumns<C, windows>, 1, rows, terms>(a, p, w, nullptr, out, rescale);
         };
         constexpr bool next = Fields<C::bits>::next > 0;
         if (a.bytes < GroupColumns::WINDOW) run.template operator()<SHORT>();
@@ -239,8 +252,8 @@ INLINE void add_quads_of(const QuadValues& a, const float* weights, float* out, 
             auto run = [&]<int code, bool plain>() __attribute__((always_inline)) {
                 const int* g = order.part[p].group;
                 using Columns = PartColumns<C, code, plain>;
-                if (g[0] == g[1]) return add_lines<C, Columns, 1, rows, terms>(a, p, w, out, rescale);
-                add_lines<C, Columns, 2, rows, terms>(a, p, w, out, rescale);
+                if (g[0] == g[1]) return add_lines<C, Columns, 1, rows, terms>(a, p, w, kept, out, rescale);
+                add_lines<C, Columns, 2, rows, terms>(a, p, w, kept, out, rescale);
             };
             auto codes = [&]<bool plain>() __attribute__((always_inline)) {
                 run.template operator()<0, plain>();

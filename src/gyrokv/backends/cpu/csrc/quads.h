@@ -7,6 +7,7 @@
 // several groups, they are taken group by group instead (see quad_groups.h).
 #pragma once
 #include <array>
+#include <bit>
 
 #include "quad_groups.h"
 
@@ -80,7 +81,7 @@ struct Quads {
             for (int i = 0; i < 16 / wide; ++i) same &= group_of(w, i / 2, i % 2) == group_of(w / PART_WORDS * PART_WORDS, 0, i % 2);
         const bool repeats = next_words % PART_WORDS == 0 || next_words == PART_WORDS / 2;
         parts = words / PART_WORDS, lines = 8 / wide, step = words, sets = 1, chunks = 0;
-        const bool whole = words % 32 == 0 && (next_words % 32 == 0 || next_words == 8 || next_words == 16);
+        const bool whole = words % 32 == 0 && (!next || (std::has_single_bit(unsigned(next_words)) && next_words >= 8));
         const bool nibbles = f.bits == 4 && (terms == 2 || !same);  // else two lines of a part cost less
         if (values && whole && (f.planes == 2 || nibbles || (f.bits == 8 && f.linear))) chunks = words / 32;
         const bool apart = !values && f.bits == 4 && words % f.group == 0;  // codes, which have whole groups
