@@ -94,8 +94,8 @@ INLINE __m512i every_dword(const char* from) {
 
 // Whether the dwords of a part are made while those of another one are multiplied, because shuffles in a row keep products waiting: this
 // pays where products are most of what is done.
-template <int rows, int times>
-constexpr bool MAKES_AHEAD = rows == QUAD_ROWS && times > 1;
+template <int rows, int terms, int times>
+constexpr bool MAKES_AHEAD = rows == QUAD_ROWS && terms == 2 && times > 1;
 
 // Scores of the `times` 16 tokens `here`; sets: of scales of a part, see Quads. made: where dwords are made ahead, those of the first part,
 // and then those of the first part of `next`; later: room for as many.
@@ -103,7 +103,7 @@ template <class C, bool plain, int sets, int rows, int terms, int times, class D
 INLINE void score_times(const QuadScores& a, const Levels<C>& levels, Dwords*& made, Dwords*& later, const RowPlaces<times>& here,
                         const RowPlaces<times>& next, const float* k_scale, vf (*score)[rows]) {
     constexpr int sums = C::sums(terms), steps = 4 * Fields<C::bits>::steps;
-    constexpr bool begins = C::lines != WORDS || C::look_up == VALUES, ahead = MAKES_AHEAD<rows, times>;
+    constexpr bool begins = C::lines != WORDS || C::look_up == VALUES, ahead = MAKES_AHEAD<rows, terms, times>;
     vi sum[times][sets][rows][sums];
     const char *q = a.q.parts, *begin = a.q.begin, *q_scale = a.q.scale;
     auto start = [&]() __attribute__((always_inline)) {
@@ -192,7 +192,7 @@ __attribute__((noinline)) void score_quads_of(const QuadScores& a) {
     RowPlaces<times> here, next;
     here.find(a, 0);
     __m512i quad[4];
-    for (int i = 0; i < Dwords::quads && MAKES_AHEAD<rows, times>; ++i) made->make(i, a.order.part[0], here, quad);
+    for (int i = 0; i < Dwords::quads && MAKES_AHEAD<rows, terms, times>; ++i) made->make(i, a.order.part[0], here, quad);
     score_tokens<rows, times>(a, [&](int t, vf (*score)[rows]) __attribute__((always_inline)) {
         next = here;
         if (t + 16 * times < a.tokens) next.find(a, t + 16 * times);
