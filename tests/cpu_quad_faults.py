@@ -90,8 +90,10 @@ def key_parts(fmt: KVFormat, dim: int) -> bool:
 
 
 def made_ahead(fmt: KVFormat, dim: int) -> bool:
-    """Dwords of keys are made while others are multiplied, of more than one part."""
-    return fmt.bits < 5 and key_parts(fmt, dim) and not grouped(fmt, dim) and fmt.layout(dim)[0] * fields(fmt)[0] > 128
+    """Keys of more than one part, whose sums for four query rows and 32 tokens are 16 at most."""
+    sets = 4 if apart(fmt, dim) else 2 if grouped(fmt, dim) else 1
+    fits = sets * (1 if key_words(fmt, dim) else 2) <= 2
+    return key_parts(fmt, dim) and fits and fmt.layout(dim)[0] * fields(fmt)[0] > 128
 
 
 def sorted_plain(fmt: KVFormat, dim: int) -> bool:
@@ -185,7 +187,7 @@ QUAD_FAULTS = (
         scores("part[more ? p + 1 : 0]", "part[more && !(@) ? p + 1 : 0]"), also=lambda s: exact(s) and rows(s) > 3),
     key("what is made of keys ahead is of the tokens before", made_ahead,
         scores("places = more ? here", "places = more || @ ? here"),
-        also=lambda s: exact(s) and rows(s) > 3 and s.kv_len > 32),
+        also=lambda s: exact(s) and rows(s) > 3 and s.kv_len > 40),  # more than the last three rows see tokens after 32
     key("keys change places where they are transposed", taken,
         scores("unpackhi_epi32(x[2], x[3])", "unpackhi_epi32(x[@ ? 3 : 2], x[@ ? 2 : 3])")),
     key("q keeps its order where keys do not", sorted_plain,

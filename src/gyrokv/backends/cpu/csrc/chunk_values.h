@@ -29,11 +29,11 @@ template <class C, int code, int period>
 struct ChunkCodes {
     using F = Fields<C::bits>;
     const int wide_at;
-    int next_at;   // bytes from the beginning of a row
+    int next_at;    // bytes from the beginning of a row
     __m512i shift;  // of the next field: up for the first code, else down
     ChunkCodes(const Format& f, int chunk) : wide_at(chunk * LINE) {
         if constexpr (period > 0) {
-            const int words = f.dim * F::wide / 16, count = f.dim * F::next / 16;  // the latter a power of two
+            const int words = f.dim * F::wide / 16, count = f.dim * F::next / 16;  // the latter a power of two, see Quads::make
             next_at = 2 * words + 32 * chunk % count / period * period * 2;
             const __m512i pairs = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
             const __m512i at = _mm512_add_epi32(_mm512_add_epi32(pairs, pairs), _mm512_set1_epi32(32 * chunk + code * words));

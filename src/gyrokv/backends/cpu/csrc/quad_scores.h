@@ -119,11 +119,11 @@ INLINE void score_times(const QuadScores& a, const Levels<C>& levels, Dwords*& m
         const bool more = p + 1 < a.order.parts;
         const Part& next_part = a.order.part[more ? p + 1 : 0];
         const RowPlaces<times>& places = more ? here : next;
-        Dwords own;
-        Dwords& now = ahead ? *made : own;
+        Dwords at_once;
+        Dwords& now = ahead ? *made : at_once;
         __m512i quad[4];
 #pragma GCC unroll 16
-        for (int i = 0; i < Dwords::quads && !ahead; ++i) own.make(i, part, here, quad);
+        for (int i = 0; i < Dwords::quads && !ahead; ++i) at_once.make(i, part, here, quad);
         auto multiply = [&]<int d, int s>(std::integral_constant<int, d>, std::integral_constant<int, s>) __attribute__((always_inline)) {
             constexpr int sides = sets > 1, step = 4 * s + d;
             const int first = sets == 4 ? 2 * s : 0;
