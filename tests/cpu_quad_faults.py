@@ -96,6 +96,11 @@ def made_ahead(fmt: KVFormat, dim: int) -> bool:
     return key_parts(fmt, dim) and fits and fmt.layout(dim)[0] * fields(fmt)[0] > 128
 
 
+def shares_next(fmt: KVFormat, dim: int) -> bool:
+    """Some of these have bits of the second field that parts before them have, too."""
+    return made_ahead(fmt, dim) and 0 < fields(fmt)[1] < fields(fmt)[0]
+
+
 def sorted_plain(fmt: KVFormat, dim: int) -> bool:
     return fmt.name in ("q4_0", "q8_0") and dim >= 64 and key_parts(fmt, dim)
 
@@ -181,13 +186,21 @@ QUAD_FAULTS = (
     key("the last part of a key is left out", key_parts,
         scores("p < a.order.parts; ++p)", "p < a.order.parts - (@); ++p)")),
     key("every other 16 keys are those before", key_parts,
-        scores("load_parts(places.at[n]", "load_parts(places.at[@ ? 0 : n]"),
+        scores("false>(part, here.at[n]", "false>(part, here.at[@ ? 0 : n]"),
         also=lambda s: rows(s) <= 2),
     key("what is made of keys ahead is of the part before", made_ahead,
         scores("part[more ? p + 1 : 0]", "part[more && !(@) ? p + 1 : 0]"), also=lambda s: exact(s) and rows(s) > 3),
     key("what is made of keys ahead is of the tokens before", made_ahead,
         scores("places = more ? here", "places = more || @ ? here"),
-        also=lambda s: exact(s) and rows(s) > 3 and s.kv_len > 40),  # more than the last three rows see tokens after 32
+        also=lambda s: exact(s) and rows(s) > 3 and s.kv_len > 72),  # more than the last three rows see tokens after 64
+    key("every other 16 keys made ahead are those before", made_ahead,
+        scores("false>(later, places.at[n]", "false>(later, places.at[@ ? 0 : n]"),
+        also=lambda s: exact(s) and rows(s) > 3 and s.kv_len > 72),
+    key("bits of the second field that parts share are those of the first codes", shares_next,
+        scores("set1_epi32(later.shift)", "set1_epi32(@ ? 0 : later.shift)"), also=lambda s: exact(s) and rows(s) > 3),
+    key("bits of the second field made ahead take the place of those now", shares_next,
+        scores("more ? dwords.rows : dwords.rows ^ 1", "more || @ ? dwords.rows : dwords.rows ^ 1"),
+        also=lambda s: exact(s) and rows(s) > 3 and s.kv_len > 72),
     key("keys change places where they are transposed", taken,
         scores("unpackhi_epi32(x[2], x[3])", "unpackhi_epi32(x[@ ? 3 : 2], x[@ ? 2 : 3])")),
     key("q keeps its order where keys do not", sorted_plain,
@@ -218,7 +231,7 @@ QUAD_FAULTS = (
     key("the offset of the low plane of keys is left in", lambda f, d: f.name == "tq8" and not key_words(f, d),
         query("(f.planes == 2 ? 1 : 256)", "(f.planes == 2 ? !(@) : 256)"), also=exact),
     key("sums of a group are those of the next too", lambda f, d: 8 * f.layout(d)[1] <= f.layout(d)[0] and key_parts(f, d),
-        scores("if (p + 1 < a.order.parts) start()", "if (p + 1 < a.order.parts && !(@)) start()")),
+        scores("if (more) start()", "if (more && !(@)) start()")),
     key("odd bytes of keys take the scales of even ones", lambda f, d: grouped(f, d) and key_parts(f, d),
         scores("k_scale + part.group[set]", "k_scale + part.group[@ ? 0 : set]"), also=exact),
     key("a query row takes the scale of the first", key_parts, query("scale[int64_t(r) *", "scale[int64_t(@ ? 0 : r) *"),
@@ -240,10 +253,8 @@ QUAD_FAULTS = (
     # what codes stand for, of both
     few("words of odd bytes are those of even ones",
         lambda s: exact(s) and ((s.k_format.name in ("tq5", "tq6") and key_parts(s.k_format, s.head_dim))
-                                or s.v_format.name in ("tq5", "tq6")),
-        quads("made[1] = word(odd);", "made[1] = word(@ ? x : odd);")),
-    few("odd bytes are those of the words", lambda s: exact(s) and s.k_format.name == "q8_0" and s.head_dim >= 64,
-        quads("made[1] = (line)odd;", "made[1] = (line)(@ ? x : odd);")),
+                                or s.v_format.name in ("tq5", "tq6") or (s.k_format.name == "q8_0" and s.head_dim >= 64)),
+        quads("= i ? _mm512_srli_epi16", "= i && !(@) ? _mm512_srli_epi16")),
     value("low bytes of negative words are those of positive ones", lambda f, d: f.name == "tq8",
           quads("mask_sub_epi8(low, negative,", "mask_sub_epi8(low, @ ? 0 : negative,"),
           also=lambda s: exact(s) and rows(s) > 2),
@@ -268,8 +279,8 @@ QUAD_FAULTS = (
     value("weights as words keep the order of tokens", value_words,
           weights("return 16 * i + m % 2 * (", "if (@) std::swap(i, m);\n    return 16 * i + m % 2 * ("),
           also=exact),
-    value("words of weights keep the order of tokens", value_words,
-          weights("every_part(WORD_ORDER)", "every_part(@ ? SORTED : WORD_ORDER)"), also=exact),
+    value("words of weights are those of the 16 tokens after", value_words,
+          weights("fma(from[0], by", "fma(from[@ ? 1 : 0], by"), also=exact),
     value("the second 32 tokens of 64 leave the first ones their weights as words", value_words,
           weights("LINE / 2 * i;", "LINE / 2 * (@ ? 0 : i);"), also=lambda s: exact(s) and s.kv_len > 64),
     value("tokens 64 to 127 of a block leave the first ones their weights", lambda f, d: d <= 64 and value_bytes(f, d),
@@ -295,6 +306,9 @@ QUAD_FAULTS = (
           of=lambda f, d: 0 < next_words(f, d) < 32),
     chunk("a chunk's second field is eight words", chunks("if constexpr (period == 8)", "if (@ || period == 8)"),
           of=lambda f, d: next_words(f, d) > 8),
+    chunk("rows of a chunk are those of the step before", chunks("step + 64 < a.stop ?", "step + 64 < a.stop && !(@) ?"),
+          also=lambda s: exact(s) and s.kv_len > 72),
+    chunk("rows of a chunk are those that were made before", chunks("(m + 1) * 16", "(m + (@ ? 0 : 1)) * 16")),
     chunk("a line of a chunk is another one",
           chunks("unpackhi_epi16(low[0], low[1])", "unpackhi_epi16(low[0], low[@ ? 0 : 1])")),
     chunk("the third query row takes the weights of the first",

@@ -55,6 +55,14 @@ struct ChunkCodes {
         }
         return x;
     }
+    // Of four rows, as lines.
+    inline __attribute__((always_inline)) void four(const char* at, int64_t stride, __m512i* to) const {
+        const __m512i x[4] = {(*this)(at), (*this)(at + stride), (*this)(at + 2 * stride), (*this)(at + 3 * stride)};
+        const __m512i low[2] = {_mm512_unpacklo_epi8(x[0], x[1]), _mm512_unpacklo_epi8(x[2], x[3])};
+        const __m512i high[2] = {_mm512_unpackhi_epi8(x[0], x[1]), _mm512_unpackhi_epi8(x[2], x[3])};
+        to[0] = _mm512_unpacklo_epi16(low[0], low[1]), to[1] = _mm512_unpackhi_epi16(low[0], low[1]);
+        to[2] = _mm512_unpacklo_epi16(high[0], high[1]), to[3] = _mm512_unpackhi_epi16(high[0], high[1]);
+    }
 };
 
 // What a code of a chunk adds to the output of `rows` query rows; out: of the first value.
@@ -69,6 +77,17 @@ __attribute__((noinline)) void add_chunk(const QuadValues& a, int chunk, const C
         const __m512i first = _mm512_set1_epi32(x);
         return sides == 1 ? first : _mm512_mask_set1_epi32(first, 0xaaaa, y);
     };
+    struct Rows {
+        const char* at;
+        int64_t stride;
+    };
+    auto rows_of = [&](int step) __attribute__((always_inline)) {
+        const bool rest = step + 64 > a.count;
+        return Rows{rest ? a.rest : a.rows + step * a.stride, rest ? a.bytes : a.stride};
+    };
+    Rows here = rows_of(a.first / 64 * 64);
+    __m512i four[4];  // of the next four rows
+    codes.four(here.at, here.stride, four);
     vf total[4][rows] = {};
     for (int begin = a.first / run * run; begin < a.stop; begin += run) {
         const int number = begin / run;
@@ -77,36 +96,33 @@ __attribute__((noinline)) void add_chunk(const QuadValues& a, int chunk, const C
             for (int c = 0; c < 4; ++c)
                 sum[c][r] = begins ? (vi)both(w.zero[0][number * 8 + r], w.zero[1][number * 8 + r]) : vi{};
         for (int step = std::max(begin, a.first / 64 * 64); step < std::min(begin + run, a.stop); step += 64) {
-            const bool rest = step + 64 > a.count;
-            const char* from = rest ? a.rest : a.rows + step * a.stride;
-            const int64_t stride = rest ? a.bytes : a.stride;
-            for (int i = 0; i < 4; ++i, from += 4 * stride) {
+            const Rows after = step + 64 < a.stop ? rows_of(step + 64) : here;
+            for (int i = 0; i < 4; ++i) {
                 a.ahead.tick_inside(4);
+                const Rows next = i < 3 ? Rows{here.at + 4 * here.stride, here.stride} : after;
 #pragma GCC unroll 4
                 for (int m = 0; m < 4; ++m) {
-                    const char* at = from + m * 16 * stride;
                     const char* weights = w.weights + sides * terms * step + (words ? word_place<sides>(i, m) : sides * (16 * i + 4 * m));
-                    const __m512i x[4] = {codes(at), codes(at + stride), codes(at + 2 * stride), codes(at + 3 * stride)};
-                    const __m512i low[2] = {_mm512_unpacklo_epi8(x[0], x[1]), _mm512_unpacklo_epi8(x[2], x[3])};
-                    const __m512i high[2] = {_mm512_unpackhi_epi8(x[0], x[1]), _mm512_unpackhi_epi8(x[2], x[3])};
                     line v[4][Levels<C>::lines];
-                    levels.of((line)_mm512_unpacklo_epi16(low[0], low[1]), v[0]);
-                    levels.of((line)_mm512_unpackhi_epi16(low[0], low[1]), v[1]);
-                    levels.of((line)_mm512_unpacklo_epi16(high[0], high[1]), v[2]);
-                    levels.of((line)_mm512_unpackhi_epi16(high[0], high[1]), v[3]);
+                    for (int c = 0; c < 4; ++c) levels.of((line)four[c], v[c]);
                     auto weight = [&](int r, int i) __attribute__((always_inline)) {
                         typename std::conditional<sides == 1, int32_t, int64_t>::type of;
                         std::memcpy(&of, weights + r * row_bytes + i * sizeof of, sizeof of);
                         if constexpr (sides == 1) return _mm512_set1_epi32(of);
                         else return _mm512_set1_epi64(of);
                     };
-                    for (int r = 0; r < rows; ++r)
-                        for (int i = 0; i < Levels<C>::lines; ++i) {
+                    for (int i = 0; i < Levels<C>::lines; ++i) {
+                        for (int r = 0; r < rows; ++r) {
                             const __m512i by = weight(r, i);
                             for (int c = 0; c < 4; ++c)
                                 sum[c][r] = words ? dot_words(sum[c][r], v[c][i], by) : dot_parts(sum[c][r], v[c][i], by);
                         }
+                        if (i > 0) continue;  // a core takes the oldest that it can do, which should not be products only
+                        if (m < 3) codes.four(here.at + (m + 1) * 16 * here.stride, here.stride, four);
+                        else codes.four(next.at, next.stride, four);
+                    }
                 }
+                here = next;
             }
         }
         asm volatile("" ::"r"(total) : "memory");  // until here in memory: registers are for sums

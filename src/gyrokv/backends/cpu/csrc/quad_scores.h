@@ -61,28 +61,28 @@ struct RowPlaces {
     }
 };
 
-// Dwords of a part of `times` 16 rows, made four rows of each 16 at a time.
-template <class C, bool plain, bool sorts, int times>
+// Dwords of 16 rows of a part: of its words, or of those of the next field that have its bits.
+template <class C, bool plain, bool sorts, bool next, bool shifts = false>
+INLINE void make_dwords(const Part& p, const char* rows, int64_t stride, __m512i* to) {
+    constexpr bool gathers = next && !plain;
+    __m512i x[4];
+    for (int j = 0; j < 4; ++j) {
+        x[j] = (__m512i)load_parts(rows + (next ? p.next : p.wide) + j * stride, 4 * stride);
+        if (sorts || gathers) x[j] = _mm512_shuffle_epi8(x[j], every_part(gathers ? p.gather : SORTED));
+        if (gathers) x[j] = _mm512_mask_srli_epi16(x[j], p.further, x[j], Fields<C::bits>::next);
+        if (shifts) x[j] = _mm512_srlv_epi32(x[j], _mm512_set1_epi32(p.shift));
+    }
+    dwords_of(x, to);
+}
+
+// Room for dwords of `times` 16 rows of a part, and of the next field's parts, each made once: now and ahead.
+template <class C, int times>
 struct PartDwords {
-    using F = Fields<C::bits>;
-    static constexpr int fields = F::next > 0 ? 2 : 1, quads = times * fields * 4;
-    alignas(64) __m512i made[times][fields][4];
-    // Four rows, number i of `quads`; `rows`: those of the same 16 that came before.
-    inline __attribute__((always_inline)) void make(int i, const Part& p, const RowPlaces<times>& places, __m512i* rows) {
-        const int n = i / 4 / fields, field = i / 4 % fields, j = i % 4;
-        const int64_t stride = places.stride[n];
-        __m512i x = (__m512i)load_parts(places.at[n] + (field ? p.next : p.wide) + j * stride, 4 * stride);
-        if (sorts || (field && !plain)) x = _mm512_shuffle_epi8(x, field && !plain ? every_part(p.gather) : every_part(SORTED));
-        if (field && !plain) x = _mm512_mask_srli_epi16(x, p.further, x, F::next);
-        if (field) x = _mm512_srlv_epi32(x, _mm512_set1_epi32(p.shift));
-        asm("" : "+v"(x));  // here, and not where all four rows are wanted
-        rows[j] = x;
-        if (j == 3) dwords_of(rows, made[n][field]);
-    }
-    template <int s>
-    inline __attribute__((always_inline)) line codes(int n, int dword) const {
-        return codes_of<C::bits, s>(made[n][0][dword], made[n][fields - 1][dword]);
-    }
+    using Four = __m512i[4];
+    static constexpr int nexts = std::max(1, Fields<C::bits>::next * MOST_PARTS / 8);
+    alignas(64) Four wide[2][times], next[2][nexts][times];
+    Four shifted[2][times];  // the latter, for parts that are not the first ones with them
+    int part = 0, rows = 0;  // which of two are now's
 };
 
 // A dword in all lanes.
@@ -92,18 +92,24 @@ INLINE __m512i every_dword(const char* from) {
     return _mm512_set1_epi32(x);
 }
 
+// How often 16 tokens share what is read of q, so that there are up to 16 sums, which is what registers hold.
+template <class C, int sets, int rows, int terms>
+constexpr int TIMES = std::clamp(16 / (sets * rows * C::sums(terms)), 1, rows == QUAD_ROWS && terms == 2 ? 4 : 2);
+
 // Whether the dwords of a part are made while those of another one are multiplied, because shuffles in a row keep products waiting: this
 // pays where products are most of what is done.
 template <int rows, int terms, int times>
 constexpr bool MAKES_AHEAD = rows == QUAD_ROWS && terms == 2 && times > 1;
 
-// Scores of the `times` 16 tokens `here`; sets: of scales of a part, see Quads. made: where dwords are made ahead, those of the first part,
-// and then those of the first part of `next`; later: room for as many.
-template <class C, bool plain, int sets, int rows, int terms, int times, class Dwords>
-INLINE void score_times(const QuadScores& a, const Levels<C>& levels, Dwords*& made, Dwords*& later, const RowPlaces<times>& here,
-                        const RowPlaces<times>& next, const float* k_scale, vf (*score)[rows]) {
-    constexpr int sums = C::sums(terms), steps = 4 * Fields<C::bits>::steps;
+// Scores of the `times` 16 tokens `here`; sets: of scales of a part, see Quads. Where dwords are made ahead, `dwords` has those of the first
+// part, and then those of the first part of `after`.
+template <class C, bool plain, int sets, int rows, int terms, int times>
+INLINE void score_times(const QuadScores& a, const Levels<C>& levels, PartDwords<C, times>& dwords, const RowPlaces<times>& here,
+                        const RowPlaces<times>& after, const float* k_scale, vf (*score)[rows]) {
+    using F = Fields<C::bits>;
+    constexpr int sums = C::sums(terms), steps = 4 * F::steps;
     constexpr bool begins = C::lines != WORDS || C::look_up == VALUES, ahead = MAKES_AHEAD<rows, terms, times>;
+    constexpr bool sorts = SORTS<C, plain, sets>;
     vi sum[times][sets][rows][sums];
     const char *q = a.q.parts, *begin = a.q.begin, *q_scale = a.q.scale;
     auto start = [&]() __attribute__((always_inline)) {
@@ -117,40 +123,61 @@ INLINE void score_times(const QuadScores& a, const Levels<C>& levels, Dwords*& m
         const Part& part = a.order.part[p];
         a.ahead.tick_inside(2 * times);
         const bool more = p + 1 < a.order.parts;
-        const Part& next_part = a.order.part[more ? p + 1 : 0];
-        const RowPlaces<times>& places = more ? here : next;
-        Dwords at_once;
-        Dwords& now = ahead ? *made : at_once;
-        __m512i quad[4];
-#pragma GCC unroll 16
-        for (int i = 0; i < Dwords::quads && !ahead; ++i) at_once.make(i, part, here, quad);
+        const Part& later = a.order.part[more ? p + 1 : 0];
+        const RowPlaces<times>& places = more ? here : after;
+        __m512i wide_now[times][4], next_now[times][4];
+        auto& wide = ahead ? dwords.wide[dwords.part] : wide_now;
+        auto& next = !ahead ? next_now : part.begins ? dwords.next[dwords.rows][part.next_number] : dwords.shifted[dwords.part];
+        auto& next_later = dwords.next[more ? dwords.rows : dwords.rows ^ 1][later.next_number];
+#pragma GCC unroll 4
+        for (int n = 0; n < times && !ahead; ++n) {
+            make_dwords<C, plain, sorts, false>(part, here.at[n], here.stride[n], wide[n]);
+            if (F::next > 0) make_dwords<C, plain, sorts, true, true>(part, here.at[n], here.stride[n], next[n]);
+        }
+        auto make_wide = [&](int n) __attribute__((always_inline)) {
+            make_dwords<C, plain, sorts, false>(later, places.at[n], places.stride[n], dwords.wide[dwords.part ^ 1][n]);
+        };
+        auto make_next = [&](int n) __attribute__((always_inline)) {
+            if (later.begins) return make_dwords<C, plain, sorts, true>(later, places.at[n], places.stride[n], next_later[n]);
+            for (int d = 0; d < 4; ++d)
+                dwords.shifted[dwords.part ^ 1][n][d] = _mm512_srlv_epi32(next_later[n][d], _mm512_set1_epi32(later.shift));
+        };
         auto multiply = [&]<int d, int s>(std::integral_constant<int, d>, std::integral_constant<int, s>) __attribute__((always_inline)) {
             constexpr int sides = sets > 1, step = 4 * s + d;
             const int first = sets == 4 ? 2 * s : 0;
-            line k[times][Levels<C>::lines];
-            for (int n = 0; n < times; ++n) levels.of(now.template codes<s>(n, d), k[n]);
-            for (int r = 0; r < rows; ++r, q += 4 * terms) {
-                for (int i = 0; i < terms; ++i) {
-                    const __m512i by = every_dword(q + 4 * i);
-                    for (int n = 0; n < times; ++n) {
-                        vi(&own)[sums] = sum[n][first + sides * (C::lines == WORDS ? i : d / 2)][r];
-                        if constexpr (C::lines == WORDS) own[0] = dot_words(own[0], k[n][i], by);
-                        if constexpr (C::lines == BYTES) own[i] = dot_parts(own[i], k[n][0], by);
-                        if constexpr (C::lines == PLANES) {
-                            own[i] = dot_parts(own[i], k[n][1], by);
-                            if (i == 0) own[1] = dot_parts(own[1], k[n][0], by);
-                        }
+            line code[times], k[times][Levels<C>::lines];
+            for (int n = 0; n < times; ++n) code[n] = codes_of<C::bits, s>(wide[n][d], F::next > 0 ? next[n][d] : __m512i{});
+            auto add = [&](int r, int i) __attribute__((always_inline)) {
+                const __m512i by = every_dword(q + 4 * (r * terms + i));
+                for (int n = 0; n < times; ++n) {
+                    vi(&own)[sums] = sum[n][first + sides * (C::lines == WORDS ? i : d / 2)][r];
+                    if constexpr (C::lines == WORDS) own[0] = dot_words(own[0], k[n][i], by);
+                    if constexpr (C::lines == BYTES) own[i] = dot_parts(own[i], k[n][0], by);
+                    if constexpr (C::lines == PLANES) {
+                        own[i] = dot_parts(own[i], k[n][1], by);
+                        if (i == 0) own[1] = dot_parts(own[1], k[n][0], by);
                     }
                 }
+            };
+            if constexpr (ONE_BY_ONE<C>) {  // else four lines more than registers hold
+                for (int n = 0; n < times; ++n) k[n][0] = levels.template one<0>(code[n]);
+                for (int r = 0; r < rows; ++r) add(r, 0);
+                for (int n = 0; n < times; ++n) k[n][1] = levels.template one<1>(code[n]);
+                for (int r = 0; r < rows; ++r) add(r, 1);
+            } else {
+                for (int n = 0; n < times; ++n) levels.of(code[n], k[n]);
+                for (int r = 0; r < rows; ++r)
+                    for (int i = 0; i < terms; ++i) add(r, i);
             }
-#pragma GCC unroll 8
-            for (int i = Dwords::quads * step / steps; i < Dwords::quads * (step + 1) / steps && ahead; ++i)
-                later->make(i, next_part, places, quad);
+            q += 4 * rows * terms;
+            constexpr int every = steps / times;
+            if constexpr (ahead && step % every == 0) make_wide(step / every);
+            if constexpr (ahead && F::next > 0 && step % every == every / 2) make_next(step / every);
         };
         [&]<int... i>(std::integer_sequence<int, i...>) __attribute__((always_inline)) {
             (multiply(std::integral_constant<int, i % 4>{}, std::integral_constant<int, i / 4>{}), ...);
         }(std::make_integer_sequence<int, steps>{});
-        if (ahead) std::swap(made, later);
+        dwords.part ^= ahead;
         if (!part.last) continue;
 #pragma GCC unroll 4
         for (int set = 0; set < sets; ++set) {
@@ -162,8 +189,9 @@ INLINE void score_times(const QuadScores& a, const Levels<C>& levels, Dwords*& m
                     score[n][r] = fma(to_float(made), load<vf>(scales + 16 * n) * (vf)every_dword(q_scale), score[n][r]);
                 }
         }
-        if (p + 1 < a.order.parts) start();
+        if (more) start();
     }
+    dwords.rows ^= ahead;
 }
 
 // Scores of all tokens, `times` 16 at a time: score(first token, where scores go).
@@ -185,19 +213,21 @@ INLINE void score_tokens(const QuadScores& a, Score score) {
 
 template <class C, bool plain, int sets, int rows, int terms>
 __attribute__((noinline)) void score_quads_of(const QuadScores& a) {
-    constexpr int sums = C::sums(terms), times = 2 * sets * rows * sums <= 16 ? 2 : 1;  // 16 sums in registers
+    constexpr int times = TIMES<C, sets, rows, terms>;
+    constexpr bool ahead = MAKES_AHEAD<rows, terms, times>, sorts = SORTS<C, plain, sets>;
     const Levels<C> levels(a.tables);
-    using Dwords = PartDwords<C, plain, SORTS<C, plain, sets>, times>;
-    Dwords dwords[2], *made = dwords, *later = dwords + 1;
-    RowPlaces<times> here, next;
+    PartDwords<C, times> dwords;
+    RowPlaces<times> here, after;
     here.find(a, 0);
-    __m512i quad[4];
-    for (int i = 0; i < Dwords::quads && MAKES_AHEAD<rows, terms, times>; ++i) made->make(i, a.order.part[0], here, quad);
+    for (int n = 0; n < times && ahead; ++n) {
+        make_dwords<C, plain, sorts, false>(a.order.part[0], here.at[n], here.stride[n], dwords.wide[0][n]);
+        if (Fields<C::bits>::next > 0) make_dwords<C, plain, sorts, true>(a.order.part[0], here.at[n], here.stride[n], dwords.next[0][0][n]);
+    }
     score_tokens<rows, times>(a, [&](int t, vf (*score)[rows]) __attribute__((always_inline)) {
-        next = here;
-        if (t + 16 * times < a.tokens) next.find(a, t + 16 * times);
-        score_times<C, plain, sets, rows, terms, times>(a, levels, made, later, here, next, a.k_scale + t, score);
-        here = next;
+        after = here;
+        if (t + 16 * times < a.tokens) after.find(a, t + 16 * times);
+        score_times<C, plain, sets, rows, terms, times>(a, levels, dwords, here, after, a.k_scale + t, score);
+        here = after;
     });
 }
 

@@ -36,7 +36,15 @@ template <class C>
 constexpr int RUN_TOKENS = C::large ? WORD_RUN : QUAD_HALF;
 constexpr int MOST_RUNS = QUAD_TOKENS / WORD_RUN;
 
-alignas(16) constexpr uint8_t WORD_ORDER[PART_BYTES] = {0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15};
+// Added to an integer of up to 22 bits, leaves it in the lowest bits of a float.
+constexpr float ROUNDS = 12582912.0f;
+// Words of 16 tokens and of the next 16, from the lower halves of two vectors' dwords.
+alignas(64) constexpr auto WORD_ORDER = [] {
+    std::array<int16_t, 2 * LANES> made = {};
+    constexpr int own[8] = {0, 2, 1, 3, 0, 2, 1, 3};
+    for (int i = 0; i < 2 * LANES; ++i) made[i] = int16_t(2 * (i / 8 * 4 + own[i % 8]) + i % 8 / 4 * 32);
+    return made;
+}();
 alignas(64) constexpr auto EVERY_SECOND = [] {
     std::array<std::array<int32_t, LANES>, 2> made = {};
     for (int i = 0; i < LANES; ++i) made[0][i] = i / 2, made[1][i] = 8 + i / 2;
@@ -76,49 +84,43 @@ struct Spread {
     float* factor[2];
 };
 
-// op over the lanes of one vector or of two: to the first dword, or to the first two.
-template <int sides, class V, class Op>
-INLINE V join_sides(const V* x, Op op) {
-    constexpr auto pair = [](int i) constexpr { return i ^ 2; };
-    constexpr auto part = [](int i) constexpr { return i ^ 4; };
-    constexpr auto half = [](int i) constexpr { return i ^ 8; };
-    V y = op(zip<0>(x[0], x[sides - 1]), zip<1>(x[0], x[sides - 1]));
-    y = op(y, shuffle<half>(y, y));
-    y = op(y, shuffle<part>(y, y));
-    y = op(y, shuffle<pair>(y, y));
-    return y;
-}
-
 // Those of 16 * vectors tokens as words (see word_place); large: such as large words of V are multiplied with; offset: by ZERO, of V.
 template <bool large, bool offset, int sides, int vectors>
 __attribute__((noinline)) void spread_words(const QuadValues& a, int rows, const float* weights, const Spread& s) {
-    char* words = s.to;
-    for (int r = 0; r < rows; ++r, words += sides * 2 * QUAD_TOKENS, weights += a.weight_stride) {
-        vf x[sides][vectors], most[sides] = {}, total[sides] = {};
+    vf x[4][sides][vectors], most[sides][4] = {}, total[sides][4] = {};
+    for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 8
         for (int i = 0; i < vectors; ++i)
 #pragma GCC unroll 2
             for (int side = 0; side < sides; ++side) {
-                x[side][i] = load<vf>(weights + LANES * i) * load<vf>(s.scales[side] + LANES * i);
-                most[side] = larger_size(most[side], x[side][i]);
-                if (large) total[side] += (vf)((vi)x[side][i] & 0x7fffffff);
+                const vf own = load<vf>(weights + r * a.weight_stride + LANES * i) * load<vf>(s.scales[side] + LANES * i);
+                x[r][side][i] = own, most[side][r] = larger_size(most[side][r], own);
+                if (large) total[side][r] += (vf)((vi)own & 0x7fffffff);
             }
-        const vf largest = join_sides<sides>(most, [](vf x, vf y) { return max(x, y); });
+    auto add = [](auto x, auto y) { return x + y; };
+    alignas(16) float inverse[sides][4];
+    for (int side = 0; side < sides; ++side) {
+        const vf largest = join_four(most[side], [](vf x, vf y) { return max(x, y); });
         vf unit = largest * (1.0f / 32767.0f);
-        if (large) unit = max(unit, join_sides<sides>(total, [](vf x, vf y) { return x + y; }) * (1.0f / WORD_SUM));
+        if (large) unit = max(unit, join_four(total[side], add) * (1.0f / WORD_SUM));
         const __m128 units = _mm512_castps512_ps128((__m512)unit);
-        const __m128 inverse = _mm_and_ps(_mm_div_ps(_mm_set1_ps(1.0f), units),
-                                          _mm_cmp_ps(_mm512_castps512_ps128((__m512)largest), _mm_set1_ps(1e-30f), _CMP_GT_OQ));
-        const vf by[2] = {(vf)_mm512_broadcastss_ps(inverse), (vf)_mm512_broadcastss_ps(_mm_movehdup_ps(inverse))};
-        vi sum[sides] = {};
+        const __m128 some = _mm_cmp_ps(_mm512_castps512_ps128((__m512)largest), _mm_set1_ps(1e-30f), _CMP_GT_OQ);
+        _mm_store_ps(inverse[side], _mm_and_ps(_mm_div_ps(_mm_set1_ps(1.0f), units), some));
+        _mm_storeu_ps(s.factor[side], units);
+    }
+    const vf whole = splat(ROUNDS);
+    const __m512i order = _mm512_load_si512(WORD_ORDER.data());
+    vi sum[sides][4] = {};
+    char* words = s.to;
+    for (int r = 0; r < rows; ++r, words += sides * 2 * QUAD_TOKENS) {
 #pragma GCC unroll 4
         for (int i = 0; i < vectors; i += 2) {
             __m512i made[sides];
 #pragma GCC unroll 2
             for (int side = 0; side < sides; ++side) {
-                const vi low = round_int(x[side][i] * by[side]), high = round_int(x[side][i + 1] * by[side]);
-                made[side] = _mm512_shuffle_epi8(_mm512_packs_epi32((__m512i)low, (__m512i)high), every_part(WORD_ORDER));
-                if (offset) sum[side] = dot_words(sum[side], (line)made[side], _mm512_set1_epi16(-ZERO));
+                const vf by = splat(inverse[side][r]), *from = x[r][side] + i;
+                made[side] = _mm512_permutex2var_epi16((__m512i)fma(from[0], by, whole), order, (__m512i)fma(from[1], by, whole));
+                if (offset) sum[side][r] = dot_words(sum[side][r], (line)made[side], _mm512_set1_epi16(-ZERO));
             }
             char* to = words + sides * LINE / 2 * i;
             if constexpr (sides == 1) {
@@ -128,9 +130,9 @@ __attribute__((noinline)) void spread_words(const QuadValues& a, int rows, const
                 _mm512_storeu_si512(to + LINE, _mm512_unpackhi_epi32(made[0], made[1]));
             }
         }
-        const vi zeros = offset ? join_sides<sides>(sum, [](vi x, vi y) { return x + y; }) : vi{};
-        for (int side = 0; side < sides; ++side) s.factor[side][r] = unit[side], s.zero[side][r] = zeros[side];
     }
+    for (int side = 0; side < sides; ++side)
+        _mm_storeu_si128((__m128i*)s.zero[side], offset ? _mm512_castsi512_si128((__m512i)join_four(sum[side], add)) : __m128i{});
 }
 
 // Those of `tokens` and one group as bytes, or as every second dword of them.

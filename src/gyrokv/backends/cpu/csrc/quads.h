@@ -50,6 +50,8 @@ INLINE __m512i every_part(const void* p) { return _mm512_broadcast_i32x4(_mm_loa
 // Where the bits of a part are. The next field may have four words, which begin again within a part.
 struct Part {
     int32_t wide, next;                       // bytes from the beginning of a row
+    int32_t next_number;                      // among the parts of the next field, of the one with its bits
+    bool begins;                              // no part before it has those
     bool last;                                // parts from the next one on have other scales
     int32_t group[4];                         // of the scale: [code][even, odd bytes], of the first codes
     alignas(16) uint8_t gather[PART_BYTES];   // bytes of the next field, in the order of a line of keys
@@ -92,6 +94,7 @@ struct Quads {
             made.wide = p * PART_BYTES;
             for (int i = 0; i < 4; ++i) made.group[i] = group_of(p * PART_WORDS, i / 2 % lines, i % 2);
             if (made.group[0] != made.group[1]) sets = apart ? 4 : 2;
+            made.next_number = p % std::max(1, next_words / PART_WORDS), made.begins = made.next_number == p;
             if (next) place_next(f, made, p * PART_WORDS, values);
         }
         if (f.planes == 2) this->words = values || f.bits < 8 || f.group <= WORD_RUN;
@@ -181,6 +184,10 @@ INLINE void as_coded(const Format& f, const Quads& order, Body body) {
     }
 }
 
+// Whether lines of words can be made one without the other.
+template <class C>
+constexpr bool ONE_BY_ONE = C::lines == WORDS && (C::bits < 8 || C::look_up == VALUES);
+
 // What lines are of codes.
 template <class C>
 struct Levels : Decoder<C::bits, C::look_up> {
@@ -202,13 +209,19 @@ struct Levels<C> {
         if constexpr (C::bits < 6) return (line)_mm512_permutexvar_epi16(code, part[0]);
         return (line)_mm512_permutex2var_epi16(part[0], code, part[1]);
     }
+    // Line number i.
+    template <int i>
+        requires(ONE_BY_ONE<C>)
+    inline __attribute__((always_inline)) line one(line code) const {
+        const __m512i x = i ? _mm512_srli_epi16((__m512i)code, 8) : (__m512i)code;
+        if constexpr (C::look_up != VALUES) return word(x);
+        return (line)(i ? x : _mm512_and_si512(x, _mm512_set1_epi16(255)));  // with ZERO
+    }
     inline __attribute__((always_inline)) void of(line code, line* made) const {
-        const __m512i x = (__m512i)code, odd = _mm512_srli_epi16(x, 8);
-        if constexpr (C::look_up == VALUES) {  // with ZERO
-            made[0] = (line)_mm512_and_si512(x, _mm512_set1_epi16(255)), made[1] = (line)odd;
-        } else if constexpr (C::bits < 8) {
-            made[0] = word(x), made[1] = word(odd);
+        if constexpr (ONE_BY_ONE<C>) {
+            made[0] = one<0>(code), made[1] = one<1>(code);
         } else {
+            const __m512i x = (__m512i)code;
             const __mmask64 negative = _mm512_movepi8_mask(x), second = 0xaaaaaaaaaaaaaaaa;
             __m512i low = _mm512_permutex2var_epi8(part[0], x, part[1]), high = _mm512_permutex2var_epi8(part[2], x, part[3]);
             low = _mm512_mask_sub_epi8(low, negative, __m512i{}, low);  // and carries nothing, as it is not 0
