@@ -258,7 +258,22 @@ __attribute__((noinline)) void score_groups_of(const QuadScores& a) {
         places.find(a, t);
         for (int n = 0; n < times; ++n) make(n, places.at[n], places.stride[n]);
         const char *q = a.q.parts, *begin = a.q.begin, *q_scale = a.q.scale;
-        const GroupKeys::Dword* dword = keys.dword;
+        const GroupKeys::Dword *dword = keys.dword, *const end = dword + keys.dwords;
+        auto lines_of = [&](const GroupKeys::Dword& d, line* k) __attribute__((always_inline)) {
+            const char *wide = dwords + times * d.wide, *above = dwords + times * d.next;
+            const __m512i shift = _mm512_set1_epi32(d.shift), next_turn = _mm512_set1_epi32(d.next_turn);
+            for (int n = 0; n < times; ++n) {
+                __m512i x = _mm512_srlv_epi32(_mm512_load_si512(wide + n * LINE), shift);
+                if constexpr (F::next > 0) {
+                    const __m512i next = _mm512_rorv_epi32(_mm512_load_si512(above + n * LINE), next_turn);
+                    x = _mm512_ternarylogic_epi32(_mm512_set1_epi8((1 << F::wide) - 1), x, next, 0xca);
+                }
+                if constexpr (C::lines == WORDS) k[n] = levels.word(x);
+                else levels.of((line)x, k + n);
+            }
+        };
+        line later[times];  // of the next dword, made before products of this one: a core takes the oldest that it can do
+        lines_of(*dword, later);
         for (int i = 0; i < keys.runs; ++i) {
             const GroupKeys::Run& run = keys.run[i];
             vi sum[times][rows][sums];
@@ -266,18 +281,9 @@ __attribute__((noinline)) void score_groups_of(const QuadScores& a) {
                 for (int j = 0; j < sums; ++j, begin += 4)
                     for (int n = 0; n < times; ++n) sum[n][r][j] = C::lines == WORDS ? vi{} : (vi)every_dword(begin);
             for (const auto* stop = dword + run.dwords; dword < stop; ++dword) {
-                const char *wide = dwords + times * dword->wide, *above = dwords + times * dword->next;
-                const __m512i shift = _mm512_set1_epi32(dword->shift), next_turn = _mm512_set1_epi32(dword->next_turn);
                 line k[times];
-                for (int n = 0; n < times; ++n) {
-                    __m512i x = _mm512_srlv_epi32(_mm512_load_si512(wide + n * LINE), shift);
-                    if constexpr (F::next > 0) {
-                        const __m512i next = _mm512_rorv_epi32(_mm512_load_si512(above + n * LINE), next_turn);
-                        x = _mm512_ternarylogic_epi32(_mm512_set1_epi8((1 << F::wide) - 1), x, next, 0xca);
-                    }
-                    if constexpr (C::lines == WORDS) k[n] = levels.word(x);
-                    else levels.of((line)x, k + n);
-                }
+                for (int n = 0; n < times; ++n) k[n] = later[n];
+                lines_of(dword[dword + 1 < end], later);
                 for (int r = 0; r < rows; ++r)
                     for (int j = 0; j < sums; ++j, q += 4) {
                         const __m512i by = every_dword(q);
