@@ -121,7 +121,7 @@ INLINE void score_times(const QuadScores& a, const Levels<C>& levels, PartDwords
     start();
     for (int p = 0; p < a.order.parts; ++p) {
         const Part& part = a.order.part[p];
-        a.ahead.tick_inside(2 * times);
+        if (times < 4) a.ahead.tick_inside(2 * times);
         const bool more = p + 1 < a.order.parts;
         const Part& later = a.order.part[more ? p + 1 : 0];
         const RowPlaces<times>& places = more ? here : after;
@@ -171,6 +171,7 @@ INLINE void score_times(const QuadScores& a, const Levels<C>& levels, PartDwords
             }
             q += 4 * rows * terms;
             constexpr int every = steps / times;
+            if constexpr (times == 4 && step % every == 0) a.ahead.tick_inside(2);  // eight at once ask for too many lines
             if constexpr (ahead && step % every == 0) make_wide(step / every);
             if constexpr (ahead && F::next > 0 && step % every == every / 2) make_next(step / every);
         };
