@@ -279,6 +279,8 @@ QUAD_FAULTS = (
     value("weights as words keep the order of tokens", value_words,
           weights("return 16 * i + m % 2 * (", "if (@) std::swap(i, m);\n    return 16 * i + m % 2 * ("),
           also=exact),
+    value("two words of weights change places", value_words,
+          weights("by, whole), order,", "by, whole), @ ? _mm512_rol_epi32(order, 16) : order,"), also=exact),
     value("words of weights are those of the 16 tokens after", value_words,
           weights("fma(from[0], by", "fma(from[@ ? 1 : 0], by"), also=exact),
     value("the second 32 tokens of 64 leave the first ones their weights as words", value_words,
