@@ -129,6 +129,7 @@ inline void attend_rows(const Attend& call, const Unit& unit, Workspace& work, c
     }
     if (!stop || !mapped(call, unit, block, unit.row_first + row, rows)) return;
     float scale = score_rows(work, query, block, row, rows, int(round_up(stop, LANES)));
+    work.ahead.next();
 
     float *top = unit.top + row, *total = unit.total + row;
     Row state[ROWS_PER_MMA];
@@ -304,14 +305,14 @@ INLINE Rows rows_of(Rows rows, int batch, int kv_head) {
     return rows;
 }
 
-// Asks for the first block of the thread's next unit while the last one of `unit` is computed, as Ahead does within a unit.
-inline void aim_at_next_unit(const Attend& call, const Unit& unit, int per_block, int ticks, Ahead& ahead) {
+// Asks for the first block of the thread's next unit.
+inline void ask_for_next_unit(const Attend& call, const Unit& unit, int per_block, Ahead::Wanted wanted, Ahead& ahead) {
     for (int i = 0; i < call.n_runs; ++i) {
         const Run& run = call.runs[i];
         const int64_t slot = std::max<int64_t>(unit.next_first - run.position, 0), count = std::min<int64_t>(per_block, run.count - slot);
         if (count <= 0) continue;
-        return ahead.aim(*run.k_format, rows_of(run.k, unit.next_batch, unit.next_head), count, *run.v_format,
-                         rows_of(run.v, unit.next_batch, unit.next_head), count, slot, ticks);
+        return ahead.add(*run.k_format, rows_of(run.k, unit.next_batch, unit.next_head), *run.v_format,
+                         rows_of(run.v, unit.next_batch, unit.next_head), slot, count, wanted);
     }
 }
 
@@ -387,10 +388,13 @@ inline bool attend(const Attend& call, const Unit& unit, char* scratch) {
                 const int64_t slot = at - run.position, next = std::min<int64_t>(per_block, stop - at - block.count);
                 block.after = next;
                 const bool v_dense = TAKES_QUADS && direct && vf_.kind != CODES;  // who reads these asks for the next
+                const bool apart = k_quads && v_quads;                            // values of a block are asked for after its keys
+                const Ahead::Wanted wanted = {!k_dense, !v_dense && !apart};
+                work.ahead.start();
                 if (k_stored && v_stored) {
                     work.pause = row_ticks(k_order, v_order) * block.tokens / 64;
-                    work.ahead.aim(kf, k, next, vf_, v, next, slot + block.count,
-                                   stored_ticks(k_order, v_order, unit.rows, block.tokens));
+                    work.ahead.add(kf, k, vf_, v, slot + block.count, next, wanted);
+                    work.ahead.until(stored_ticks(k_order, v_order, unit.rows, block.tokens));
                 } else {
                     const int keys = k_stored ? block.tokens / 32 * k_score_ticks(k_order) : k_quads ? quad_ticks(*k_parts, unit.rows, block.tokens)
                                      : k_dense ? 0
@@ -399,11 +403,12 @@ inline bool attend(const Attend& call, const Unit& unit, char* scratch) {
                                        : direct ? block.count * DIRECT_PACE * direct_passes(vf_, unit.rows)
                                               : panel_ticks(vf_, block.tokens, false);
                     const int pauses = together > 1 ? 0 : (keys + values) / 4;
+                    if (apart) work.ahead.add_words(vf_, v, slot, block.count), work.ahead.until(keys);
                     if (at + block.count == unit.stop && unit.next_first >= 0 && keys + values > 0)
-                        aim_at_next_unit(call, unit, per_block, keys + values + pauses, work.ahead);
+                        ask_for_next_unit(call, unit, per_block, wanted, work.ahead);
                     else
-                        work.ahead.aim(kf, k, k_dense ? 0 : next, vf_, v, v_dense ? 0 : next, slot + block.count,
-                                       keys + values + pauses);
+                        work.ahead.add(kf, k, vf_, v, slot + block.count, next, wanted);
+                    work.ahead.until((apart ? 0 : keys) + values + pauses);
                     work.pause = pauses / (2 * unit.rows + 2);
                 }
                 block.k_rows = k, block.k_tables = &k_tables, block.v_rows = v, block.v_tables = &v_tables;

@@ -304,27 +304,48 @@ struct MatrixUnit {
 };
 #endif
 
-// Fetches the rows of the next block (of a unit's last, the first of the thread's next unit) a few cache lines at a time while
-// this block is computed: a burst would wait for memory, and between bursts memory would wait. Lines of several pages take
-// turns, because a core follows each page with a prefetcher of its own, and these have more lines on their way than its buffers
-// hold.
+// Fetches rows a few cache lines at a time while others are computed with: a burst would wait for memory, and between bursts memory would
+// wait. Lines of four pages take turns, because a core follows each page with a prefetcher of its own, and these have more lines on their
+// way than its buffers hold. Rows of K and of V do not take turns: where they lie in the same bank of memory, each turn would open another
+// row of it.
 class Ahead {
    public:
     Ahead() = default;
     Ahead(const Ahead&) = delete;
     Ahead& operator=(const Ahead&) = delete;
 
-    // `keys`, `values`: rows; `ticks`: how often tick() is called until the rows are needed
-    void aim(const Format& kf, const Rows& k, int64_t keys, const Format& vf_, const Rows& v, int64_t values, int64_t first, int ticks) {
-        credit_ = ONE << 20;  // what was left out
+    // Begins anew: what is left comes at once.
+    void start() {
+        stop_ = end_, credit_ = ALL;
         fetch();
-        end_ = now_ = stream_;
-        int64_t lines = add(k.scale, k.scale_strides[2], scale_bytes(kf), first, keys);
-        lines += add(v.scale, v.scale_strides[2], scale_bytes(vf_), first, values);
-        lines += add(k.words, k.word_strides[2], row_bytes(kf), first, keys);
-        lines += add(v.words, v.word_strides[2], row_bytes(vf_), first, values);
-        rate_ = lines * ONE / std::max(ticks, 1) + 1, credit_ = 0;
+        now_ = stop_ = end_ = stream_, lines_ = rate_ = credit_ = 0;
     }
+    struct Wanted {
+        bool keys, values;  // else their scales only
+    };
+    // Adds `count` rows from the first one on, and their scales.
+    void add(const Format& kf, const Rows& k, const Format& vf_, const Rows& v, int64_t first, int64_t count, Wanted wanted) {
+        add_scales(kf, k, first, count), add_scales(vf_, v, first, count);
+        if (wanted.keys) add_words(kf, k, first, count);
+        if (wanted.values) add_words(vf_, v, first, count);
+    }
+    void add_words(const Format& f, const Rows& rows, int64_t first, int64_t count) {
+        add_lines(rows.words, rows.word_strides[2], row_bytes(f), first, count);
+    }
+    // What was added is to come within so many tick(). If more is added after that, it is to come within those after next().
+    void until(int ticks) {
+        const int64_t rate = lines_ * ONE / std::max(ticks, 1) + 1;
+        if (stop_ == stream_) stop_ = end_, rate_ = rate;
+        else next_rate_ = rate;
+        lines_ = 0;
+    }
+    void next() {
+        if (stop_ == end_) return;
+        credit_ = ALL;
+        fetch();
+        stop_ = end_, rate_ = next_rate_, credit_ = 0;
+    }
+
     inline __attribute__((always_inline)) void tick(int weight = 1) {
         credit_ += rate_ * weight;
         if (credit_ >= BURST * ONE) fetch();
@@ -340,45 +361,46 @@ class Ahead {
     __attribute__((noinline)) void fetch() { take_turns(); }
     inline __attribute__((always_inline)) void take_turns() {
         int64_t credit = credit_;
-        for (; credit >= TURN * ONE && end_ > stream_; credit -= TURN * ONE) {
+        for (; credit >= PARTS * ONE && now_ < stop_; credit -= PARTS * ONE) {
             Stream& s = *now_;
-            const char *at = s.at, *far = at + s.far;
-            const int64_t near = s.near;
-            __builtin_prefetch(at, 0, 2), __builtin_prefetch(at + near, 0, 2);
-            __builtin_prefetch(far, 0, 2), __builtin_prefetch(far + near, 0, 2);
-            s.at = at + s.step;
-            now_ = now_ + 1 < end_ ? now_ + 1 : stream_;
+            const char *at = s.at, *half = at + 2 * s.part;
+            const int64_t part = s.part;
+            __builtin_prefetch(at, 0, LEVEL), __builtin_prefetch(at + part, 0, LEVEL);
+            __builtin_prefetch(half, 0, LEVEL), __builtin_prefetch(half + part, 0, LEVEL);
+            s.at = at + LINE_BYTES;
             if (__builtin_expect(--s.left, 1)) continue;
             s.at += s.jump, s.left = s.turns;
-            if (!--s.rows) s = *--end_, now_ = stream_;
+            if (!--s.rows) ++now_;
         }
         credit_ = credit;
-        if (end_ == stream_) rate_ = 0;
+        if (now_ == stop_) rate_ = 0;
     }
 
-    static constexpr int64_t ONE = 256;
-    static constexpr int TURN = 4, BURST = 2 * TURN;  // lines that are asked for at once
-    static constexpr int64_t WIDE = 4 * 4096;  // bytes that are four parts, of a page each or more; others are two
+#if defined(__AMX_INT8__)
+    static constexpr int LEVEL = 2;  // into the second cache
+#else
+    static constexpr int LEVEL = 3;  // into the first one
+#endif
+    static constexpr int64_t ONE = 256, ALL = ONE << 20, LINE_BYTES = 64;
+    static constexpr int PARTS = 4, BURST = 2 * PARTS;  // lines that are asked for at once
     struct Stream {
-        const char* at;             // the first line of the next turn
-        int64_t far, near;          // bytes: to the other parts, or half of them; to the line beside it, of the same or of another part
-        int64_t step, jump;         // bytes: from a turn to the next; from the last turn of a row to the next row
-        int32_t left, turns, rows;  // turns left of the row; of a row; rows left
+        const char* at;             // the next line of the first part
+        int64_t part, jump;         // bytes: from part to part; from the last line of a row to the next row
+        int32_t left, turns, rows;  // lines left of the row; of a row; rows left of a part
     };
-    static int64_t scale_bytes(const Format& f) {
-        return f.scale_type == SCALE_NONE ? 0 : int64_t(f.dim / f.group) * (f.scale_type == SCALE_F16 ? 2 : 4);
+    void add_scales(const Format& f, const Rows& rows, int64_t first, int64_t count) {
+        if (f.scale_type != SCALE_NONE)
+            add_lines(rows.scale, rows.scale_strides[2], int64_t(f.dim / f.group) * (f.scale_type == SCALE_F16 ? 2 : 4), first, count);
     }
-    int64_t add(const char* from, int64_t stride, int64_t bytes, int64_t first, int64_t count) {
-        if (!bytes || count <= 0) return 0;
-        const int parts = bytes * count >= WIDE ? 4 : 2, step = parts == 4 ? 64 : 128;
-        const int64_t each = (count + parts - 1) / parts, part = each * stride;
-        const int rows = bytes == stride ? 1 : int(each), turns = int((bytes * each / rows + step - 1) / step);
-        *end_++ = {from + first * stride, parts == 4 ? 2 * part : part, parts == 4 ? part : 64, step, stride - int64_t(step) * turns,
-                   turns, turns, rows};
-        return int64_t(TURN) * rows * turns;
+    void add_lines(const char* from, int64_t stride, int64_t bytes, int64_t first, int64_t count) {
+        if (count <= 0) return;
+        const int64_t each = (count + PARTS - 1) / PARTS;
+        const int rows = bytes == stride ? 1 : int(each), turns = int((bytes * each / rows + LINE_BYTES - 1) / LINE_BYTES);
+        *end_++ = {from + first * stride, each * stride, stride - LINE_BYTES * turns, turns, turns, rows};
+        lines_ += int64_t(PARTS) * rows * turns;
     }
-    Stream stream_[4], *now_ = stream_, *end_ = stream_;
-    int64_t rate_ = 0, credit_ = 0;
+    Stream stream_[5], *now_ = stream_, *stop_ = stream_, *end_ = stream_;
+    int64_t lines_ = 0, rate_ = 0, next_rate_ = 0, credit_ = 0;
 };
 
 inline PlainRows plain_rows(const Format& f, const Tables& tables, const char* from, int64_t row_stride, int count, char* scratch) {

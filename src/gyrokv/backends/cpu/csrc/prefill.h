@@ -356,8 +356,9 @@ inline bool attend_squares(const Attend& call, const Unit& unit, const Run& run,
             block.position = at;
             block.count = int(std::min<int64_t>(most, stop - at));
             const int64_t slot = at - run.position, next = std::min<int64_t>(most, stop - at - block.count);
-            ahead.aim(kf, k, next, vf_, v, next, slot + block.count, 
-                      factor_ticks(kf, block.count, terms.k, true) + factor_ticks(vf_, block.count, terms.v, false));
+            ahead.start();
+            ahead.add(kf, k, vf_, v, slot + block.count, next, {true, true});
+            ahead.until(factor_ticks(kf, block.count, terms.k, true) + factor_ticks(vf_, block.count, terms.v, false));
             block.keys = make_factor<true>(kf, k_tables, k, slot, block.count, terms.k, panels, memory.plain, matrix, ahead);
             block.values = make_factor<false>(vf_, v_tables, v, slot, block.count, terms.v,
                                               panels + round_up(block.count, SQUARE) / SQUARE * block.keys.square, memory.plain,

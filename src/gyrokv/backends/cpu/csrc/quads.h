@@ -14,9 +14,9 @@
 namespace gyrokv {
 namespace GYROKV_ISA {
 
-constexpr int QUAD_TOKENS = 256;       // of a block, at most
+constexpr int QUAD_TOKENS = 1024;      // of a block, at most
 constexpr int QUAD_HALF = 128;         // whose weights are rounded relative to the same largest one
-constexpr int64_t QUAD_BLOCK = 40960;  // bytes of a block of K or V: V is passed over several times
+constexpr int64_t QUAD_BLOCK = 40960;  // bytes of a block of K or V: more would leave the first cache before they are used
 constexpr int WORD_SUM = 198000;       // sizes of what a run of large words (WORD_RUN) meets add up to this, at most
 static_assert((WORD_SUM + WORD_RUN / 2) * int64_t(LARGEST_LEVEL) < int64_t(1) << 31);
 constexpr int MOST_QUAD_ROWS = 16;            // query rows

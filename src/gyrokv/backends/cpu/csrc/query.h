@@ -18,7 +18,7 @@ constexpr int64_t RESIDENT = 768 << 10;  // bytes of q and of the output that st
 constexpr int MOST_TOKENS = 256;     // per block; products of 16 and 8 bits of so many still fit 32
 constexpr int COLUMNS = 128;         // of the output per product
 // Rows of operands start a line apart from powers of two, so that they spread over the sets of a cache.
-constexpr int SCORE_STRIDE = MOST_TOKENS + 16, VALUE_STRIDE = COLUMNS + 16;  // elements
+constexpr int SCORE_STRIDE = std::max(MOST_TOKENS, TAKES_QUADS ? QUAD_TOKENS : 0) + 16, VALUE_STRIDE = COLUMNS + 16;  // elements
 constexpr int64_t WEIGHT_STRIDE = MOST_TOKENS * 4 + 64;                      // bytes
 
 INLINE int terms_of(Element e, const Attend& call, bool exact) {
