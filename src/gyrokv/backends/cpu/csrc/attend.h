@@ -212,7 +212,7 @@ inline void attend_rows(const Attend& call, const Unit& unit, Workspace& work, c
 // quantised rows are rounded relative to the largest of a block, so these blocks stay short; codes side by side round them by halves.
 INLINE int tokens_per_block(const Attend& call, int rows) {
     int64_t bytes = 1;
-    bool integers = false, stored = false, short_blocks = false, quads = true, dense = true;
+    bool integers = false, stored = false, short_blocks = false, whole_bytes = false, quads = true, dense = true;
     for (int i = 0; i < call.n_runs; ++i)
         for (const Format* f : {call.runs[i].k_format, call.runs[i].v_format})
             quads &= takes_quads(*f, rows, call.terms), dense &= takes_dense(*f, rows);
@@ -221,12 +221,12 @@ INLINE int tokens_per_block(const Attend& call, int rows) {
         stored |= multiplies_stored(v, rows);
         short_blocks |= v.kind == CODES && v.bits == 8;  // their rows fill the first cache
         for (const Format* f : {call.runs[i].k_format, call.runs[i].v_format})
-            bytes = std::max(bytes, quads ? row_bytes(*f) : plain_stride(*f) * f->planes);
+            whole_bytes |= f->bits == 8, bytes = std::max(bytes, quads ? row_bytes(*f) : plain_stride(*f) * f->planes);
         integers |= element_of(*call.runs[i].v_format) == INT8;
     }
     if (rows > 64) return integers ? 128 : MOST_TOKENS;
     if (stored) return short_blocks ? 64 : MOST_STORED_TOKENS;
-    if (quads) return int(std::clamp<int64_t>(QUAD_BLOCK / bytes / 64 * 64, 64, QUAD_TOKENS));
+    if (quads) return int(std::clamp<int64_t>(QUAD_BLOCK / bytes / 64 * 64, 64, whole_bytes ? QUAD_TOKENS / 4 : QUAD_TOKENS));
     return int(std::clamp<int64_t>((dense ? 32768 : 16384) / bytes / 64 * 64, 64, 128));
 }
 
