@@ -5,7 +5,8 @@ than three minutes. A run that leaves something out writes ``build/cpu.json`` un
 
 Before anything is timed, every configuration is compared with float64 (the gate); one that is wrong ends the run
 without a number. Decode is timed on cold data: calls rotate over copies of a layer that together are at least twice
-the last-level cache. Prefill and append are limited by arithmetic and timed on one layer. Times are of the public
+the last-level cache, and all points of a size take turns with torch's attention and with reading memory, so that
+whatever else the machine does meets them alike. Prefill and append are limited by arithmetic and timed on one layer. Times are of the public
 calls, rotation of q and the description of the problem included. Thread count: torch's (``OMP_NUM_THREADS``).
 """
 
@@ -16,175 +17,61 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
-from itertools import groupby, product
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 import llama
 import peers
 import torch
-from torch import Tensor
+from cpu_plan import (
+    GROUP,
+    GROUPS,
+    HEAD_DIMS,
+    KV_HEADS,
+    KV_LENS,
+    MIXED,
+    PARTS,
+    PEER_DTYPES,
+    PREFILL,
+    QUICK,
+    Point,
+    clones,
+    filled,
+    gate,
+    new_layer,
+    plan,
+    refused,
+)  # fmt: skip
 from torch.nn.functional import scaled_dot_product_attention
 
-from gyrokv import FORMATS, AttentionSpec, Codec, LayerCache, append, attend, attention
-from gyrokv.dispatch import BACKENDS, reasons
+from gyrokv import FORMATS, append
+from gyrokv.dispatch import BACKENDS
 from gyrokv.env import environment
 from gyrokv.spec import HEAD_DIMS as SUPPORTED
-from gyrokv.testing import inputs
 
 ROOT = Path(__file__).resolve().parent.parent
-KV_HEADS = 8
-GROUP = 4  # query heads per KV head, where nothing else is said
-GROUPS = (1, 2, 4, 8, 16)
-HEAD_DIMS, PREFILL_DIMS = (64, 96, 128, 192, 256, 512), (128, 256, 512)
-KV_LENS = (4096, 16384)
-PREFILL = (512, 4096)  # queries, keys
-MIXED = ("q8_0/turbo4", "turbo4/turbo2")
-QUICK = ("bf16", "q8_0", "q4_0", "turbo4", "turbo3", "q8_0/turbo4")
-PREFILL_FORMATS = ("bf16", "q8_0", "turbo4", "tq6", "turbo3")
-PARTS = ("decode", "prefill", "append", "peers")
-# relative error that the gate allows, by what a point asks for: a bfloat16 output alone is rounded by 2e-3
-LIMITS = {"exact": 3e-4, "fast": 3e-2, "bfloat16": 5e-3}
-GATE_TOKENS, GATE_QUERIES = 777, 33
-PEER_DTYPES = (torch.bfloat16, torch.float32)
-CHUNK = 1024  # tokens encoded at once: bounds memory
 
 
 @dataclass(frozen=True)
-class Point:
-    """One configuration of our kernels. ``formats``: of K and V, ``K/V`` or one for both. ``level``: the instruction
-    set that is forced, or "" for the machine's best. ``fast``: attend's argument."""
+class Entry:
+    """A decode call that takes its turns with others. ``row``: what is recorded of it beside its time."""
 
-    part: str
-    formats: str
-    head_dim: int
-    kv_len: int
-    groups: int = GROUP
-    q_len: int = 1
-    causal: bool = True
-    fast: bool = False
-    level: str = ""
-
-    @property
-    def pair(self) -> tuple[str, str]:
-        k, _, v = self.formats.partition("/")
-        return k, v or k
-
-    @property
-    def spec(self) -> AttentionSpec:
-        extra = {"dtype": self.dtype} | ({"fast": True} if self.fast else {})
-        sizes = dict(q_heads=KV_HEADS * self.groups, kv_heads=KV_HEADS, q_len=self.q_len, kv_len=self.kv_len)
-        return AttentionSpec(*self.pair, self.head_dim, self.head_dim, **sizes, causal=self.causal, **extra)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of q: prefill comes from models as bfloat16."""
-        return torch.bfloat16 if self.part == "prefill" else torch.float32
-
-    @property
-    def mode(self) -> str:  # a key of LIMITS
-        return "fast" if self.fast else "bfloat16" if self.dtype == torch.bfloat16 else "exact"
-
-    def attend(self, q: Tensor, kv, backend: str) -> Tensor:
-        extra = {"fast": True} if self.fast else {}
-        return attend(q, kv, causal=self.causal, backend=backend, **extra)
-
-    def __str__(self) -> str:
-        queries = "" if self.q_len == 1 else f" q{self.q_len} {'causal' if self.causal else 'full'}"
-        marks = [m for m in ("fast" if self.fast else "", self.level) if m]
-        return " ".join([f"{self.formats:<13} d{self.head_dim} kv{self.kv_len} g{self.groups}{queries}", *marks])
-
-
-# -- the plan and its gate
-
-
-def plan(options: argparse.Namespace) -> list[Point]:
-    """Every configuration of our kernels that this run times, those that read the same data side by side."""
-    points, first = [], min(options.kv_len)
-    rounds = hasattr(BACKENDS[options.backend], "FAST_BOUND")  # others understand fast and do nothing else for it
-    for dim, kv_len, formats in product(options.head_dim, options.kv_len, options.formats):
-        everything = dim == 128 and kv_len == first and not options.quick
-        for groups in options.groups if everything else (GROUP,):
-            point = Point("decode", formats, dim, kv_len, groups)
-            dense = all(FORMATS[name].is_dense for name in point.pair)
-            forced = peers.levels(options.backend) if everything and groups == GROUP else []
-            modes = (False, True) if rounds and not dense else (False,)
-            points += [replace(point, fast=fast, level=level) for level in ("", *forced) for fast in modes]
-    for dim, causal, formats in product(options.head_dim, (False, True), PREFILL_FORMATS):
-        if dim in PREFILL_DIMS and formats in options.formats:
-            points.append(Point("prefill", formats, dim, PREFILL[1], q_len=PREFILL[0], causal=causal))
-    points += [Point("append", formats, 128, tokens) for formats in options.formats for tokens in (PREFILL[1], 1)]
-    return [point for point in points if point.part in options.only]
-
-
-def refused(points: list[Point], backend: str) -> dict[Point, list[str]]:
-    """The points that ``backend`` cannot run, with its reasons (append falls back by itself)."""
-    why = {point: reasons(BACKENDS[backend], point.spec) for point in points if point.part != "append"}
-    return {point: reasons for point, reasons in why.items() if reasons}
-
-
-def gate(points: list[Point], backend: str) -> dict:
-    """Compare every distinct configuration with float64 on inputs that show mistakes. Raises SystemExit on the first
-    that is off. Returns the number of checks and the worst relative errors."""
-    worst = dict.fromkeys(LIMITS, 0.0)
-    small = {replace(point, kv_len=GATE_TOKENS, q_len=min(point.q_len, GATE_QUERIES)) for point in points}
-    order = sorted(small, key=lambda p: (p.part, p.head_dim, p.formats, p.groups, p.causal))
-    for spec, group in groupby(order, key=lambda p: (p.part, replace(p, fast=False, level="").spec)):
-        problem = inputs(spec[1])
-        for point in group:
-            if point.part == "append":
-                error = _append_error(point, problem)
-            else:
-                with peers.forced(backend, point.level):
-                    out = point.attend(problem.q, problem.view, backend)
-                error = _relative(out, problem.exact[0])
-            limit = LIMITS[point.mode]
-            if not error <= limit:
-                raise SystemExit(f"gate: {point.part} {point} is off by {error:.3g}, allowed {limit:g}; nothing was timed")
-            worst[point.mode] = max(worst[point.mode], error)
-    for dim in sorted({p.head_dim for p in points if p.part == "prefill"}):
-        _check_peers(dim)
-    print(f"gate: {len(order)} configurations are right, relative error at most {worst['exact']:.1e}")
-    return {
-        "configurations": len(order),
-        "worst_relative_error": worst,
-        "limits": LIMITS,
-    }
-
-
-def _relative(got: Tensor, exact: Tensor) -> float:
-    return float(torch.linalg.vector_norm(got.double() - exact) / torch.linalg.vector_norm(exact))
-
-
-def _append_error(point: Point, problem) -> float:
-    """0 when ``gyrokv.append`` stores the bits that the definition stores, else 1."""
-    layer = new_layer(point, GATE_TOKENS)
-    append(layer, problem.k, problem.v)
-    wanted, got = problem.view.owner.state()[0], layer.state()[0]
-    return float(not all(torch.equal(wanted[name].view(torch.uint8), got[name].view(torch.uint8)) for name in wanted))
-
-
-def _check_peers(dim: int) -> None:
-    """The forms in which torch's own attention is timed compute the same thing. Raises SystemExit."""
-    q, k, v = torch.randn(1, KV_HEADS * GROUP, GATE_QUERIES, dim), *torch.randn(2, 1, KV_HEADS, GATE_TOKENS, dim)
-    for causal in (False, True):
-        exact = attention(q, k, v, causal=causal, backend="reference")
-        for form, call in peers.torch_forms(q, k, v, causal).items():
-            if not _relative(call().view_as(exact), exact.double()) <= LIMITS["exact"]:
-                raise SystemExit(f"gate: torch's attention in the form {form} (causal={causal}) computes something else")
-
-
-# -- what is timed
+    what: str
+    call: Callable[[int], object]
+    row: dict
+    context: Callable[[], AbstractContextManager] = nullcontext
 
 
 class Bench:
-    """Times the points of a plan; ``rows`` holds what came of them. ``cache``: bytes of the last-level cache.
-    ``ceiling``: in GB/s, for the shares that are printed."""
+    """Times the points of a plan; ``rows`` holds what came of them. ``cache``: bytes of the last-level cache."""
 
-    def __init__(self, options: argparse.Namespace, cache: int, ceiling: float) -> None:
+    def __init__(self, options: argparse.Namespace, cache: int, memory: peers.Memory) -> None:
         self.backend, self.least, self.seconds = options.backend, options.repetitions, 0.1 if options.quick else 0.3
-        self.cache, self.ceiling = cache, ceiling
+        self.cache, self.memory = cache, memory
         self.rows: list[dict] = []
 
     def timed(self, call: Callable[[int], object]) -> dict:
@@ -196,7 +83,7 @@ class Bench:
         self.rows.append(row | time | ({"times_faster_than": ratios} if ratios else {}))
         notes = [f"{row[unit]:8.1f} {label}" for unit, label in (("gb_s", "GB/s"), ("gflop_s", "GFLOP/s")) if unit in row]
         if row["part"] == "decode":
-            notes.append(f"{100 * row['gb_s'] / self.ceiling:3.0f} %")
+            notes.append(f"{100 * row['ceiling_share']:3.0f} %")
         notes += [f"{name.replace(f' ({peers.QUOTED_ON})', '*')} x{value:.2f}" for name, value in ratios.items()]
         spread = f"{time['us_p20']:.0f}-{time['us_p80']:.0f}"
         print(f"{row['part']:<8}{what:<44}{time['us']:>11.1f} us ({spread}) {'  '.join(notes)}", flush=True)
@@ -214,27 +101,55 @@ class Bench:
         return {"bytes": nbytes, "copies": count, "cold": nbytes * count >= 2 * self.cache}
 
     def decode(self, points: list[Point]) -> None:
+        """Points of one size take turns with each other, with torch's attention and with reading memory."""
         for (dim, kv_len), group in groupby(points, key=lambda p: (p.head_dim, p.kv_len)):
             group = list(group)
-            self.decode_torch(dim, kv_len, sorted({p.groups for p in group}))
+            entries = list(self.torch_entries(dim, kv_len, sorted({p.groups for p in group})))
+            reserve = peers.available_memory() // 2
             for _, same in groupby(group, key=lambda p: p.formats):
-                self.decode_ours(list(same))
+                entries += self.our_entries(list(same))
+                if peers.available_memory() < reserve:
+                    self.decode_entries(entries)
+                    entries.clear()
+            self.decode_entries(entries)
 
-    def decode_torch(self, dim: int, kv_len: int, all_groups: list[int]) -> None:
+    def decode_entries(self, entries: list[Entry]) -> None:
+        calls = [(self.memory.read, nullcontext), *((entry.call, entry.context) for entry in entries)]
+        read, *times = peers.timed_in_turns(calls, self.least, self.seconds)
+        self.ceiling = self.memory.gb_s(read)
+        print(f"memory is read at {self.ceiling:.1f} GB/s in turns with the following")
+        for entry, taken in zip(entries, times):
+            self.add_decode(entry, taken)
+
+    def add_decode(self, entry: Entry, time: dict) -> None:
+        ratios, sizes = {}, {name: entry.row[name] for name in ("head_dim", "kv_len", "groups")}
+        if "formats" in entry.row:
+            rivals = {"bf16": self.find(**sizes, by="gyrokv", formats="bf16", fast=False, level="")}
+            rivals |= {f"torch {d}": self.find(**sizes, by=f"torch {d}") for d in ("bfloat16", "float32")}
+            if sizes["groups"] == GROUP:
+                rivals |= peers.quoted(entry.row["formats"], sizes["head_dim"], sizes["kv_len"])
+            ratios = {name: us and us / time["us"] for name, us in rivals.items()}
+        speed = entry.row["bytes"] / time["us"] / 1e3
+        row = entry.row | {"gb_s": speed, "ceiling_gb_s": self.ceiling, "ceiling_share": speed / self.ceiling}
+        self.add(entry.what, time, ratios, **row)
+
+    def torch_entries(self, dim: int, kv_len: int, all_groups: list[int]) -> Iterator[Entry]:
         """torch's attention with the group folded into the query rows."""
         for dtype in PEER_DTYPES:
             kv = torch.randn(2, 1, KV_HEADS, kv_len, dim).to(dtype)
-            nbytes = kv.numel() * kv.element_size()
-            count = self.copies(nbytes)
+            count = self.copies(kv.nbytes)
             copies = [kv.clone() for _ in range(count)]
             name = f"torch {str(dtype).removeprefix('torch.')}"
             for groups in all_groups:
                 q = torch.randn(1, KV_HEADS, groups, dim, dtype=dtype)
-                time = self.timed(lambda i, q=q, copies=copies: scaled_dot_product_attention(q, *copies[i % len(copies)]))
-                row = dict(part="decode", by=name, head_dim=dim, kv_len=kv_len, groups=groups) | self.cold(nbytes, count)
-                self.add(f"{name:<13} d{dim} kv{kv_len} g{groups}", time, gb_s=nbytes / time["us"] / 1e3, **row)
+                row = dict(part="decode", by=name, head_dim=dim, kv_len=kv_len, groups=groups)
+                yield Entry(
+                    f"{name:<13} d{dim} kv{kv_len} g{groups}",
+                    lambda i, q=q, copies=copies: scaled_dot_product_attention(q, *copies[i % len(copies)]),
+                    row | self.cold(kv.nbytes, count),
+                )
 
-    def decode_ours(self, points: list[Point]) -> None:
+    def our_entries(self, points: list[Point]) -> Iterator[Entry]:
         """Points that differ in groups, mode and level only."""
         layer = filled(points[0])
         nbytes = layer.live_nbytes
@@ -242,16 +157,12 @@ class Bench:
         copies = list(clones(layer, count))
         for point in points:
             q = torch.randn(1, KV_HEADS * point.groups, 1, point.head_dim)
-            with peers.forced(self.backend, point.level):
-                time = self.timed(lambda i, q=q, point=point: point.attend(q, copies[i % count], self.backend))
-            same = dict(part="decode", head_dim=point.head_dim, kv_len=point.kv_len, groups=point.groups)
-            against = {"bf16": self.find(**same, by="gyrokv", formats="bf16", fast=False, level="")}
-            against |= {f"torch {d}": self.find(**same, by=f"torch {d}") for d in ("bfloat16", "float32")}
-            if point.groups == GROUP:
-                against |= peers.quoted(point.formats, point.head_dim, point.kv_len)
-            ratios = {name: us and us / time["us"] for name, us in against.items()}
-            row = asdict(point) | {"by": "gyrokv"} | self.cold(nbytes, count)
-            self.add(str(point), time, ratios, gb_s=nbytes / time["us"] / 1e3, **row)
+            yield Entry(
+                str(point),
+                lambda i, q=q, point=point: point.attend(q, copies[i % count], self.backend),
+                asdict(point) | {"by": "gyrokv"} | self.cold(nbytes, count),
+                partial(peers.forced, self.backend, point.level),
+            )
 
     def prefill(self, points: list[Point]) -> None:
         for (dim, causal), group in groupby(points, key=lambda p: (p.head_dim, p.causal)):
@@ -295,27 +206,6 @@ class Bench:
             row = dict(part="append", formats=point.formats, head_dim=point.head_dim, tokens=tokens, input_bytes=nbytes)
             what = f"{point.formats:<13} d{point.head_dim} {tokens} token{'s' if tokens > 1 else ''}"
             self.add(what, time, by="gyrokv", backend=encoder, gb_s=nbytes / time["us"] / 1e3, **row)
-
-
-def new_layer(point: Point, capacity: int) -> LayerCache:
-    return LayerCache(*(Codec(name, point.head_dim) for name in point.pair), kv_heads=KV_HEADS, capacity=capacity)
-
-
-def filled(point: Point) -> LayerCache:
-    """A layer that holds ``kv_len`` tokens drawn from N(0, 1)."""
-    layer = new_layer(point, point.kv_len)
-    for start in range(0, point.kv_len, CHUNK):
-        append(layer, *torch.randn(2, 1, KV_HEADS, min(CHUNK, point.kv_len - start), point.head_dim))
-    return layer
-
-
-def clones(layer: LayerCache, count: int) -> Iterator[LayerCache]:
-    """Copies of ``layer`` that share no memory with it or with each other."""
-    state = layer.state()
-    for _ in range(count):
-        clone = LayerCache(layer.k_codec, layer.v_codec, kv_heads=KV_HEADS)
-        clone.load_state(*state)
-        yield clone
 
 
 # -- the command
@@ -365,16 +255,11 @@ def main() -> int:
     with torch.no_grad():
         checked = gate(points, options.backend)
         whole = llama.measure(options.kv_len, 8 if options.quick else 32) if "peers" in options.only else None
-        ceiling = [peers.read_ceiling(cache, options.repetitions)]
+        memory = peers.Memory(cache, options.repetitions)
         print(f"(p20-p80), % of the ceiling, xN: ours takes 1/N of that time, *: {peers.QUOTED_ON}, not measured here")
-        bench = Bench(options, cache, ceiling[0]["gb_s"])
+        bench = Bench(options, cache, memory)
         for part in ("decode", "prefill", "append"):
             getattr(bench, part)([p for p in points if p.part == part])
-        ceiling.append(peers.read_ceiling(cache, options.repetitions))
-    best = max(ceiling, key=lambda c: c["gb_s"])  # of the start and the end: a share is never flattered by a dip
-    for row in bench.rows:
-        if row["part"] == "decode":
-            row["ceiling_share"] = row["gb_s"] / best["gb_s"]
     result = {
         "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "environment": environment() | {"last_level_cache_bytes": cache, "vector": torch.backends.cpu.get_cpu_capability()},
@@ -383,7 +268,7 @@ def main() -> int:
         "backend": options.backend,
         "threads": torch.get_num_threads(),
         "gate": checked,
-        "ceiling": best | {"runs_gb_s": [c["gb_s"] for c in ceiling]},
+        "ceiling": {"by": memory.by, "bytes": memory.nbytes, "all_gb_s": memory.all_gb_s},
         "quoted": {"on": peers.QUOTED_ON, "us": {f"d{d} kv{n}": times for (d, n), times in peers.QUOTED.items()}},
         "rows": bench.rows,
         "not_measured": {f"{point.part} {point}": why for point, why in without.items()},

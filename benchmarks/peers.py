@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from pathlib import Path
@@ -88,37 +88,62 @@ def forced(backend: str, level: str) -> AbstractContextManager:
 
 def timed(call: Callable[[int], object], least: int, seconds: float) -> dict:
     """Median, 20th and 80th percentile of ``call(i)`` in us: ``least`` repetitions and ``seconds`` after a warm-up of 3."""
-    times: list[int] = []
-    for i in range(3):
-        call(i)
+    return timed_in_turns([(call, nullcontext)], least, seconds, turns=1)[0]
+
+
+def timed_in_turns(
+    calls: Sequence[tuple[Callable[[int], object], Callable[[], AbstractContextManager]]],
+    least: int,
+    seconds: float,
+    turns: int = 5,
+) -> list[dict]:
+    """What ``timed`` says of each call within its context (entered once a turn), all of them taking ``turns``: whatever
+    else the machine does meets them alike, so ratios of their times hold where the times themselves do not."""
+    times: list[list[int]] = [[] for _ in calls]
     gc.collect()
     gc.disable()
     try:
-        end = time.perf_counter_ns() + int(seconds * 1e9)
-        while len(times) < least or (time.perf_counter_ns() < end and len(times) < 2000):
-            i = len(times) + 3
-            start = time.perf_counter_ns()
-            call(i)
-            times.append(time.perf_counter_ns() - start)
+        for turn in range(1, turns + 1):
+            for (call, context), taken in zip(calls, times):
+                with context():
+                    for i in range(3):
+                        call(i + len(taken))
+                    wanted, most = -(-least * turn // turns), 2000 * turn // turns
+                    end = time.perf_counter_ns() + int(seconds / turns * 1e9)
+                    while len(taken) < wanted or (time.perf_counter_ns() < end and len(taken) < most):
+                        i = len(taken) + 3
+                        start = time.perf_counter_ns()
+                        call(i)
+                        taken.append(time.perf_counter_ns() - start)
     finally:
         gc.enable()
-    low, middle, high = (float(t) / 1e3 for t in np.percentile(times, (20, 50, 80)))
-    return {"us": middle, "us_p20": low, "us_p80": high, "repetitions": len(times)}
+    percentiles = [[float(t) / 1e3 for t in np.percentile(taken, (20, 50, 80))] for taken in times]
+    return [
+        {"us": middle, "us_p20": low, "us_p80": high, "repetitions": len(taken)}
+        for (low, middle, high), taken in zip(percentiles, times)
+    ]
 
 
-def read_ceiling(cache: int, least: int) -> dict:
-    """GB/s at which all threads read a buffer that no cache holds: the fastest of torch's reductions of float32.
+class Memory:
+    """Reads a buffer of ``nbytes`` that no cache holds, with all threads, by the fastest of torch's reductions of float32;
+    ``all_gb_s`` says how fast each was when this was made.
 
     On the machine where this was chosen they read faster than a loop over 512-bit loads with a thread per core did.
     """
-    nbytes = min(max(2 * cache, 2**30), available_memory() // 2) // 2**20 * 2**20
-    x = torch.ones(nbytes // 4)
-    rows, weights = x.view(-1, 2**16), torch.ones(2**16)
-    reads = {"dot": lambda i: torch.dot(x, x), "mv": lambda i: torch.mv(rows, weights), "sum": lambda i: x.sum()}
-    speeds = {name: nbytes / timed(read, least, 0.0)["us"] / 1e3 for name, read in reads.items()}
-    best = max(speeds, key=speeds.get)
-    print(f"read ceiling: {speeds[best]:.1f} GB/s ({best}, {nbytes / 2**30:.2f} GiB, {torch.get_num_threads()} threads)")
-    return {"gb_s": speeds[best], "by": best, "bytes": nbytes, "all_gb_s": speeds}
+
+    def __init__(self, cache: int, least: int) -> None:
+        self.nbytes = min(max(2 * cache, 2**30), available_memory() // 4) // 2**20 * 2**20
+        x = torch.ones(self.nbytes // 4)
+        rows, weights = x.view(-1, 2**16), torch.ones(2**16)
+        reads = {"dot": lambda i: torch.dot(x, x), "mv": lambda i: torch.mv(rows, weights), "sum": lambda i: x.sum()}
+        self.all_gb_s = {name: self.gb_s(timed(read, least, 0.0)) for name, read in reads.items()}
+        self.by = max(self.all_gb_s, key=self.all_gb_s.get)
+        self.read = reads[self.by]
+        size = f"{self.nbytes / 2**30:.2f} GiB, {torch.get_num_threads()} threads"
+        print(f"memory is read at {self.all_gb_s[self.by]:.1f} GB/s ({self.by}, {size})")
+
+    def gb_s(self, time: dict) -> float:
+        return self.nbytes / time["us"] / 1e3
 
 
 def torch_forms(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> dict[str, Callable[[], Tensor]]:
