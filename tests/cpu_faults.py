@@ -15,8 +15,7 @@ from gyrokv.backends.cpu import build
 from gyrokv.cases import Case
 from gyrokv.spec import AttentionSpec
 
-SIDE_BY_SIDE = 16  # the most query rows that take codes without panels
-SIDE_BY_SIDE = 16  # the same, of rows that are no codes
+SIDE_BY_SIDE = 16  # the most query rows that take rows without panels
 DENSE = ("dense", "float8")
 SPLIT = 1024  # keys that are at least needed for two splits
 _LOOP = ("attend.h", "query.h", "block.h", "weights.h")
@@ -366,9 +365,9 @@ LOOP_FAULTS = (
         "avx512",
     ),
     Fault(
-        "each part of a block rescales",
-        spec(lambda s: paired(s) and s.kv_len > 1000 and s.head_dim_v % 128 == 0),
-        (("weights.h", "t += step, v.rescale = ones.data()", "t += step, v.rescale = @ ? v.rescale : ones.data()"),),
+        "scales are taken from the first two vectors of them only",
+        spec(lambda s: s.kv_len > 1000 and scales(s.k_format, s.head_dim) in (3, 5, 6, 9, 10)),
+        (("panels.h", "_mm512_mask_permutexvar_ps(y, places", "_mm512_mask_permutexvar_ps(y, @ ? 0 : places"),),
         "avx512",
     ),
 )  # fmt: skip

@@ -57,8 +57,8 @@ inline float score_rows(Workspace& work, const Query& query, const Block& block,
         const Format& f = *block.k_format;
         const char* q = query.a + int64_t(row) * terms * query.stride;
         score_dense(f, rows, terms,
-                    {block.k_rows.words, block.k_rows.word_strides[2], int(row_bytes(f)), block.count, block.after, q, query.stride,
-                     tokens, work.scores, SCORE_STRIDE, work.most, work.plain});
+                    {block.k_rows.words, block.k_rows.word_strides[2], int(row_bytes(f)), block.count, q, query.stride,
+                     tokens, work.scores, SCORE_STRIDE, work.most, work.plain, work.ahead});
         const float scale = query.scale[row];  // of all rows
         for (int r = 0; r < rows; ++r) store(work.most + r * LANES, load<vf>(work.most + r * LANES) * scale);
         return scale;
@@ -210,24 +210,27 @@ inline void attend_rows(const Attend& call, const Unit& unit, Workspace& work, c
 
 // Tokens per block: few rows keep the panels in the first cache, many rows spread the cost of making them. Weights of
 // quantised rows are rounded relative to the largest of a block, so these blocks stay short; codes side by side round them by halves.
+// Rows that are read as they are stored take no more room than they do in memory.
 INLINE int tokens_per_block(const Attend& call, int rows) {
     int64_t bytes = 1;
-    bool integers = false, stored = false, short_blocks = false, whole_bytes = false, quads = true, dense = true;
+    bool integers = false, stored = false, short_blocks = false, whole_bytes = false, quads = true, packed = true;
     for (int i = 0; i < call.n_runs; ++i)
-        for (const Format* f : {call.runs[i].k_format, call.runs[i].v_format})
-            quads &= takes_quads(*f, rows, call.terms), dense &= takes_dense(*f, rows);
+        for (const Format* f : {call.runs[i].k_format, call.runs[i].v_format}) {
+            const bool takes = takes_quads(*f, rows, call.terms);
+            quads &= takes, packed &= takes || takes_dense(*f, rows);
+        }
     for (int i = 0; i < call.n_runs; ++i) {
         const Format& v = *call.runs[i].v_format;
         stored |= multiplies_stored(v, rows);
         short_blocks |= v.kind == CODES && v.bits == 8;  // their rows fill the first cache
         for (const Format* f : {call.runs[i].k_format, call.runs[i].v_format})
-            whole_bytes |= f->bits == 8, bytes = std::max(bytes, quads ? row_bytes(*f) : plain_stride(*f) * f->planes);
+            whole_bytes |= f->bits == 8, bytes = std::max(bytes, packed ? row_bytes(*f) : plain_stride(*f) * f->planes);
         integers |= element_of(*call.runs[i].v_format) == INT8;
     }
     if (rows > 64) return integers ? 128 : MOST_TOKENS;
     if (stored) return short_blocks ? 64 : MOST_STORED_TOKENS;
     if (quads) return int(std::clamp<int64_t>(QUAD_BLOCK / bytes / 64 * 64, 64, whole_bytes ? QUAD_TOKENS / 4 : QUAD_TOKENS));
-    return int(std::clamp<int64_t>((dense ? 32768 : 16384) / bytes / 64 * 64, 64, 128));
+    return int(std::clamp<int64_t>((packed ? 32768 : 16384) / bytes / 64 * 64, 64, 128));
 }
 
 // Rows that pass over a block before others do: what they need stays in a core's own cache, beside the panels. More rows
@@ -386,10 +389,8 @@ inline bool attend(const Attend& call, const Unit& unit, char* scratch) {
                 block.count = int(std::min<int64_t>(per_block, stop - at));
                 block.tokens = int(round_up(block.count, TOKENS_PER_STEP));
                 const int64_t slot = at - run.position, next = std::min<int64_t>(per_block, stop - at - block.count);
-                block.after = next;
-                const bool v_dense = TAKES_QUADS && direct && vf_.kind != CODES;  // who reads these asks for the next
-                const bool apart = k_quads && v_quads;                            // values of a block are asked for after its keys
-                const Ahead::Wanted wanted = {!k_dense, !v_dense && !apart};
+                const bool apart = (k_quads || k_dense) && (v_quads || direct);  // values of a block are asked for after its keys
+                const Ahead::Wanted wanted = {true, !apart};
                 work.ahead.start();
                 if (k_stored && v_stored) {
                     work.pause = row_ticks(k_order, v_order) * block.tokens / 64;
@@ -397,18 +398,19 @@ inline bool attend(const Attend& call, const Unit& unit, char* scratch) {
                     work.ahead.until(stored_ticks(k_order, v_order, unit.rows, block.tokens));
                 } else {
                     const int keys = k_stored ? block.tokens / 32 * k_score_ticks(k_order) : k_quads ? quad_ticks(*k_parts, unit.rows, block.tokens)
-                                     : k_dense ? 0
+                                     : k_dense ? dense_ticks(kf, unit.rows, block.tokens)
                                      : panel_ticks(kf, block.tokens, true);
-                    const int values = v_dense ? 0 : v_quads ? value_ticks(*v_parts, unit.rows, block.tokens)
+                    const int values = v_quads ? value_ticks(*v_parts, unit.rows, block.tokens)
+                                       : v_pairs ? pair_ticks(vf_, unit.rows, block.count)
                                        : direct ? block.count * DIRECT_PACE * direct_passes(vf_, unit.rows)
                                               : panel_ticks(vf_, block.tokens, false);
                     const int pauses = together > 1 ? 0 : (keys + values) / 4;
-                    if (apart) work.ahead.add_words(vf_, v, slot, block.count), work.ahead.until(keys);
+                    if (apart) work.ahead.add_words(vf_, v, slot, block.count), work.ahead.mark();
                     if (at + block.count == unit.stop && unit.next_first >= 0 && keys + values > 0)
                         ask_for_next_unit(call, unit, per_block, wanted, work.ahead);
                     else
                         work.ahead.add(kf, k, vf_, v, slot + block.count, next, wanted);
-                    work.ahead.until((apart ? 0 : keys) + values + pauses);
+                    work.ahead.until(keys, values + pauses);
                     work.pause = pauses / (2 * unit.rows + 2);
                 }
                 block.k_rows = k, block.k_tables = &k_tables, block.v_rows = v, block.v_tables = &v_tables;

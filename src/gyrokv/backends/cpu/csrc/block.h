@@ -16,7 +16,7 @@ struct Block {
     const Direct* direct = nullptr;                         // in place of v
     const Tables *k_tables, *v_tables;
     const float *k_scale, *v_scale;  // [scale][tokens]
-    int64_t position, after;         // after: rows in the next block
+    int64_t position;
     int count, tokens;               // tokens: count padded to whole steps
 };
 

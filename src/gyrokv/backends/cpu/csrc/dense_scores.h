@@ -10,10 +10,9 @@ namespace GYROKV_ISA {
 #if !defined(GYROKV_QUADS)
 
 INLINE bool takes_dense(const Format&, int) { return false; }
+INLINE int dense_ticks(const Format&, int, int) { return 0; }
 
 #else
-
-constexpr int64_t FAR_BYTES = 8192;  // from rows to those that are asked for meanwhile
 
 INLINE bool takes_dense(const Format& f, int rows) { return f.kind != CODES && rows <= MOST_QUAD_ROWS; }
 
@@ -21,7 +20,6 @@ struct DenseScores {
     const char* rows;
     int64_t stride;      // bytes
     int bytes, count;    // of a row; rows
-    int64_t after;       // rows that follow these and are needed next
     const char* q;       // bfloat16 or float [row][term], in the order of a row of K
     int64_t q_stride;    // bytes; whole lines, zeros after the last value
     int tokens;          // a multiple of 16; those from count on have any score
@@ -29,6 +27,7 @@ struct DenseScores {
     int64_t score_stride;
     float* most;         // [row][LANES], the largest
     char* padded;        // room for 16 rows
+    Ahead& ahead;
 };
 
 // Bytes of K to lines of the kind that q has.
@@ -56,8 +55,7 @@ INLINE vf add_parts(const vf* x) {
 
 // Products of 4 tokens with q, summed up: [token][row].
 template <int kind, int rows, int terms>
-INLINE vf score_four(const DenseScores& a, const DenseLines<kind>& lines, const char* at, int64_t step, const char* q,
-                     int64_t far) {
+INLINE vf score_four(const DenseScores& a, const DenseLines<kind>& lines, const char* at, int64_t step, const char* q) {
     using Lines = DenseLines<kind>;
     constexpr bool bfloat = kind == BF16 || kind == FP8_E4M3;
     vf sum[4][rows] = {};
@@ -85,8 +83,7 @@ INLINE vf score_four(const DenseScores& a, const DenseLines<kind>& lines, const 
     constexpr std::integral_constant<int, 1> one;
     int left = a.bytes;
     for (; left >= Lines::bytes; left -= Lines::bytes, at += Lines::bytes) {
-        if (far)
-            for (int i = 0; i < 4; ++i) __builtin_prefetch(at + far + i * step, 0, 3);
+        a.ahead.tick_inside(4);
         multiply(all, [](const char* from) {
             if constexpr (Lines::bytes == LINE) return _mm512_loadu_si512(from);
             return _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)from));
@@ -109,11 +106,10 @@ INLINE vf score_four(const DenseScores& a, const DenseLines<kind>& lines, const 
 
 // Scores of 16 tokens: to[row].
 template <int kind, int rows, int terms>
-__attribute__((noinline)) void score_sixteen(const DenseScores& a, const char* at, int64_t stride, const char* q, int64_t far,
-                                             vf* to) {
+__attribute__((noinline)) void score_sixteen(const DenseScores& a, const char* at, int64_t stride, const char* q, vf* to) {
     const DenseLines<kind> lines;
     vf x[4];
-    for (int j = 0; j < 4; ++j) x[j] = score_four<kind, rows, terms>(a, lines, at + 4 * j * stride, stride, q, far);
+    for (int j = 0; j < 4; ++j) x[j] = score_four<kind, rows, terms>(a, lines, at + 4 * j * stride, stride, q);
     const vf even[2] = {unzip<0>(x[0], x[1]), unzip<0>(x[2], x[3])}, odd[2] = {unzip<1>(x[0], x[1]), unzip<1>(x[2], x[3])};
     to[0] = unzip<0>(even[0], even[1]), to[1] = unzip<0>(odd[0], odd[1]);
     to[2] = unzip<1>(even[0], even[1]), to[3] = unzip<1>(odd[0], odd[1]);
@@ -124,19 +120,18 @@ template <int kind, int terms>
 inline void score_dense_of(const DenseScores& a, int rows) {
     for (int r = 0; r < rows; ++r) store(a.most + r * LANES, splat(-__builtin_inff()));
     const char* at = a.rows;
-    const int64_t ahead = std::max<int64_t>(16, FAR_BYTES / a.bytes);
     for (int t = 0; t < a.tokens; t += 16, at += 16 * a.stride) {
-        int64_t stride = a.stride, far = t + 16 + ahead <= a.count + a.after ? ahead * stride : 0;
+        int64_t stride = a.stride;
         const char* from = at;
         if (a.count - t < 16) {
             for (int i = 0; i < a.count - t; ++i) std::memcpy(a.padded + i * a.bytes, at + i * stride, a.bytes);
-            from = a.padded, stride = a.bytes, far = 0;
+            from = a.padded, stride = a.bytes;
         }
-        for (int r = 0, n; r < rows; r += n, far = 0) {
+        for (int r = 0, n; r < rows; r += n) {
             n = quad_pass(rows - r);
             vf score[4];
             as_pass(n, [&]<int n>(std::integral_constant<int, n>) {
-                score_sixteen<kind, n, terms>(a, from, stride, a.q + r * terms * a.q_stride, far, score);
+                score_sixteen<kind, n, terms>(a, from, stride, a.q + r * terms * a.q_stride, score);
             });
             for (int i = 0; i < n; ++i) {
                 float* most = a.most + (r + i) * LANES;
@@ -145,6 +140,13 @@ inline void score_dense_of(const DenseScores& a, int rows) {
             }
         }
     }
+}
+
+// Ticks of `ahead` while `rows` query rows are multiplied with `tokens` tokens.
+INLINE int dense_ticks(const Format& f, int rows, int tokens) {
+    int passes = 0;
+    for (; rows; ++passes) rows -= quad_pass(rows);
+    return passes * tokens * int(row_bytes(f) / (f.kind == F16 ? LINE / 2 : LINE));
 }
 
 inline void score_dense(const Format& f, int rows, int terms, const DenseScores& a) {

@@ -11,6 +11,7 @@ namespace GYROKV_ISA {
 #if !defined(GYROKV_QUADS)
 
 INLINE bool adds_pairs(const Format&, int) { return false; }
+INLINE int pair_ticks(const Format&, int, int) { return 0; }
 
 #else
 
@@ -24,12 +25,12 @@ struct PairValues {
     const char* rows;        // of the first token
     int64_t row_stride;      // bytes
     int tokens, dim;
-    bool asks;               // for as many rows that follow
     const char* weights;     // [row][part], `stride` bytes apart; zero from `tokens` on
     int count;               // query rows
     float* out;              // out = out * rescale + sums
     int64_t out_stride;
     const float* rescale;
+    Ahead& ahead;
 };
 
 // Parts of two vectors, of 16 bytes, in turns.
@@ -93,10 +94,6 @@ INLINE void add_pairs_of(const PairValues& v, int row, int chunk) {
     vf sum[rows][vectors] = {};
     const char* from = v.rows + chunk * bytes;
     const char* weights = v.weights + row * 2 * WEIGHT_STRIDE;
-    // rows without gaps are asked for in the order of memory
-    const bool asks = v.asks && !row, joined = v.row_stride == v.dim / COLUMNS_PER_CHUNK * bytes;
-    const char* next = from + v.tokens * v.row_stride + (joined ? int64_t(chunk) * bytes * (v.tokens - 1) : 0);
-    const int64_t step = joined ? chunks * bytes : v.row_stride;
     auto add = [&](int64_t second) __attribute__((always_inline)) {
         line x[vectors];
         pairs(from, from + second, x);
@@ -107,9 +104,7 @@ INLINE void add_pairs_of(const PairValues& v, int row, int chunk) {
         weights += 4, from += 2 * v.row_stride;
     };
     for (int t = 0; t + 2 <= v.tokens; t += 2) {
-        if (asks)
-            for (int i = 0; i < 2; ++i, next += step)
-                for (int at = 0; at < chunks * bytes; at += LINE) __builtin_prefetch(next + at);
+        v.ahead.tick_inside(2 * chunks);
         add(v.row_stride);
     }
     if (v.tokens % 2) add(0);
@@ -137,6 +132,13 @@ inline void add_pairs(const PairValues& v) {
             if (c < all) add_pairs_of<float8, rows, 1>(v, row, c);
         });
     }
+}
+
+// Ticks of `ahead` while `rows` query rows take `tokens` tokens.
+INLINE int pair_ticks(const Format& f, int rows, int tokens) {
+    int passes = 0;
+    for (; rows; ++passes) rows -= quad_pass(rows);
+    return passes * tokens * (f.dim / COLUMNS_PER_CHUNK);
 }
 
 // Weights of a row to their parts, zeros up to whole vectors from `stop` on.

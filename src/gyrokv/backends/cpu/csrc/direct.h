@@ -14,7 +14,6 @@ namespace GYROKV_ISA {
 constexpr int MOST_DIRECT_CODES = 8;                // query rows: more are cheaper with panels
 constexpr int MOST_DIRECT = TAKES_QUADS ? MOST_QUAD_ROWS : 8;  // of rows that are no codes
 constexpr int COLUMNS_PER_CHUNK = 32;
-constexpr int V_PART_BYTES = 16 << 10;  // of rows that are passed over before others, which stay in the first cache
 constexpr int DIRECT_PACE = 6;  // ticks per token and pass
 
 #if !defined(__AVX512F__)
@@ -138,7 +137,6 @@ struct Weighted {
     const Direct& direct;
     const char* rows;
     int64_t row_stride;      // bytes
-    bool asks;               // for as many rows that follow; else `ahead` does
     int first, stop;         // tokens; the first is a multiple of LANES
     const float* weights;    // [group][4 rows at a time][tokens as above]
     int64_t stride;          // of each 4 rows; floats
@@ -151,13 +149,9 @@ struct Weighted {
     const float* totals;     // [group][row] sums of weights, for LINEAR
 };
 
-template <int decoding>
-constexpr bool ASKS = TAKES_QUADS && decoding < LINEAR;
-
 template <int decoding, bool plain, int rows, int chunks>
 INLINE void add_chunks(const Weighted& w, int row, int chunk, Ahead& ahead) {
     constexpr bool codes = decoding == LINEAR;
-    constexpr int bytes = chunks * (decoding == FLOATS ? 128 : 64);
     const Decoded<decoding, plain, chunks> decoded(w.direct, chunk);
     vf sum[rows][2 * chunks] = {};
     const float* weights[chunks];
@@ -168,19 +162,9 @@ INLINE void add_chunks(const Weighted& w, int row, int chunk, Ahead& ahead) {
     }
     const int64_t row_stride = w.row_stride;
     const char* from = w.rows + w.first * row_stride;
-    const bool asks = ASKS<decoding> && w.asks && !row;
-    const int64_t at_chunk = chunk * (bytes / chunks), tokens = w.stop - w.first;
-    // rows without gaps are asked for in the order of memory
-    const bool joined = row_stride == w.dim / COLUMNS_PER_CHUNK * (bytes / chunks);
-    const char* next = from + tokens * row_stride + (joined ? at_chunk * tokens : at_chunk);
-    const int64_t step = joined ? bytes : row_stride;
     auto add = [&](int64_t at) __attribute__((always_inline)) {
         vf x[2 * chunks];
         decoded(from, x);
-        if (asks) {
-            for (int i = 0; i < bytes; i += 64) __builtin_prefetch(next + i, 0, 3);
-            next += step;
-        }
         for (int c = 0; c < chunks; ++c)
             for (int r = 0; r < rows; ++r) {
                 const vf weight = splat(weights[codes ? c : 0][at + r]);
@@ -191,7 +175,7 @@ INLINE void add_chunks(const Weighted& w, int row, int chunk, Ahead& ahead) {
     };
     int t = w.first;
     for (; t + 4 <= w.stop; t += 4) {
-        if (!ASKS<decoding>) ahead.tick(4 * DIRECT_PACE);
+        ahead.tick(4 * DIRECT_PACE);
         const int64_t at = weight_at(uint32_t(t));
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) add(at + i * LANES);
@@ -232,7 +216,7 @@ inline void add_direct_of(const Weighted& w, MatrixUnit& unit, Ahead& ahead) {
     const int all = w.dim / COLUMNS_PER_CHUNK;
     auto some = [&]<int rows>(std::integral_constant<int, rows>, int row) {
         int c = 0;
-        constexpr bool wide = rows <= 2 && ASKS<decoding>;
+        constexpr bool wide = rows <= 2 && TAKES_QUADS && decoding < LINEAR;
         if constexpr (wide)
             for (; c + 4 <= all; c += 4) add_chunks<decoding, plain, rows, 4>(w, row, c, ahead);
         for (; c + 2 <= all; c += 2) {

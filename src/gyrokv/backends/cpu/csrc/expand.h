@@ -305,9 +305,9 @@ struct MatrixUnit {
 #endif
 
 // Fetches rows a few cache lines at a time while others are computed with: a burst would wait for memory, and between bursts memory would
-// wait. Lines of four pages take turns, because a core follows each page with a prefetcher of its own, and these have more lines on their
-// way than its buffers hold. Rows of K and of V do not take turns: where they lie in the same bank of memory, each turn would open another
-// row of it.
+// wait. Lines of codes come from four pages in turns, because a core follows each page with a prefetcher of its own, and these have more
+// lines on their way than its buffers hold; rows that are no codes, of which memory is slower than the core, come faster in order. Rows of
+// K and of V do not take turns: where they lie in the same bank of memory, each turn would open another row of it.
 class Ahead {
    public:
     Ahead() = default;
@@ -318,7 +318,7 @@ class Ahead {
     void start() {
         stop_ = end_, credit_ = ALL;
         fetch();
-        now_ = stop_ = end_ = stream_, lines_ = rate_ = credit_ = 0;
+        now_ = stop_ = end_ = mark_ = stream_, rate_ = credit_ = 0;
     }
     struct Wanted {
         bool keys, values;  // else their scales only
@@ -330,20 +330,21 @@ class Ahead {
         if (wanted.values) add_words(vf_, v, first, count);
     }
     void add_words(const Format& f, const Rows& rows, int64_t first, int64_t count) {
-        add_lines(rows.words, rows.word_strides[2], row_bytes(f), first, count);
+        add_lines(rows.words, rows.word_strides[2], row_bytes(f), first, count, f.kind != CODES);
     }
-    // What was added is to come within so many tick(). If more is added after that, it is to come within those after next().
-    void until(int ticks) {
-        const int64_t rate = lines_ * ONE / std::max(ticks, 1) + 1;
-        if (stop_ == stream_) stop_ = end_, rate_ = rate;
-        else next_rate_ = rate;
-        lines_ = 0;
+    // What was added so far is to come before next().
+    void mark() { mark_ = end_; }
+    // All that was added is to come within `ticks` until next() and `later` after it.
+    void until(int ticks, int later = 0) {
+        later_ = later;
+        rate_ = std::max(rate(lines_before(mark_), ticks), rate(lines_before(end_), ticks + later));
+        stop_ = end_;
     }
     void next() {
-        if (stop_ == end_) return;
-        credit_ = ALL;
+        if (mark_ == stream_) return;
+        stop_ = mark_, credit_ = ALL;
         fetch();
-        stop_ = end_, rate_ = next_rate_, credit_ = 0;
+        stop_ = end_, mark_ = stream_, credit_ = 0, rate_ = rate(lines_before(end_), later_);
     }
 
     inline __attribute__((always_inline)) void tick(int weight = 1) {
@@ -367,13 +368,13 @@ class Ahead {
             const int64_t part = s.part;
             __builtin_prefetch(at, 0, LEVEL), __builtin_prefetch(at + part, 0, LEVEL);
             __builtin_prefetch(half, 0, LEVEL), __builtin_prefetch(half + part, 0, LEVEL);
-            s.at = at + LINE_BYTES;
+            s.at = at + s.step;
             if (__builtin_expect(--s.left, 1)) continue;
             s.at += s.jump, s.left = s.turns;
             if (!--s.rows) ++now_;
         }
+        if (now_ == stop_) rate_ = credit = 0;
         credit_ = credit;
-        if (now_ == stop_) rate_ = 0;
     }
 
 #if defined(__AMX_INT8__)
@@ -385,22 +386,34 @@ class Ahead {
     static constexpr int PARTS = 4, BURST = 2 * PARTS;  // lines that are asked for at once
     struct Stream {
         const char* at;             // the next line of the first part
-        int64_t part, jump;         // bytes: from part to part; from the last line of a row to the next row
+        int64_t part, step, jump;   // bytes: from part to part; to the part's next line; from there to the next row after the last one
         int32_t left, turns, rows;  // lines left of the row; of a row; rows left of a part
     };
     void add_scales(const Format& f, const Rows& rows, int64_t first, int64_t count) {
-        if (f.scale_type != SCALE_NONE)
-            add_lines(rows.scale, rows.scale_strides[2], int64_t(f.dim / f.group) * (f.scale_type == SCALE_F16 ? 2 : 4), first, count);
+        if (f.scale_type == SCALE_NONE) return;
+        const int64_t bytes = int64_t(f.dim / f.group) * (f.scale_type == SCALE_F16 ? 2 : 4);
+        add_lines(rows.scale, rows.scale_strides[2], bytes, first, count, false);
     }
-    void add_lines(const char* from, int64_t stride, int64_t bytes, int64_t first, int64_t count) {
+    // In order: parts are lines of the same row that follow each other, if there are no gaps between rows.
+    void add_lines(const char* from, int64_t stride, int64_t bytes, int64_t first, int64_t count, bool in_order) {
         if (count <= 0) return;
-        const int64_t each = (count + PARTS - 1) / PARTS;
-        const int rows = bytes == stride ? 1 : int(each), turns = int((bytes * each / rows + LINE_BYTES - 1) / LINE_BYTES);
-        *end_++ = {from + first * stride, each * stride, stride - LINE_BYTES * turns, turns, turns, rows};
-        lines_ += int64_t(PARTS) * rows * turns;
+        const bool joined = bytes == stride;
+        in_order &= joined;
+        const int64_t each = (count + PARTS - 1) / PARTS, rows = joined ? 1 : each;
+        const int64_t step = in_order ? PARTS * LINE_BYTES : LINE_BYTES, length = in_order ? count * bytes : each / rows * bytes;
+        const int turns = int((length + step - 1) / step);
+        *end_++ = {from + first * stride, in_order ? LINE_BYTES : each * stride, step, stride - step * turns, turns, turns, int(rows)};
     }
-    Stream stream_[5], *now_ = stream_, *stop_ = stream_, *end_ = stream_;
-    int64_t lines_ = 0, rate_ = 0, next_rate_ = 0, credit_ = 0;
+    // Lines that are left of what was added before `end`.
+    int64_t lines_before(const Stream* end) const {
+        int64_t lines = 0;
+        for (const Stream* s = now_; s < end; ++s) lines += PARTS * (int64_t(s->rows - 1) * s->turns + s->left);
+        return lines;
+    }
+    static int64_t rate(int64_t lines, int ticks) { return lines * ONE / std::max(ticks, 1) + 1; }
+    Stream stream_[5], *now_ = stream_, *stop_ = stream_, *end_ = stream_, *mark_ = stream_;
+    int64_t rate_ = 0, credit_ = 0;
+    int later_ = 0;
 };
 
 inline PlainRows plain_rows(const Format& f, const Tables& tables, const char* from, int64_t row_stride, int count, char* scratch) {

@@ -126,6 +126,37 @@ INLINE int expand_halves(const char* from, int count, int tokens, float* to) {
 
 constexpr int MOST_SCALES = 640 / 32;  // of a row
 
+#if defined(__AVX512F__)
+// Where the i-th token's scale number g of `n` is among the first 16 tokens' scales, and which of these are in each vector of them.
+template <int n>
+struct ScalePlaces {
+    alignas(64) int32_t place[n][LANES];
+    uint16_t here[n][n] = {};
+    constexpr ScalePlaces() {
+        for (int g = 0; g < n; ++g)
+            for (int i = 0; i < LANES; ++i) place[g][i] = i * n + g, here[g][place[g][i] / LANES] |= 1 << i;
+    }
+};
+
+// The same for any `n` > 1: a permute takes what two vectors have of a scale, another one what each of the rest has.
+template <int n>
+inline int permute_halves(const char* from, int count, int tokens, float* to) {
+    static constexpr ScalePlaces<n> places;
+    int t = 0;
+    for (; t + LANES <= count; t += LANES, from += 2 * n * LANES) {
+        __m512 x[n];
+        for (int i = 0; i < n; ++i) x[i] = (__m512)half_to_float(from + i * 2 * LANES);
+        for (int g = 0; g < n; ++g) {
+            const __m512i place = _mm512_load_si512(places.place[g]);
+            __m512 y = _mm512_permutex2var_ps(x[0], place, x[1]);
+            for (int i = 2; i < n; ++i) y = _mm512_mask_permutexvar_ps(y, places.here[g][i], place, x[i]);
+            store(to + int64_t(g) * tokens + t, (vf)y);
+        }
+    }
+    return t;
+}
+#endif
+
 // Scales of a block as [scale][tokens] floats; zero from `count` on.
 inline void expand_scales(const Format& f, const Rows& rows, int64_t first, int count, int tokens, float* to) {
     if (f.scale_type == SCALE_NONE) return;
@@ -139,32 +170,23 @@ inline void expand_scales(const Format& f, const Rows& rows, int64_t first, int 
         if (n == 4) t = expand_halves<4>(from, count, tokens, to);
         if (n == 8) t = expand_halves<8>(from, count, tokens, to);
         if (n == 16) t = expand_halves<16>(from, count, tokens, to);
-    }
-    const bool gaps = f.scale_type != SCALE_F16 || stride != 2 * n;
 #if defined(__AVX512F__)
-    const int begun = t;
-    for (int g = 0; g < n && !gaps && begun + LANES <= count; ++g) {
-        vi place;
-        for (int i = 0; i < LANES; ++i) place[i] = i * n + g;
-        __mmask16 here[MOST_SCALES];
-        for (int i = 0; i < n; ++i) here[i] = _mm512_cmpeq_epi32_mask((__m512i)(place >> 4), _mm512_set1_epi32(i));
-        for (t = begun; t + LANES <= count; t += LANES) {
-            __m512 x = {};
-            for (int i = 0; i < n; ++i) {
-                const __m512 some = (__m512)half_to_float(from + t * stride + i * 2 * LANES);
-                x = _mm512_mask_permutexvar_ps(x, here[i], (__m512i)place, some);
-            }
-            store(to + int64_t(g) * tokens + t, (vf)x);
-        }
-    }
+        auto permute = [&]<int m>(std::integral_constant<int, m>) {
+            if constexpr (m & (m - 1))
+                if (n == m) t = permute_halves<m>(from, count, tokens, to);
+        };
+        [&]<int... m>(std::integer_sequence<int, m...>) {
+            (permute(std::integral_constant<int, m + 1>{}), ...);
+        }(std::make_integer_sequence<int, MOST_SCALES>{});
 #else
-    for (; t + LANES <= count && !gaps; t += LANES) {
         float wide[LANES * MOST_SCALES];
-        for (int i = 0; i < n; ++i) store(wide + i * LANES, half_to_float(from + t * stride + i * 2 * LANES));
-        for (int g = 0; g < n; ++g)
-            for (int i = 0; i < LANES; ++i) to[int64_t(g) * tokens + t + i] = wide[i * n + g];
-    }
+        for (; t + LANES <= count; t += LANES) {
+            for (int i = 0; i < n; ++i) store(wide + i * LANES, half_to_float(from + t * stride + i * 2 * LANES));
+            for (int g = 0; g < n; ++g)
+                for (int i = 0; i < LANES; ++i) to[int64_t(g) * tokens + t + i] = wide[i * n + g];
+        }
 #endif
+    }
     for (; t < count; ++t)
         for (int g = 0; g < n; ++g) {
             const char* at = from + t * stride + g * size;

@@ -207,24 +207,14 @@ inline void add_rows(const Attend& call, Workspace& work, const Block& block, fl
     int first, stop;
     clear_weights(work, rows, state, first, stop);
     stop = std::min(stop, block.count);
-    static constexpr auto ones = [] {
-        std::array<float, MOST_DIRECT> made;
-        made.fill(1.0f);
-        return made;
-    }();
-    const int step = std::max(16, int(std::bit_floor(uint64_t(V_PART_BYTES / row_bytes(f)))));
 #if defined(GYROKV_QUADS)
     if (adds_pairs(f, rows)) {
         for (int r = 0; r < rows; ++r)
             split_weights(work.scores + r * SCORE_STRIDE, first, stop, work.weights + 2 * r * WEIGHT_STRIDE);
         const int64_t stride = block.v_rows.word_strides[2];
-        PairValues v = {nullptr, stride, 0, f.dim, false, nullptr, rows, out, call.v_dim, work.rescale};
-        for (int t = first; t < stop; t += step, v.rescale = ones.data()) {
-            v.rows = block.v_rows.words + t * stride, v.weights = work.weights + 2 * t;
-            v.tokens = std::min(step, stop - t), v.asks = t + step < stop || block.after;
-            f.kind == BF16 ? add_pairs<false>(v) : add_pairs<true>(v);
-        }
-        return;
+        const PairValues v = {block.v_rows.words + first * stride, stride, stop - first, f.dim, work.weights + 2 * first, rows, out,
+                              call.v_dim, work.rescale, work.ahead};
+        return f.kind == BF16 ? add_pairs<false>(v) : add_pairs<true>(v);
     }
 #endif
     const bool scaled = f.scale_type != SCALE_NONE;
@@ -235,15 +225,9 @@ inline void add_rows(const Attend& call, Workspace& work, const Block& block, fl
         for (int r = 0; r < rows; r += 4, to += stride)
             share_weights(work.scores + r * SCORE_STRIDE, SCORE_STRIDE, std::min(4, rows - r),
                           scaled ? block.v_scale + g * int64_t(block.tokens) : nullptr, first, stop, to, totals + g * rows + r);
-    Weighted w = {*block.direct, block.v_rows.words, block.v_rows.word_strides[2], false, first, stop,
+    const Weighted w = {*block.direct, block.v_rows.words, block.v_rows.word_strides[2], first, stop,
                   work.shares, stride, rows, f.dim, group, out, call.v_dim, work.rescale, f.factor, totals};
-    if (!TAKES_QUADS || f.kind == CODES) return add_direct(w, work.unit, work.ahead);
-    const int last = w.stop;
-    for (; w.first < last; w.first += step, w.rescale = ones.data()) {
-        w.stop = std::min(w.first + step, last);
-        w.asks = w.stop < last || block.after;
-        add_direct(w, work.unit, work.ahead);
-    }
+    add_direct(w, work.unit, work.ahead);
 #endif
 }
 
