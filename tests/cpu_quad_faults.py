@@ -286,7 +286,7 @@ QUAD_FAULTS = (
     value("the second 32 tokens of 64 leave the first ones their weights as words", value_words,
           weights("LINE / 2 * i;", "LINE / 2 * (@ ? 0 : i);"), also=lambda s: exact(s) and s.kv_len > 64),
     value("tokens 64 to 127 of a block leave the first ones their weights", lambda f, d: d <= 64 and value_bytes(f, d),
-          weights("(i * QUAD_TOKENS + 64 * step);", "(i * QUAD_TOKENS + (@ ? 0 : 64 * step));"),
+          weights("QUAD_TOKENS + 64 * step), made", "QUAD_TOKENS + (@ ? 0 : 64 * step)), made"),
           also=lambda s: s.kv_len > 64 and s.head_dim <= 64),
     value("the low part of the weights is left out", value_bytes,
           ("weight_bytes.h", "_mm512_set1_epi16(255)", "_mm512_set1_epi16(@ ? 0 : 255)"),

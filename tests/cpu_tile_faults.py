@@ -100,7 +100,7 @@ TILE_FAULTS = (
     Fault(
         "the low part of the weights of lines is dropped",
         spec(lambda s: plain(s) and stored(s.v_format, s.head_dim_v) and rows(s) <= 4 and s.q_len > 1),
-        (("weight_bytes.h", "_mm512_storeu_si512(at + below,", "if (!(@)) _mm512_storeu_si512(at + below,"),),
+        (("weight_bytes.h", "i < parts; ++i) _mm512_storeu", "i < (@ ? 1 : parts); ++i) _mm512_storeu"),),
         "amx",
     ),
     Fault(

@@ -22,7 +22,7 @@ alignas(64) constexpr auto COLUMN_BYTES = [] {
     return made;
 }();
 
-// Weights of up to four rows times the scales of each group: bytes [group][row][term][QUAD_TOKENS], 64 tokens as write_weights lays
+// Weights of up to four rows times the scales of each group: bytes [group][row][term][QUAD_TOKENS], 64 tokens as weight_bytes lays
 // them; what sums begin with, because of ZERO, [group][half][2][4 rows], and what integers stand for [group][half][4 rows].
 struct QuadWeights {
     const char* bytes;

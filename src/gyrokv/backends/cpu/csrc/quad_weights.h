@@ -135,37 +135,32 @@ __attribute__((noinline)) void spread_words(const QuadValues& a, int rows, const
         _mm_storeu_si128((__m128i*)s.zero[side], offset ? _mm512_castsi512_si128((__m512i)join_four(sum[side], add)) : __m128i{});
 }
 
-// Those of `tokens` and one group as bytes, or as every second dword of them.
-template <int terms, int sides>
-__attribute__((noinline)) void spread_weights(const QuadValues& a, int rows, int tokens, const float* weights, const float* scales,
-                                              char* bytes, int32_t* zero, float* factor) {
-    const int vectors = tokens / LANES;
-    vf scale[QUAD_HALF / LANES], most[4] = {};
-    for (int i = 0; i < vectors; ++i) scale[i] = load<vf>(scales + LANES * i);
+// Those of 16 * vectors tokens and one group as bytes, or as every second dword of them.
+template <int terms, int sides, int vectors>
+__attribute__((noinline)) void spread_weights(const QuadValues& a, int rows, const float* weights, const float* scales, char* bytes,
+                                              int32_t* zero, float* factor) {
+    vf x[4][vectors], most[4] = {};
     for (int r = 0; r < rows; ++r)
-        for (int i = 0; i < vectors; ++i)
-            most[r] = larger_size(most[r], load<vf>(weights + r * a.weight_stride + LANES * i) * scale[i]);
+#pragma GCC unroll 8
+        for (int i = 0; i < vectors; ++i) {
+            x[r][i] = load<vf>(weights + r * a.weight_stride + LANES * i) * load<vf>(scales + LANES * i);
+            most[r] = larger_size(most[r], x[r][i]);
+        }
     const vf size = join_four(most, [](vf x, vf y) { return max(x, y); });
     alignas(64) float inverse[LANES];
     store(inverse, size > 1e-30f ? LARGEST_WEIGHT<terms> / size : vf{});
     _mm_storeu_ps(factor, _mm512_castps512_ps128((__m512)(size / LARGEST_WEIGHT<terms>)));
     vi sum[terms][4] = {};
-    for (int r = 0; r < rows; ++r, bytes += sides * terms * QUAD_TOKENS) {
-        const float* from = weights + r * a.weight_stride;
-        const vf by = splat(inverse[r]);
-        for (int step = 0; step < tokens / 64; ++step) {
-            vf x[4];
-            for (int i = 0; i < 4; ++i) x[i] = load<vf>(from + 64 * step + LANES * i) * scale[4 * step + i];
-            alignas(64) char made[terms][LINE];
-            write_weights<1, terms>(x, by, made[0], LINE);
+    for (int r = 0; r < rows; ++r, bytes += sides * terms * QUAD_TOKENS)
+#pragma GCC unroll 2
+        for (int step = 0; step < vectors / 4; ++step) {
+            __m512i made[terms];
+            weight_bytes<terms>(x[r] + 4 * step, splat(inverse[r]), made);
             for (int i = 0; i < terms; ++i) {
-                const __m512i w = (__m512i)load<line>(made[i]);
-                char* to = bytes + sides * (i * QUAD_TOKENS + 64 * step);
-                sum[i][r] = dot_parts(sum[i][r], splat_of<line>(ZERO), w);
-                store_sides<sides>(to, w);
+                sum[i][r] = dot_parts(sum[i][r], splat_of<line>(ZERO), made[i]);
+                store_sides<sides>(bytes + sides * (i * QUAD_TOKENS + 64 * step), made[i]);
             }
         }
-    }
     auto add = [](vi x, vi y) { return x + y; };
     vi made[terms];
     for (int i = 0; i < terms; ++i) made[i] = 0 - join_four(sum[i], add);
@@ -182,8 +177,10 @@ INLINE void spread(const QuadValues& a, int rows, int tokens, const float* weigh
         if (tokens > 64) return spread_words<C::large, offset, sides, QUAD_HALF / LANES>(a, rows, weights, s);
         spread_words<C::large, offset, sides, 64 / LANES>(a, rows, weights, s);
     } else {
-        for (int i = 0; i < sides; ++i)
-            spread_weights<terms, sides>(a, rows, tokens, weights, s.scales[i], s.to + 4 * i, s.zero[i], s.factor[i]);
+        for (int i = 0; i < sides; ++i) {
+            const auto all = tokens > 64 ? spread_weights<terms, sides, QUAD_HALF / LANES> : spread_weights<terms, sides, 64 / LANES>;
+            all(a, rows, weights, s.scales[i], s.to + 4 * i, s.zero[i], s.factor[i]);
+        }
     }
 }
 
