@@ -5,9 +5,10 @@ than three minutes. A run that leaves something out writes ``build/cpu.json`` un
 
 Before anything is timed, every configuration is compared with float64 (the gate); one that is wrong ends the run
 without a number. Decode is timed on cold data: calls rotate over copies of a layer that together are at least twice
-the last-level cache, and all points of a size take turns with torch's attention and with reading memory, so that
-whatever else the machine does meets them alike. Prefill and append are limited by arithmetic and timed on one layer. Times are of the public
-calls, rotation of q and the description of the problem included. Thread count: torch's (``OMP_NUM_THREADS``).
+the last-level cache. All points of a size take turns with torch's attention and with reading memory; shares and ratios
+are those of turns, so that whatever else the machine does meets both sides. Prefill and append are limited by
+arithmetic and timed on one layer. Times are of the public calls, rotation of q and the description of the problem
+included. Thread count: torch's (``OMP_NUM_THREADS``).
 """
 
 from __future__ import annotations
@@ -88,10 +89,10 @@ class Bench:
         spread = f"{time['us_p20']:.0f}-{time['us_p80']:.0f}"
         print(f"{row['part']:<8}{what:<44}{time['us']:>11.1f} us ({spread}) {'  '.join(notes)}", flush=True)
 
-    def find(self, **wanted) -> float | None:
-        """The time in us of the row that has these values, or None."""
+    def find(self, **wanted) -> dict | None:
+        """The row that has these values, or None."""
         rows = (r for r in self.rows if all(r.get(name) == value for name, value in wanted.items()))
-        return next((row["us"] for row in rows), None)
+        return next(rows, None)
 
     def copies(self, nbytes: int) -> int:
         """Copies of ``nbytes`` that no cache holds, as far as memory allows."""
@@ -116,21 +117,29 @@ class Bench:
     def decode_entries(self, entries: list[Entry]) -> None:
         calls = [(self.memory.read, nullcontext), *((entry.call, entry.context) for entry in entries)]
         read, *times = peers.timed_in_turns(calls, self.least, self.seconds)
-        self.ceiling = self.memory.gb_s(read)
-        print(f"memory is read at {self.ceiling:.1f} GB/s in turns with the following")
+        print(f"memory is read at {self.memory.gb_s(read):.1f} GB/s in turns with the following")
         for entry, taken in zip(entries, times):
-            self.add_decode(entry, taken)
+            self.add_decode(entry, taken, read)
 
-    def add_decode(self, entry: Entry, time: dict) -> None:
+    def add_decode(self, entry: Entry, time: dict, read: dict) -> None:
+        """Ratios are those of turns; only quoted times, which took none, are set against the median of all calls."""
         ratios, sizes = {}, {name: entry.row[name] for name in ("head_dim", "kv_len", "groups")}
         if "formats" in entry.row:
             rivals = {"bf16": self.find(**sizes, by="gyrokv", formats="bf16", fast=False, level="")}
             rivals |= {f"torch {d}": self.find(**sizes, by=f"torch {d}") for d in ("bfloat16", "float32")}
+            if entry.row["fast"]:
+                same = {name: entry.row[name] for name in ("formats", "level")}
+                rivals["two terms"] = self.find(**sizes, **same, by="gyrokv", fast=False)
+            ratios = {name: row and peers.ratio(row, time) for name, row in rivals.items()}
             if sizes["groups"] == GROUP:
-                rivals |= peers.quoted(entry.row["formats"], sizes["head_dim"], sizes["kv_len"])
-            ratios = {name: us and us / time["us"] for name, us in rivals.items()}
-        speed = entry.row["bytes"] / time["us"] / 1e3
-        row = entry.row | {"gb_s": speed, "ceiling_gb_s": self.ceiling, "ceiling_share": speed / self.ceiling}
+                quoted = peers.quoted(entry.row["formats"], sizes["head_dim"], sizes["kv_len"])
+                ratios |= {name: us / time["us"] for name, us in quoted.items()}
+        nbytes = entry.row["bytes"]
+        row = entry.row | {
+            "gb_s": nbytes / time["us"] / 1e3,
+            "ceiling_gb_s": self.memory.gb_s(read),
+            "ceiling_share": peers.ratio(read, time) * nbytes / self.memory.nbytes,
+        }
         self.add(entry.what, time, ratios, **row)
 
     def torch_entries(self, dim: int, kv_len: int, all_groups: list[int]) -> Iterator[Entry]:

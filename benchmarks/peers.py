@@ -95,33 +95,40 @@ def timed_in_turns(
     calls: Sequence[tuple[Callable[[int], object], Callable[[], AbstractContextManager]]],
     least: int,
     seconds: float,
-    turns: int = 5,
+    turns: int = 10,
 ) -> list[dict]:
-    """What ``timed`` says of each call within its context (entered once a turn), all of them taking ``turns``: whatever
-    else the machine does meets them alike, so ratios of their times hold where the times themselves do not."""
-    times: list[list[int]] = [[] for _ in calls]
+    """What ``timed`` says of each call within its context (entered once a turn), all of them taking ``turns``, and
+    ``turns_us``, the median of each: whatever else the machine does meets them alike, see ``ratio``."""
+    times: list[list[list[int]]] = [[] for _ in calls]
     gc.collect()
     gc.disable()
     try:
-        for turn in range(1, turns + 1):
+        for turn in range(turns):
             for (call, context), taken in zip(calls, times):
                 with context():
-                    for i in range(3):
-                        call(i + len(taken))
-                    wanted, most = -(-least * turn // turns), 2000 * turn // turns
-                    end = time.perf_counter_ns() + int(seconds / turns * 1e9)
-                    while len(taken) < wanted or (time.perf_counter_ns() < end and len(taken) < most):
-                        i = len(taken) + 3
-                        start = time.perf_counter_ns()
+                    begun = 3 * (turn + 1) + sum(map(len, taken))
+                    for i in range(begun - 3, begun):
                         call(i)
-                        taken.append(time.perf_counter_ns() - start)
+                    own: list[int] = []
+                    end = time.perf_counter_ns() + int(seconds / turns * 1e9)
+                    while len(own) < -(-least // turns) or (time.perf_counter_ns() < end and len(own) < 2000 // turns):
+                        start = time.perf_counter_ns()
+                        call(begun + len(own))
+                        own.append(time.perf_counter_ns() - start)
+                    taken.append(own)
     finally:
         gc.enable()
-    percentiles = [[float(t) / 1e3 for t in np.percentile(taken, (20, 50, 80))] for taken in times]
-    return [
-        {"us": middle, "us_p20": low, "us_p80": high, "repetitions": len(taken)}
-        for (low, middle, high), taken in zip(percentiles, times)
-    ]
+    result = []
+    for taken in times:
+        low, middle, high = (float(t) / 1e3 for t in np.percentile(sum(taken, []), (20, 50, 80)))
+        each = [float(np.median(own)) / 1e3 for own in taken]
+        result.append({"us": middle, "us_p20": low, "us_p80": high, "repetitions": sum(map(len, taken)), "turns_us": each})
+    return result
+
+
+def ratio(slow: dict, fast: dict) -> float:
+    """How many times ``fast`` is as fast as ``slow``: the median over the turns that they took together."""
+    return float(np.median(np.divide(slow["turns_us"], fast["turns_us"])))
 
 
 class Memory:
