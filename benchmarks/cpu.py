@@ -46,7 +46,7 @@ from cpu_plan import (
     new_layer,
     plan,
     refused,
-)  # fmt: skip
+)
 from torch.nn.functional import scaled_dot_product_attention
 
 from gyrokv import FORMATS, append
@@ -112,7 +112,8 @@ class Bench:
                 if peers.available_memory() < reserve:
                     self.decode_entries(entries)
                     entries.clear()
-            self.decode_entries(entries)
+            if entries:
+                self.decode_entries(entries)
 
     def decode_entries(self, entries: list[Entry]) -> None:
         calls = [(self.memory.read, nullcontext), *((entry.call, entry.context) for entry in entries)]

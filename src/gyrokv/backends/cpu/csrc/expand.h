@@ -330,7 +330,7 @@ class Ahead {
         if (wanted.values) add_words(vf_, v, first, count);
     }
     void add_words(const Format& f, const Rows& rows, int64_t first, int64_t count) {
-        add_lines(rows.words, rows.word_strides[2], row_bytes(f), first, count, f.kind != CODES);
+        add_lines(rows.words, rows.word_strides[2], row_bytes(f), first, count, IN_ORDER && f.kind != CODES);
     }
     // What was added so far is to come before next().
     void mark() { mark_ = end_; }
@@ -379,8 +379,10 @@ class Ahead {
 
 #if defined(__AMX_INT8__)
     static constexpr int LEVEL = 2;  // into the second cache
+    static constexpr bool IN_ORDER = false;
 #else
     static constexpr int LEVEL = 3;  // into the first one
+    static constexpr bool IN_ORDER = true;  // rows that are no codes
 #endif
     static constexpr int64_t ONE = 256, ALL = ONE << 20, LINE_BYTES = 64;
     static constexpr int PARTS = 4, BURST = 2 * PARTS;  // lines that are asked for at once
