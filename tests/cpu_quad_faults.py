@@ -22,11 +22,11 @@ def query(old: str, new: str) -> tuple[str, str, str]:
 
 
 def scores(old: str, new: str) -> tuple[str, str, str]:
-    return "quad_scores.h", old, new
+    return "quad_scores.cpp", old, new
 
 
 def values(old: str, new: str) -> tuple[str, str, str]:
-    return "quad_values.h", old, new
+    return "quad_values.cpp", old, new
 
 
 def weights(old: str, new: str) -> tuple[str, str, str]:

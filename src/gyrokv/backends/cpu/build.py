@@ -32,6 +32,7 @@ _AVX512 = (
     *_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vbmi", "-mavx512vnni", "-mavx512bf16",
 )  # fmt: skip
 _AMX = (*_AVX512, "-mamx-tile", "-mamx-int8", "-mamx-bf16")
+_SOURCES = {"avx512": ("quad_values.cpp", "quad_scores.cpp")}  # beside kernels.cpp; what takes longest comes first
 # speed alone, where the compiler knows it: also on other makers' CPUs (see CONTRIBUTING.md)
 _TUNING = {"avx512": ("-mtune=sapphirerapids",)}
 _X86 = "#include <immintrin.h>\n"
@@ -139,7 +140,7 @@ def known_levels() -> tuple[str, ...]:
 def build(output: str | Path = LIBRARY, extra_flags: Sequence[str] = (), levels: Sequence[str] | None = None) -> Built:
     """Compile and link ``output``; ``extra_flags`` come last on every command (as for sanitizers).
 
-    ``levels``: which of :func:`known_levels`, default all; one takes a few seconds. An existing file is replaced at
+    ``levels``: which of :func:`known_levels`, default all. An existing file is replaced at
     once, so that processes that have loaded it keep it. Raises BuildError.
     """
     output = Path(output)
@@ -148,19 +149,12 @@ def build(output: str | Path = LIBRARY, extra_flags: Sequence[str] = (), levels:
     left_out = {}
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
 
-        def compile_level(name: str) -> str:
-            if said := _accepts(command, _PROBES[name], ("-O1", *flags_of[name])):
-                return f"the compiler does not know it: {said}"
-            tuning = _TUNING.get(name, ())
-            if tuning and _accepts(command, _PROBES["portable"], tuning):
-                tuning = ()
-            flags = (*_SHARED, *flags_of[name], *tuning, f"-DGYROKV_ISA={name}")
-            _compile(command, "kernels.cpp", Path(folder) / f"{name}.o", (*flags, *extra_flags))
-            return ""
+        def probe(name: str) -> str:
+            return _accepts(command, _PROBES[name], ("-O1", *flags_of[name]))
 
-        for name, said in zip(tuple(flags_of), pool.map(compile_level, flags_of)):
+        for name, said in zip(tuple(flags_of), pool.map(probe, flags_of)):
             if said:
-                left_out[name] = said
+                left_out[name] = f"the compiler does not know it: {said}"
                 del flags_of[name]
         about = "; ".join(f"{name}: {said}" for name, said in left_out.items())
         defines = (
@@ -168,11 +162,24 @@ def build(output: str | Path = LIBRARY, extra_flags: Sequence[str] = (), levels:
             f"-DGYROKV_DIGEST={_quoted(digest())}",
             f"-DGYROKV_LEFT_OUT={_quoted(about)}",
         )
-        _compile(command, "core.cpp", Path(folder) / "core.o", (*_SHARED, *defines, *extra_flags))
+        tuning = {name: () if _accepts(command, _PROBES["portable"], flags) else flags for name, flags in _TUNING.items()}
+
+        def compiled(part: tuple[str, str]) -> str:
+            level, source = part
+            made = Path(folder) / f"{level}-{source}.o"
+            own = (*flags_of[level], *tuning.get(level, ()), f"-DGYROKV_ISA={level}") if level else defines
+            _compile(command, source, made, (*_SHARED, *own, *extra_flags))
+            return str(made)
+
+        parts = [(level, source) for level in flags_of for source in _SOURCES.get(level, ())]
+        parts += [*((level, "kernels.cpp") for level in flags_of), ("", "core.cpp")]
+        objects = dict(zip(parts, pool.map(compiled, parts)))
         # least first: of a function that the compiler put into several objects (from a header of the standard
         # library, say) the linker takes the first, which must run on every CPU
-        objects = [str(Path(folder) / f"{name}.o") for name in ("core", *reversed(flags_of))]
-        _link(command, objects, output, extra_flags)
+        levels_up = ("", *reversed(flags_of))
+        _link(
+            command, [made for level in levels_up for part, made in objects.items() if part[0] == level], output, extra_flags
+        )
     return Built(output, shlex.join(command), tuple(flags_of), left_out)
 
 

@@ -10,8 +10,6 @@
 namespace gyrokv {
 namespace GYROKV_ISA {
 
-#if defined(GYROKV_QUADS)
-
 // Weights of a chunk's sides: words [row][2 * sides * QUAD_TOKENS], or bytes [row][sides * QUAD_TOKENS] of one term; the rest [side] as in
 // QuadWeights.
 struct ChunkWeights {
@@ -187,8 +185,6 @@ INLINE void add_chunks_of(const QuadValues& a, const float* weights, float* out,
     if constexpr (Fields<C::bits>::steps == 2)
         for (int chunk = 0; chunk < a.order.chunks; ++chunk) add(std::integral_constant<int, 1>{}, chunk);
 }
-
-#endif
 
 }  // namespace GYROKV_ISA
 }  // namespace gyrokv

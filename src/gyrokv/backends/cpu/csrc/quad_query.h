@@ -5,8 +5,6 @@
 namespace gyrokv {
 namespace GYROKV_ISA {
 
-constexpr int QUAD_ROWS = 4;  // query rows of a pass, at most
-
 #if !defined(GYROKV_QUADS)
 
 struct QuadQuery {};

@@ -2,34 +2,11 @@
 #pragma once
 #include <array>
 
-#include "quad_scores.h"
+#include "quad_values.h"
 #include "weight_bytes.h"
 
 namespace gyrokv {
 namespace GYROKV_ISA {
-
-#if defined(GYROKV_QUADS)
-
-// Rows of a block of V, and what they are multiplied with.
-struct QuadValues {
-    const Quads& order;
-    const Tables& tables;
-    const Format& format;
-    const char* rows;
-    int64_t stride, bytes;   // from row to row; of a row
-    int count, tokens;       // rows; the same in whole steps of 64
-    const char* rest;        // 64 rows without gaps: the last ones, where they are fewer, and any others
-    int first, stop;         // tokens with weights, multiples of 16
-    const float* weights;    // [row][weight_stride]; zeros outside of those
-    int64_t weight_stride;
-    const float* scales;     // [group][tokens]
-    int terms;               // of weights
-    float* out;              // [row][out_stride]
-    int64_t out_stride;
-    const float* rescale;    // out = out * rescale + sums
-    char* spread;            // room for weights as bytes
-    Ahead& ahead;
-};
 
 // Tokens whose products are added up as integers.
 template <class C>
@@ -183,8 +160,6 @@ INLINE void spread(const QuadValues& a, int rows, int tokens, const float* weigh
         }
     }
 }
-
-#endif
 
 }  // namespace GYROKV_ISA
 }  // namespace gyrokv

@@ -20,6 +20,7 @@ constexpr int64_t QUAD_BLOCK = 40960;  // bytes of a block of K or V: more would
 constexpr int WORD_SUM = 198000;       // sizes of what a run of large words (WORD_RUN) meets add up to this, at most
 static_assert((WORD_SUM + WORD_RUN / 2) * int64_t(LARGEST_LEVEL) < int64_t(1) << 31);
 constexpr int MOST_QUAD_ROWS = 16;            // query rows
+constexpr int QUAD_ROWS = 4;                  // of a pass, at most
 constexpr int MOST_PARTS = 640 / PART_BYTES;  // of a padded head
 
 #if !defined(GYROKV_QUADS)
@@ -57,7 +58,7 @@ struct Part {
     alignas(16) uint8_t gather[PART_BYTES];   // bytes of the next field, in the order of a line of keys
     __mmask32 further;                        // whose bits lie one code higher, in 16-bit lanes
     int32_t shift;                            // of the first code's bits above the lowest
-    alignas(64) uint8_t column_gather[LINE];  // the same for lines of columns (see quad_values.h)
+    alignas(64) uint8_t column_gather[LINE];  // the same for lines of columns (see quad_values.cpp)
     int32_t column_shift[LANES];
 };
 
@@ -246,6 +247,30 @@ INLINE line codes_of(__m512i wide, __m512i next) {
     }
     return (line)code;
 }
+
+// Of `rows` query rows, those of the next pass.
+INLINE int quad_pass(int rows) { return rows >= 4 ? 4 : rows >= 2 ? 2 : 1; }
+// body(rows) of a pass.
+template <class Body>
+INLINE void as_pass(int rows, Body body) {
+    if (rows == 4) return body(std::integral_constant<int, 4>{});
+    if (rows == 2) return body(std::integral_constant<int, 2>{});
+    body(std::integral_constant<int, 1>{});
+}
+
+// body(terms) for those that takes_quads allows.
+template <class C, class Body>
+INLINE void as_terms(int terms, Body body) {
+    if constexpr (C::lines != BYTES) return body(std::integral_constant<int, 2>{});
+    constexpr bool both = C::bits < 5 || C::look_up == VALUES;
+    if constexpr (both)
+        if (terms == 2) return body(std::integral_constant<int, 2>{});
+    if constexpr (C::lines == BYTES) body(std::integral_constant<int, 1>{});
+}
+
+INLINE vi dot_parts(vi sum, line k, __m512i q) { return (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)k, q); }
+
+INLINE vi dot_words(vi sum, line k, __m512i q) { return (vi)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)k, q); }
 
 #endif
 
