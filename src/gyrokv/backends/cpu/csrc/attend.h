@@ -229,7 +229,8 @@ INLINE int tokens_per_block(const Attend& call, int rows) {
     }
     if (rows > 64) return integers ? 128 : MOST_TOKENS;
     if (stored) return short_blocks ? 64 : MOST_STORED_TOKENS;
-    if (quads) return int(std::clamp<int64_t>(QUAD_BLOCK / bytes / 64 * 64, 64, whole_bytes ? QUAD_TOKENS / 4 : QUAD_TOKENS));
+    if (quads && whole_bytes) return int(std::clamp<int64_t>(QUAD_BLOCK * 5 / 8 / bytes / 64 * 64, 64, QUAD_TOKENS / 4));
+    if (quads) return int(std::clamp<int64_t>(QUAD_BLOCK / bytes / 64 * 64, 64, QUAD_TOKENS));
     return int(std::clamp<int64_t>((packed ? 32768 : 16384) / bytes / 64 * 64, 64, 128));
 }
 
@@ -410,8 +411,8 @@ inline bool attend(const Attend& call, const Unit& unit, char* scratch) {
                         ask_for_next_unit(call, unit, per_block, wanted, work.ahead);
                     else
                         work.ahead.add(kf, k, vf_, v, slot + block.count, next, wanted);
-                    work.ahead.until(keys, values + pauses);
                     work.pause = pauses / (2 * unit.rows + 2);
+                    work.ahead.until(keys, values + (apart ? unit.rows * work.pause : pauses));
                 }
                 block.k_rows = k, block.k_tables = &k_tables, block.v_rows = v, block.v_tables = &v_tables;
                 block.k_rows.words += slot * k.word_strides[2], block.v_rows.words += slot * v.word_strides[2];

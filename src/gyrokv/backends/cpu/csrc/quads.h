@@ -16,7 +16,7 @@ namespace GYROKV_ISA {
 
 constexpr int QUAD_TOKENS = 1024;      // of a block, at most
 constexpr int QUAD_HALF = 128;         // whose weights are rounded relative to the same largest one
-constexpr int64_t QUAD_BLOCK = 40960;  // bytes of a block of K or V: more would leave the first cache before they are used
+constexpr int64_t QUAD_BLOCK = 65536;  // bytes of a block of K or V, at most
 constexpr int WORD_SUM = 198000;       // sizes of what a run of large words (WORD_RUN) meets add up to this, at most
 static_assert((WORD_SUM + WORD_RUN / 2) * int64_t(LARGEST_LEVEL) < int64_t(1) << 31);
 constexpr int MOST_QUAD_ROWS = 16;            // query rows
@@ -85,8 +85,8 @@ struct Quads {
         const bool repeats = next_words % PART_WORDS == 0 || next_words == PART_WORDS / 2;
         parts = words / PART_WORDS, lines = 8 / wide, step = words, sets = 1, chunks = 0;
         const bool whole = words % 32 == 0 && (!next || (std::has_single_bit(unsigned(next_words)) && next_words >= 8));
-        const bool nibbles = f.bits == 4 && (terms == 2 || !same);  // else two lines of a part cost less
-        if (values && whole && (f.planes == 2 || nibbles || (f.bits == 8 && f.linear))) chunks = words / 32;
+        // of one int8, rows of 5, 6 and 8 bits that are no integers take longer so from memory, though less in the first cache
+        if (values && whole && (f.planes == 2 || f.bits == 4 || (f.bits == 8 && f.linear))) chunks = words / 32;
         const bool apart = !values && f.bits == 4 && words % f.group == 0;  // codes, which have whole groups
         by_group = !chunks && !apart && (!same || !repeats || (values && lines == 1));
         plain = next_words % PART_WORDS == 0;
