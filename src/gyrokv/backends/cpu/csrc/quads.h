@@ -85,7 +85,7 @@ struct Quads {
         const bool repeats = next_words % PART_WORDS == 0 || next_words == PART_WORDS / 2;
         parts = words / PART_WORDS, lines = 8 / wide, step = words, sets = 1, chunks = 0;
         const bool whole = words % 32 == 0 && (!next || (std::has_single_bit(unsigned(next_words)) && next_words >= 8));
-        // of one int8, rows of 5, 6 and 8 bits that are no integers take longer so from memory, though less in the first cache
+        // of one int8, rows of tables of 5 bits and more take longer so from memory, though less in the first cache
         if (values && whole && (f.planes == 2 || f.bits == 4 || (f.bits == 8 && f.linear))) chunks = words / 32;
         const bool apart = !values && f.bits == 4 && words % f.group == 0;  // codes, which have whole groups
         by_group = !chunks && !apart && (!same || !repeats || (values && lines == 1));
