@@ -380,12 +380,14 @@ class Ahead {
 #if defined(__AMX_INT8__)
     static constexpr int LEVEL = 2;  // into the second cache
     static constexpr bool IN_ORDER = false;
+    static constexpr int TURNS = 2;
 #else
     static constexpr int LEVEL = 3;  // into the first one
     static constexpr bool IN_ORDER = true;  // rows that are no codes
+    static constexpr int TURNS = 1;
 #endif
     static constexpr int64_t ONE = 256, ALL = ONE << 20, LINE_BYTES = 64;
-    static constexpr int PARTS = 4, BURST = 2 * PARTS;  // lines that are asked for at once
+    static constexpr int PARTS = 4, BURST = TURNS * PARTS;  // lines that are asked for at once
     struct Stream {
         const char* at;             // the next line of the first part
         int64_t part, step, jump;   // bytes: from part to part; to the part's next line; from there to the next row after the last one
