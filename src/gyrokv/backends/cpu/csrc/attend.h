@@ -405,7 +405,8 @@ inline bool attend(const Attend& call, const Unit& unit, char* scratch) {
                                        : v_pairs ? pair_ticks(vf_, unit.rows, block.count)
                                        : direct ? block.count * DIRECT_PACE * direct_passes(vf_, unit.rows)
                                               : panel_ticks(vf_, block.tokens, false);
-                    const int pauses = together > 1 ? 0 : (keys + values) / 4;
+                    const bool mostly_products = ke == INT8 && !apart && !MATRIX_UNIT;  // and panels take less
+                    const int pauses = together > 1 ? 0 : mostly_products ? 2 * (keys + values) : (keys + values) / 4;
                     if (apart) work.ahead.add_words(vf_, v, slot, block.count), work.ahead.mark();
                     if (at + block.count == unit.stop && unit.next_first >= 0 && keys + values > 0)
                         ask_for_next_unit(call, unit, per_block, wanted, work.ahead);

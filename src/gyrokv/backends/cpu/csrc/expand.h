@@ -349,13 +349,13 @@ class Ahead {
 
     inline __attribute__((always_inline)) void tick(int weight = 1) {
         credit_ += rate_ * weight;
-        if (credit_ >= BURST * ONE) fetch();
+        if (credit_ >= 2 * PARTS * ONE) fetch();
     }
 
     // The same, without a call, before which compilers store all vectors that are in use.
     inline __attribute__((always_inline)) void tick_inside(int weight) {
         credit_ += rate_ * weight;
-        if (__builtin_expect(credit_ >= BURST * ONE, 0)) take_turns();
+        if (__builtin_expect(credit_ >= PARTS * ONE, 0)) take_turns();
     }
 
    private:
@@ -380,14 +380,12 @@ class Ahead {
 #if defined(__AMX_INT8__)
     static constexpr int LEVEL = 2;  // into the second cache
     static constexpr bool IN_ORDER = false;
-    static constexpr int TURNS = 2;
 #else
     static constexpr int LEVEL = 3;  // into the first one
     static constexpr bool IN_ORDER = true;  // rows that are no codes
-    static constexpr int TURNS = 1;
 #endif
     static constexpr int64_t ONE = 256, ALL = ONE << 20, LINE_BYTES = 64;
-    static constexpr int PARTS = 4, BURST = TURNS * PARTS;  // lines that are asked for at once
+    static constexpr int PARTS = 4;  // lines that are asked for at once, at least
     struct Stream {
         const char* at;             // the next line of the first part
         int64_t part, step, jump;   // bytes: from part to part; to the part's next line; from there to the next row after the last one
