@@ -209,7 +209,8 @@ inline void attend_rows(const Attend& call, const Unit& unit, Workspace& work, c
 }
 
 // Tokens per block: few rows keep the panels in the first cache, many rows spread the cost of making them. Weights of
-// quantised rows are rounded relative to the largest of a block, so these blocks stay short; codes side by side round them by halves.
+// quantised rows are rounded relative to the largest of a block, so these blocks stay short; codes side by side round them by halves, and
+// are taken in longer blocks, but those of 8 bits, which take more time so.
 // Rows that are read as they are stored take no more room than they do in memory.
 INLINE int tokens_per_block(const Attend& call, int rows) {
     int64_t bytes = 1;

@@ -272,5 +272,6 @@ void add_quads(const QuadValues& a, int rows) {
         }
     });
 }
+
 }  // namespace GYROKV_ISA
 }  // namespace gyrokv
