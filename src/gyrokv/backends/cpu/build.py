@@ -140,8 +140,8 @@ def known_levels() -> tuple[str, ...]:
 def build(output: str | Path = LIBRARY, extra_flags: Sequence[str] = (), levels: Sequence[str] | None = None) -> Built:
     """Compile and link ``output``; ``extra_flags`` come last on every command (as for sanitizers).
 
-    ``levels``: which of :func:`known_levels`, default all. An existing file is replaced at
-    once, so that processes that have loaded it keep it. Raises BuildError.
+    ``levels``: which of :func:`known_levels`, default all. An existing file is replaced at once, so that processes
+    that have loaded it keep it. Raises BuildError.
     """
     output = Path(output)
     command = find_compiler()
@@ -162,7 +162,10 @@ def build(output: str | Path = LIBRARY, extra_flags: Sequence[str] = (), levels:
             f"-DGYROKV_DIGEST={_quoted(digest())}",
             f"-DGYROKV_LEFT_OUT={_quoted(about)}",
         )
-        tuning = {name: () if _accepts(command, _PROBES["portable"], flags) else flags for name, flags in _TUNING.items()}
+        tuning = {
+            name: () if _accepts(command, _PROBES["portable"], flags) else flags
+            for name, flags in _TUNING.items() if name in flags_of
+        }  # fmt: skip
 
         def compiled(part: tuple[str, str]) -> str:
             level, source = part
