@@ -23,7 +23,7 @@ _LOOP = ("attend.h", "query.h", "block.h", "weights.h")
 
 class Fault(NamedTuple):
     """``edits``: file, a piece of it, there once, and what it becomes. ``relevant``: cases that must notice, of many rows
-    of bfloat16 if ``wide``, of many rows as terms if ``terms``, of few rows of codes if ``few``."""
+    of bfloat16 if ``wide``, of many rows as terms if ``terms``, of few rows if ``few``."""
 
     name: str
     relevant: Callable[[Case], bool]

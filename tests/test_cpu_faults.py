@@ -1,4 +1,4 @@
-"""Can the suite fail? Known kernel bugs (cpu_faults.py, cpu_tile_faults.py, cpu_quad_faults.py, cpu_group_faults.py) are
+"""Can the suite fail? Known kernel bugs (cpu_faults.py and, by kernels, cpu_tile_faults.py, cpu_quad_faults.py, ...) are
 planted in the C++ of the CPU backend, and the comparison must notice each."""
 
 from __future__ import annotations
@@ -8,12 +8,13 @@ import shutil
 import pytest
 import torch
 from cpu_faults import ENCODER_FAULTS, LOOP_FAULTS, Fault
+from cpu_float_faults import FLOAT_FAULTS
 from cpu_group_faults import GROUP_FAULTS
 from cpu_quad_faults import QUAD_FAULTS, SUM_FAULTS
 from cpu_tile_faults import TILE_FAULTS
 from test_cpu import LONG, equal_layers, hard_rows, right, threads
 from test_cpu_prefill import TERMS, WIDE, rounded
-from test_cpu_quads import QUADS, largest_sums
+from test_cpu_quads import FLAT, QUADS, largest_sums
 
 from gyrokv import Codec, LayerCache
 from gyrokv.backends import cpu
@@ -22,10 +23,10 @@ from gyrokv.cases import Case, cases
 from gyrokv.formats import FORMATS
 from gyrokv.testing import assert_matches
 
-FAULTS = LOOP_FAULTS + TILE_FAULTS + QUAD_FAULTS + GROUP_FAULTS
+FAULTS = LOOP_FAULTS + TILE_FAULTS + QUAD_FAULTS + GROUP_FAULTS + FLOAT_FAULTS
 ALL = FAULTS + SUM_FAULTS + ENCODER_FAULTS
 _MOST = 6  # cases that are run for one fault, spread over all that are relevant
-_LEVELS = ("amx", "avx512", "portable")  # tiles, products that have an offset, ones that have none
+_LEVELS = ("amx", "avx512", "avx2", "portable")  # tiles, lines of codes, half tables, products without an offset
 
 pytestmark = pytest.mark.slow
 
@@ -90,14 +91,14 @@ def check(case: Case, problem) -> None:
     out, lse = data.run("cpu")
     if case in WIDE:
         rounded(data, out, lse)
-    elif case in LONG or case in TERMS or case in QUADS:
+    elif case in LONG or case in TERMS or case in QUADS or case in FLAT:
         right(data, out, lse)
     else:
         assert_matches(data, out, lse, cpu.FAST_BOUND if case.spec.fast else cpu.BOUND)
 
 
 def chosen(fault: Fault) -> list[Case]:
-    pool = WIDE if fault.wide else TERMS if fault.terms else QUADS if fault.few else (*cases(), *LONG)
+    pool = WIDE if fault.wide else TERMS if fault.terms else QUADS + FLAT if fault.few else (*cases(), *LONG)
     relevant = [c for c in pool if fault.relevant(c) and not cpu.why_not(c.spec)]
     return relevant[:: -(-len(relevant) // _MOST) or 1]
 

@@ -1,4 +1,4 @@
-"""Few query rows: without a matrix unit a CPU takes rows of K and V side by side, in a way of its own."""
+"""Few query rows: without a matrix unit a CPU takes rows of K and V as they are, codes or not, in ways of their own."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ QUADS = [
 ] + [
     long(k, v, q_len, kv_len, heads, dims, **dict(causal=True) | settings)
     for k, v, q_len, kv_len, heads, dims, settings in (
+        ("turbo4", "q8_0", 1, 75, (2, 2), (128, 128), {}),
         ("tq6", "tq5", 2, 2500, (4, 1), (64, 64), {}),
         ("turbo2", "q4_0", 3, 1800, (2, 1), (128, 128), {}),
         ("turbo3", "q8_0", 4, 1500, (2, 1), (64, 64), {}),
@@ -41,9 +42,18 @@ QUADS = [
     )
 ]  # fmt: skip
 
+_DENSE = ("bf16", "f16", "f32", "fp8_e4m3")
+_DIMS = (40, 48, 72, 80, 96, 112, 128)  # whole numbers of vectors, pairs and chunks of them, or not
+# 1 to 9, 16 and 17 rows of each
+FLAT = [
+    long(_DENSE[(i + j) % 4], _DENSE[(i + 2 * j) % 4], 1, _LENGTHS[(i + j) % 4], (heads, 1), (dim, dim), causal=True)
+    for j, dim in enumerate(_DIMS)
+    for i, heads in enumerate((1, 2, 3, 4, 5, 7, 8, 9, 16, 17))
+]
+
 
 @LEVELS
-@pytest.mark.parametrize("case", QUADS, ids=str)
+@pytest.mark.parametrize("case", QUADS + FLAT, ids=str)
 def test_few_rows(level, case, problem):
     """Where a code's bits are depends on width and head size, and what shares a scale too."""
     data = problem(case)

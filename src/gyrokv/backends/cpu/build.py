@@ -28,6 +28,7 @@ HOW_TO = "reinstall gyrokv (`pip install .` or `pip install -e .`) or, in a chec
 
 _SHARED = ("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-pthread")
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
+_AVXVNNI = (*_AVX2, "-mavxvnni")
 _AVX512 = (
     *_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vbmi", "-mavx512vnni", "-mavx512bf16",
 )  # fmt: skip
@@ -38,13 +39,14 @@ _TUNING = {"avx512": ("-mtune=sapphirerapids",)}
 _X86 = "#include <immintrin.h>\n"
 _PROBES = {  # something that needs the compiler, its headers and its assembler to know the instructions
     "avx2": _X86 + "__m256 f(__m256 a, __m128i b) { return _mm256_fmadd_ps(a, _mm256_cvtph_ps(b), a); }",
+    "avxvnni": _X86 + "__m256i f(__m256i a) { return _mm256_dpbusd_avx_epi32(a, a, a); }",
     "avx512": _X86 + "__m512i f(__m512i a) { return _mm512_dpbusd_epi32(a, a, _mm512_permutexvar_epi8(a, a)); }",
     "amx": _X86 + "void f() { _tile_dpbssd(0, 1, 2); _tile_dpbf16ps(3, 4, 5); }",
     "neon": "#include <arm_neon.h>\nint32x4_t f(int32x4_t a, int8x16_t b) { return vdotq_s32(a, b, b); }",
     "portable": "int f() { return 0; }",
 }
 _LEVELS = {  # best first
-    "x86_64": {"amx": _AMX, "avx512": _AVX512, "avx2": _AVX2, "portable": ()},
+    "x86_64": {"amx": _AMX, "avx512": _AVX512, "avxvnni": _AVXVNNI, "avx2": _AVX2, "portable": ()},
     "aarch64": {"neon": ("-march=armv8.2-a+dotprod+fp16",), "portable": ()},
     "": {"portable": ()},
 }

@@ -52,7 +52,7 @@ inline float score_rows(Workspace& work, const Query& query, const Block& block,
     }
 #endif
     const int terms = query.terms;
-#if defined(GYROKV_QUADS)
+#if defined(GYROKV_DENSE)
     if (block.k_dense) {
         const Format& f = *block.k_format;
         const char* q = query.a + int64_t(row) * terms * query.stride;
@@ -321,6 +321,13 @@ inline void ask_for_next_unit(const Attend& call, const Unit& unit, int per_bloc
     }
 }
 
+// Calls of Ahead::tick between the panels of one block and of the next, `pause` each.
+INLINE int steps_between(const Format& kf, const Format& vf_, int rows) {
+    auto groups = [](const Format& f) { return element_of(f) == INT8 ? f.dim / f.group : 1; };
+    const int columns = vf_.dim / groups(vf_), products = (columns + COLUMNS - 1) / COLUMNS * vf_.planes;
+    return groups(kf) * kf.planes + rows + groups(vf_) * (rows + products);
+}
+
 // True when the rows are finished, not only summed.
 inline bool attend(const Attend& call, const Unit& unit, char* scratch) {
     Workspace work;
@@ -348,11 +355,12 @@ inline bool attend(const Attend& call, const Unit& unit, char* scratch) {
 #endif
         const bool k_stored = multiplies_stored(kf, unit.rows), v_stored = multiplies_stored(vf_, unit.rows);
         const bool k_quads = !k_stored && takes_quads(kf, unit.rows, call.terms);
-        const bool k_dense = !k_stored && takes_dense(kf, unit.rows), k_bytes = k_dense && kf.kind == FP8_E4M3;
+        const bool k_dense = !k_stored && takes_dense(kf, unit.rows);
         const bool v_quads = !v_stored && takes_quads(vf_, unit.rows, call.terms);
         const bool v_pairs = !v_stored && adds_pairs(vf_, unit.rows);
         const bool direct = v_pairs || (!v_stored && !v_quads && adds_direct(vf_, unit.rows));
         const Element ke = element_of(kf), ve = direct || v_stored || v_quads ? FLOAT : element_of(vf_);
+        const bool k_bytes = k_dense && kf.kind == FP8_E4M3 && ke == BFLOAT;
         const Tables &k_tables = tables_of(kf, 0), &v_tables = tables_of(vf_, 1);
         const Stored k_order(kf, k_stored ? unit.rows : 0, terms_of(ke, call, bfloat_query(call)));
         const Quads* k_parts = k_quads ? &quads_of(kf, call.terms, false) : nullptr;
@@ -407,13 +415,13 @@ inline bool attend(const Attend& call, const Unit& unit, char* scratch) {
                                        : direct ? block.count * DIRECT_PACE * direct_passes(vf_, unit.rows)
                                               : panel_ticks(vf_, block.tokens, false);
                     const bool mostly_products = ke == INT8 && !apart && !MATRIX_UNIT;  // and panels take less
-                    const int pauses = together > 1 ? 0 : mostly_products ? 2 * (keys + values) : (keys + values) / 4;
+                    const int pauses = together > 1 ? 0 : mostly_products ? keys + values : (keys + values) / 4;
                     if (apart) work.ahead.add_words(vf_, v, slot, block.count), work.ahead.mark();
                     if (at + block.count == unit.stop && unit.next_first >= 0 && keys + values > 0)
                         ask_for_next_unit(call, unit, per_block, wanted, work.ahead);
                     else
                         work.ahead.add(kf, k, vf_, v, slot + block.count, next, wanted);
-                    work.pause = pauses / (2 * unit.rows + 2);
+                    work.pause = pauses / (apart ? 2 * unit.rows + 2 : steps_between(kf, vf_, unit.rows));
                     work.ahead.until(keys, values + (apart ? unit.rows * work.pause : pauses));
                 }
                 block.k_rows = k, block.k_tables = &k_tables, block.v_rows = v, block.v_tables = &v_tables;

@@ -2,17 +2,14 @@
 // of one token. 4 tokens take 4 query rows at a time, and the 16 sums are added up together.
 #pragma once
 #include "float8.h"
+#include "float_scores.h"
 #include "quad_scores.h"
 
 namespace gyrokv {
 namespace GYROKV_ISA {
 
-#if !defined(GYROKV_QUADS)
-
-INLINE bool takes_dense(const Format&, int) { return false; }
-INLINE int dense_ticks(const Format&, int, int) { return 0; }
-
-#else
+#if defined(GYROKV_QUADS)
+#define GYROKV_DENSE 1
 
 INLINE bool takes_dense(const Format& f, int rows) { return f.kind != CODES && rows <= MOST_QUAD_ROWS; }
 
@@ -154,6 +151,11 @@ inline void score_dense(const Format& f, int rows, int terms, const DenseScores&
     if (f.kind == FP8_E4M3) return terms == 2 ? score_dense_of<FP8_E4M3, 2>(a, rows) : score_dense_of<FP8_E4M3, 1>(a, rows);
     f.kind == F16 ? score_dense_of<F16, 1>(a, rows) : score_dense_of<F32, 1>(a, rows);
 }
+
+#elif !defined(GYROKV_DENSE)
+
+INLINE bool takes_dense(const Format&, int) { return false; }
+INLINE int dense_ticks(const Format&, int, int) { return 0; }
 
 #endif
 

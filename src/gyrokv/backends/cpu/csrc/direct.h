@@ -1,10 +1,14 @@
-// Sums of weighted rows of V as they are stored, for few query rows: float16, float32 and linear bytes become floats in
-// registers, each token's are multiplied with a weight of every row, and no panels are made. Weights stay float32.
+// Sums of weighted rows of V as they are stored, for few query rows: float16, float32, linear bytes and, where they have no products,
+// bfloat16 and fp8 become floats in registers, each token's are multiplied with a weight of every row, and no panels are made. Weights stay
+// float32.
 //
-// Columns are taken 32 at a time, a chunk. In rows of words (see packing.py) lane i of a chunk holds columns 2 i and
+// Columns are taken two vectors at a time, a chunk. In rows of words (see packing.py) lane i of a chunk holds columns 2 i and
 // 2 i + 1 in its two words, so a chunk becomes a vector of its even columns and one of its odd ones, and so lie the sums
 // while a run is passed over.
 #pragma once
+#include <bit>
+
+#include "float_scores.h"
 #include "mma.h"
 #include "quads.h"
 
@@ -12,22 +16,13 @@ namespace gyrokv {
 namespace GYROKV_ISA {
 
 constexpr int MOST_DIRECT_CODES = 8;                // query rows: more are cheaper with panels
-constexpr int MOST_DIRECT = TAKES_QUADS ? MOST_QUAD_ROWS : 8;  // of rows that are no codes
-constexpr int COLUMNS_PER_CHUNK = 32;
+constexpr int MOST_DIRECT = TAKES_QUADS ? MOST_QUAD_ROWS : MOST_DENSE_ROWS;  // of rows that are no codes
+constexpr int COLUMNS_PER_CHUNK = 2 * LANES;
 constexpr int DIRECT_PACE = 6;  // ticks per token and pass
 
-#if !defined(__AVX512F__)
+enum Decoding : int { HALVES, BFLOATS, FLOATS, FLOAT8S, LINEAR };
 
-struct Direct {};
-INLINE bool adds_direct(const Format&, int) { return false; }
-INLINE Direct direct_of(const Format&) { return {}; }
-INLINE void turn_columns(const Direct&, float*, int, int64_t, int, bool) {}
-INLINE int direct_passes(const Format&, int) { return 0; }
-
-#else
-
-enum Decoding : int { HALVES, FLOATS, LINEAR };
-
+#if defined(__AVX512F__)
 // Where the codes of a chunk are: lane i loads a dword from one of two places, then takes that of lane index[i] and
 // shifts it. PLAIN: they are 64 consecutive bytes. HALF, QUARTER: 32 or 16, repeated. WHOLE: one load has all of the field.
 // PARTS: neither.
@@ -38,18 +33,6 @@ struct Piece {
     Loading loading;
     alignas(64) uint32_t index[LANES], even[LANES], odd[LANES];
 };
-
-struct Direct {
-    Decoding decoding;
-    bool turned;        // chunks are even and odd columns
-    Piece wide[640 / COLUMNS_PER_CHUNK];
-};
-
-INLINE bool adds_direct(const Format& f, int rows) {
-    if (rows > (f.kind == CODES ? MOST_DIRECT_CODES : MOST_DIRECT) || f.dim % COLUMNS_PER_CHUNK || f.group % COLUMNS_PER_CHUNK) return false;
-    if (f.kind == BF16 || f.kind == FP8_E4M3) return false;
-    return f.kind != CODES || f.linear;
-}
 
 // The piece of a field of `width` bits that begins at byte `base` of a row, for 32 columns from `start` on, whose codes go
 // to bit `to` of a lane.
@@ -72,15 +55,6 @@ INLINE Piece piece_of(int dim, int width, int base, int start, int to) {
     return made;
 }
 
-inline Direct direct_of(const Format& f) {
-    Direct made;
-    made.decoding = f.kind == F16 ? HALVES : f.kind == F32 ? FLOATS : LINEAR;
-    made.turned = f.kind == CODES;
-    if (made.decoding < LINEAR) return made;
-    for (int c = 0; c * COLUMNS_PER_CHUNK < f.dim; ++c) made.wide[c] = piece_of(f.dim, 8, 0, COLUMNS_PER_CHUNK * c, 0);
-    return made;
-}
-
 // A piece in registers. (Everything is a vu, because GCC spills vectors that it sees as lanes of different sizes.)
 template <Loading loading>
 struct Loader {
@@ -100,21 +74,57 @@ struct Loader {
     }
 };
 
+#endif
+
+struct Direct {
+    Decoding decoding;
+    bool turned;        // chunks are even and odd columns
+#if defined(__AVX512F__)
+    Piece wide[640 / COLUMNS_PER_CHUNK];
+#endif
+};
+
+INLINE bool adds_direct(const Format& f, int rows) {
+    if (rows > (f.kind == CODES ? MOST_DIRECT_CODES : MOST_DIRECT) || f.dim % COLUMNS_PER_CHUNK || f.group % COLUMNS_PER_CHUNK) return false;
+    if (f.kind == CODES) return f.linear && LANES == 16;
+    if (f.kind == FP8_E4M3 && rows > MOST_FLOAT8_ROWS) return false;
+    return !BFLOAT_DOT || (f.kind != BF16 && f.kind != FP8_E4M3);
+}
+
+inline Direct direct_of(const Format& f) {
+    Direct made;
+    made.decoding = f.kind == F16 ? HALVES : f.kind == BF16 ? BFLOATS : f.kind == F32 ? FLOATS : f.kind == FP8_E4M3 ? FLOAT8S : LINEAR;
+    made.turned = f.kind == CODES;
+#if defined(__AVX512F__)
+    for (int c = 0; made.decoding == LINEAR && c * COLUMNS_PER_CHUNK < f.dim; ++c)
+        made.wide[c] = piece_of(f.dim, 8, 0, COLUMNS_PER_CHUNK * c, 0);
+#endif
+    return made;
+}
+
 // Rows that are no codes to the two vectors of each chunk.
 template <int decoding, bool, int chunks>
 struct Decoded {
+    static constexpr int bytes = LANES * (decoding == FLOATS ? 4 : 2);  // of a vector
     int64_t at;
-    inline __attribute__((always_inline)) Decoded(const Direct&, int chunk) : at(chunk * (decoding == FLOATS ? 128 : 64)) {}
+    inline __attribute__((always_inline)) Decoded(const Direct&, int chunk) : at(chunk * 2 * bytes) {}
     inline __attribute__((always_inline)) void operator()(const char* row, vf* to) const {
-        for (int c = 0; c < chunks; ++c, to += 2) {
-            if constexpr (decoding == HALVES) {
-                to[0] = half_to_float(row + at + c * 64), to[1] = half_to_float(row + at + c * 64 + 32);
-            } else {
-                to[0] = load<vf>(row + at + c * 128), to[1] = load<vf>(row + at + c * 128 + 64);
-            }
+        for (int i = 0; i < 2 * chunks; ++i) {
+            const char* from = row + at + i * bytes;
+            to[i] = decoding == HALVES ? half_to_float(from) : decoding == BFLOATS ? bfloat_to_float(from) : load<vf>(from);
         }
     }
 };
+#if !defined(__AVX512F__)
+template <int chunks>
+struct Decoded<FLOAT8S, true, chunks> {
+    int64_t at;
+    inline __attribute__((always_inline)) Decoded(const Direct&, int chunk) : at(chunk * 2 * LANES) {}
+    inline __attribute__((always_inline)) void operator()(const char* row, vf* to) const {
+        for (int c = 0; c < chunks; ++c) fp8_to_floats(row + at + c * 2 * LANES, to + 2 * c);
+    }
+};
+#else
 template <bool plain, int chunks>
 struct Decoded<LINEAR, plain, chunks> {
     const Loader<plain ? PLAIN : PARTS> wide[2];
@@ -127,6 +137,7 @@ struct Decoded<LINEAR, plain, chunks> {
         }
     }
 };
+#endif
 
 // Weights of 16 tokens and up to 4 rows, [token % 4][token / 4][row], so that one pointer reaches all.
 constexpr int WEIGHTS = 4 * LANES;
@@ -183,7 +194,8 @@ INLINE void add_chunks(const Weighted& w, int row, int chunk, Ahead& ahead) {
     for (; t < w.stop; ++t) add(weight_at(uint32_t(t)));
     for (int r = 0; r < rows; ++r) {
         for (int i = 0; i < 2 * chunks; ++i) {
-            float* to = w.out + (row + r) * w.out_stride + chunk * COLUMNS_PER_CHUNK + i * LANES;
+            const int column = decoding == FLOAT8S ? (chunk + i / 2) * LANES + i % 2 * (w.dim / 2) : (2 * chunk + i) * LANES;
+            float* to = w.out + (row + r) * w.out_stride + column;
             vf made = sum[r][i];
             if constexpr (decoding == LINEAR) made -= 128.0f * w.totals[group[i / 2] * w.count + row + r];
             store(to, fma(load<vf>(to), splat(w.rescale[row + r]), made * w.factor));
@@ -211,19 +223,27 @@ INLINE void share_weights(const float* scores, int64_t stride, int rows, const f
     for (int r = 0; r < rows; ++r) totals[r] = reduce_add(total[r]);
 }
 
+// Chunks that `rows` query rows take at once, at most: 16 sums where there are 32 registers, else 8.
+template <int decoding>
+constexpr int chunks_at_once(int rows) {
+    if (LANES < 16) return 4 / rows;
+    return rows <= 2 && TAKES_QUADS && decoding < LINEAR ? 4 : 2;
+}
+
+template <int decoding, bool plain, int rows, int chunks>
+INLINE void add_columns(const Weighted& w, int row, int chunk, MatrixUnit& unit, Ahead& ahead) {
+    const int all = w.dim / COLUMNS_PER_CHUNK;
+    for (; chunk + chunks <= all; chunk += chunks) {
+        unit.keep_awake();
+        add_chunks<decoding, plain, rows, chunks>(w, row, chunk, ahead);
+    }
+    if constexpr (chunks > 1) add_columns<decoding, plain, rows, chunks / 2>(w, row, chunk, unit, ahead);
+}
+
 template <int decoding, bool plain>
 inline void add_direct_of(const Weighted& w, MatrixUnit& unit, Ahead& ahead) {
-    const int all = w.dim / COLUMNS_PER_CHUNK;
     auto some = [&]<int rows>(std::integral_constant<int, rows>, int row) {
-        int c = 0;
-        constexpr bool wide = rows <= 2 && TAKES_QUADS && decoding < LINEAR;
-        if constexpr (wide)
-            for (; c + 4 <= all; c += 4) add_chunks<decoding, plain, rows, 4>(w, row, c, ahead);
-        for (; c + 2 <= all; c += 2) {
-            unit.keep_awake();
-            add_chunks<decoding, plain, rows, 2>(w, row, c, ahead);
-        }
-        if (c < all) add_chunks<decoding, plain, rows, 1>(w, row, c, ahead);
+        add_columns<decoding, plain, rows, chunks_at_once<decoding>(rows)>(w, row, 0, unit, ahead);
     };
     int row = 0;
     for (; row + 4 <= w.count; row += 4) some(std::integral_constant<int, 4>{}, row);
@@ -232,18 +252,24 @@ inline void add_direct_of(const Weighted& w, MatrixUnit& unit, Ahead& ahead) {
 }
 
 inline void add_direct(const Weighted& w, MatrixUnit& unit, Ahead& ahead) {
-    switch (w.direct.decoding) {
-        case HALVES: return add_direct_of<HALVES, true>(w, unit, ahead);
-        case FLOATS: return add_direct_of<FLOATS, true>(w, unit, ahead);
-        case LINEAR:
-            if (w.direct.wide[0].loading == PLAIN) return add_direct_of<LINEAR, true>(w, unit, ahead);
-            return add_direct_of<LINEAR, false>(w, unit, ahead);
-    }
+    if (w.direct.decoding == HALVES) return add_direct_of<HALVES, true>(w, unit, ahead);
+    if (w.direct.decoding == FLOATS) return add_direct_of<FLOATS, true>(w, unit, ahead);
+#if defined(__AVX512F__)
+    if (w.direct.wide[0].loading == PLAIN) return add_direct_of<LINEAR, true>(w, unit, ahead);
+    add_direct_of<LINEAR, false>(w, unit, ahead);
+#else
+    if (w.direct.decoding == FLOAT8S) return add_direct_of<FLOAT8S, true>(w, unit, ahead);
+    add_direct_of<BFLOATS, true>(w, unit, ahead);
+#endif
 }
 
 // Passes over the columns of a row of V for `rows` query rows.
 INLINE int direct_passes(const Format& f, int rows) {
-    return (f.dim + 2 * COLUMNS_PER_CHUNK - 1) / (2 * COLUMNS_PER_CHUNK) * (rows / 4 + (rows & 2) / 2 + (rows & 1));
+    auto passes = [&](int rows) {
+        const int at_once = f.kind == CODES ? chunks_at_once<LINEAR>(rows) : chunks_at_once<FLOATS>(rows), all = f.dim / COLUMNS_PER_CHUNK;
+        return all / at_once + std::popcount(unsigned(all % at_once));
+    };
+    return rows / 4 * passes(4) + (rows & 2 ? passes(2) : 0) + (rows & 1 ? passes(1) : 0);
 }
 
 // Rows of the output to even and odd columns of chunks, or back.
@@ -259,8 +285,6 @@ inline void turn_columns(const Direct& d, float* out, int count, int64_t stride,
             store(at + LANES, back ? shuffle<high>(a, b) : unzip<1>(a, b));
         }
 }
-
-#endif
 
 }  // namespace GYROKV_ISA
 }  // namespace gyrokv

@@ -31,6 +31,7 @@ struct Bit {
 };
 
 constexpr Bit kAvx2[] = {{"fma", 1, 0, 2, 12}, {"avx", 1, 0, 2, 28}, {"f16c", 1, 0, 2, 29}, {"avx2", 7, 0, 1, 5}};
+constexpr Bit kAvxVnni[] = {{"avx_vnni", 7, 1, 0, 4}};
 constexpr Bit kAvx512[] = {
     {"avx512f", 7, 0, 1, 16},    {"avx512dq", 7, 0, 1, 17},    {"avx512bw", 7, 0, 1, 30},   {"avx512vl", 7, 0, 1, 31},
     {"avx512vbmi", 7, 0, 2, 1},  {"avx512_vnni", 7, 0, 2, 11}, {"avx512_bf16", 7, 1, 0, 5},
@@ -71,6 +72,7 @@ inline std::string lacks_of(const std::string& level) {
     const bool amx = level == "amx", avx512 = amx || level == "avx512";
     std::string lacks;
     need(kAvx2, lacks);
+    if (level == "avxvnni") need(kAvxVnni, lacks);
     if (avx512) need(kAvx512, lacks);
     if (amx) need(kAmx, lacks);
     if (!lacks.empty()) return lacks;

@@ -176,11 +176,11 @@ INLINE void multiply_block(const Product& p, int row, int panel) {
         for (int j = 0; j < panels; ++j) store(place(i, j), sum[i][j]);
 }
 
-template <Element e, int rows>
-INLINE void multiply_rows(const Product& p, int row) {
-    int panel = 0;
-    for (; panel + MOST_PANELS <= p.panels; panel += MOST_PANELS) multiply_block<e, rows, MOST_PANELS>(p, row, panel);
-    if (panel < p.panels) multiply_block<e, rows, 1>(p, row, panel);
+// As many sums whatever the rows, because each waits for the product before.
+template <Element e, int rows, int panels = std::min(8, MOST_ROWS * MOST_PANELS / rows)>
+INLINE void multiply_rows(const Product& p, int row, int panel = 0) {
+    for (; panel + panels <= p.panels; panel += panels) multiply_block<e, rows, panels>(p, row, panel);
+    if constexpr (panels > 1) multiply_rows<e, rows, panels / 2>(p, row, panel);
 }
 
 template <Element e>

@@ -70,6 +70,16 @@ INLINE bool has_half_table(const Format& f) {
     return true;
 }
 
+// Bits of codes that are looked up so in panels: where a look-up is one of each 16 bytes of a table, or of each 64 or 128, half a table
+// and a sign take less.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+constexpr int LEAST_HALVED = 5;
+#elif defined(__AVX512VBMI__) || defined(__aarch64__)
+constexpr int LEAST_HALVED = 8;
+#else
+constexpr int LEAST_HALVED = 9;
+#endif
+
 // Codes to bytes as panels have them, or to signed ones.
 template <int bits, int look_up, bool with_sign = ZERO == 0>
 struct Decoder {
@@ -82,8 +92,10 @@ struct Decoder {
         if constexpr (look_up == VALUES) {
             made[0] = with_sign ? code ^ 0x80 : code;
         } else {
-            made[0] = signed_as(code, low(code));
-            if constexpr (planes == 2) made[1] = signed_as(code, high(code));
+            line index = code;
+            if constexpr (look_up == SIGNED_INDICES && LINE < 64) index = code & splat_of<line>(entries - 1);
+            made[0] = signed_as(code, low(index));
+            if constexpr (planes == 2) made[1] = signed_as(code, high(index));
         }
     }
     template <int planes>
@@ -95,6 +107,7 @@ struct Decoder {
     // With or without ZERO a byte of the other sign is 0 - it.
     static inline __attribute__((always_inline)) line signed_as(line code, line x) {
         if constexpr (look_up != SIGNED_INDICES) return x;
+        if constexpr (bits < 8) code = (line)shift_left((words)code, 8 - bits);
         return (vec<int8_t>)code < 0 ? 0 - x : x;
     }
 };
@@ -117,10 +130,15 @@ INLINE bool packed_values(const Format& f) {  // whether v_lines_packed does
     return f.kind == CODES && f.bits != 7 && f.bits > 1 && f.dim * wide / 16 % LANES == 0 && words % 8 == 0 && repeats;
 }
 
+// Whether a line of V needs no other field, and no more of the rows than was read for it.
+INLINE bool in_one_pass(const Format& f) {
+    return (f.bits & (f.bits - 1)) == 0 && f.dim * f.bits / 16 % (LINE >= 64 ? 16 : LINE / 2) == 0;
+}
+
 constexpr int PACKED_BYTES = 1024;  // at least the longest packed row
 
 // LANES rows of K to lines.
-template <int bits, bool look_up, int planes>
+template <int bits, int look_up, int planes>
 INLINE void k_lines_packed(const Format& f, const Decoder<bits, look_up>& decoder, const char* from, int64_t stride, char* to,
                            int64_t plane, Ahead& ahead) {
     using F = Fields<bits>;
@@ -167,8 +185,8 @@ INLINE void k_lines_packed(const Format& f, const Decoder<bits, look_up>& decode
 
 // 16 rows of V, `field` bytes of each from `from` on: sink(odd, quad, word, line) takes lines of 4 bytes, one of each of
 // four tokens, per word from `word` on; `odd`: of which byte of the words. `part` takes a 128-bit part of a line alike.
-template <class Sink, class Part>
-INLINE void interleave_words(const char* from, int64_t stride, int field, Sink sink, Part part) {
+template <class Sink, class Part, class Tick>
+INLINE void interleave_words(const char* from, int64_t stride, int field, Sink sink, Part part, Tick tick) {
     using vq = vec<uint64_t>;
     constexpr int parts = LANES / 4;
     constexpr auto index = [](int i) constexpr { return parts * (i % 2) + i / 2; };
@@ -184,6 +202,7 @@ INLINE void interleave_words(const char* from, int64_t stride, int field, Sink s
     int at = 0;
     for (; at + LINE <= field; at += LINE)
         for (int q = 0; q < 4; ++q) {
+            tick();
             interleave([&](int i) { vq x = load<vq>(from + (4 * q + i) * stride + at); return (words)shuffle<index>(x, x); });
             sink(0, q, at / 2, made[0]), sink(0, q, at / 2 + LANES, made[1]);
             sink(1, q, at / 2, made[2]), sink(1, q, at / 2 + LANES, made[3]);
@@ -191,6 +210,7 @@ INLINE void interleave_words(const char* from, int64_t stride, int field, Sink s
 #if defined(__AVX512F__)
     for (; at + 32 <= field; at += 32)
         for (int q = 0; q < 4; q += 2) {
+            tick();
             interleave([&](int i) {
                 const char* row = from + (4 * q + i) * stride + at;
                 __m512i x = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)row));
@@ -203,6 +223,7 @@ INLINE void interleave_words(const char* from, int64_t stride, int field, Sink s
 #endif
     for (; at < field; at += 16)
         for (int q = 0; q < 4; q += parts) {
+            tick();
             interleave([&](int i) { return (words)load_parts(from + (4 * q + i) * stride + at, 4 * stride); });
             for (int k = 0; k < 4; ++k)
                 for (int j = 0; j < parts; ++j) part(k >> 1, q + j, at / 2 + (k & 1) * 4, (const char*)&made[k] + 16 * j);
@@ -210,7 +231,7 @@ INLINE void interleave_words(const char* from, int64_t stride, int field, Sink s
 }
 
 // 16 rows of V to lines; a line of four tokens is `to` + LINE * (token / 4) in each panel.
-template <int bits, bool look_up, int planes>
+template <int bits, int look_up, int planes>
 INLINE void v_lines_packed(const Format& f, const Decoder<bits, look_up>& decoder, const char* from, int64_t stride, char* to,
                            int64_t panel, int64_t plane, Ahead& ahead) {
     using F = Fields<bits>;
@@ -226,19 +247,16 @@ INLINE void v_lines_packed(const Format& f, const Decoder<bits, look_up>& decode
         return std::pair([=](int h, int q, int word, words x) { store(raw + ((h * 4 + q) * n + word) * 4, x); },
                          [=](int h, int q, int word, const char* x) { std::memcpy(raw + ((h * 4 + q) * n + word) * 4, x, 16); });
     };
-    if (F::next == 0 && wide_words % (LINE >= 64 ? 16 : LINE / 2) == 0) {
-        auto direct = [&](int h, int q, int word, words x) {
-            ahead.tick();
-            write(h, q, x, x, 0, word / LANES);
-        };
-        return interleave_words(from, stride, 2 * wide_words, direct, [](int, int, int, const char*) {});
+    if (in_one_pass(f)) {
+        auto direct = [&](int h, int q, int word, words x) { write(h, q, x, x, 0, word / LANES); };
+        return interleave_words(from, stride, 2 * wide_words, direct, [](int, int, int, const char*) {}, [&] { ahead.tick(); });
     }
     alignas(64) char low[16 * PACKED_BYTES], high[16 * PACKED_BYTES / 2];
     const int next_words = f.dim * F::next / 16;
     auto [low_line, low_part] = sink_to(low, wide_words);
-    interleave_words(from, stride, 2 * wide_words, low_line, low_part);
+    interleave_words(from, stride, 2 * wide_words, low_line, low_part, [] {});
     auto [high_line, high_part] = sink_to(high, next_words);
-    if constexpr (F::next > 0) interleave_words(from + 2 * wide_words, stride, 2 * next_words, high_line, high_part);
+    if constexpr (F::next > 0) interleave_words(from + 2 * wide_words, stride, 2 * next_words, high_line, high_part, [] {});
     for (int h = 0; h < 2; ++h)
         for (int q = 0; q < 4; ++q) {
             ahead.tick();
@@ -271,7 +289,7 @@ INLINE void v_lines_packed(const Format& f, const Decoder<bits, look_up>& decode
 }
 
 // Rows to panels, for up to 16 tokens from `from` on; rows from `count` on are zeros of the code.
-template <int bits, bool look_up, int planes>
+template <int bits, int look_up, int planes>
 inline void packed_panels(const Format& f, const Tables& tables, bool keys, const char* from, int64_t stride, int count,
                           int tokens, char* to, int64_t panel, int64_t plane, MatrixUnit& unit, Ahead& ahead) {
     const Decoder<bits, look_up> decoder(tables);
@@ -296,13 +314,18 @@ inline void packed_panels(const Format& f, const Tables& tables, bool keys, cons
 
 inline void packed_panels(const Format& f, const Tables& tables, bool keys, const char* from, int64_t stride, int count,
                           int tokens, char* to, int64_t panel, int64_t plane, MatrixUnit& unit, Ahead& ahead) {
+    auto with = [&]<int bits, int look_up, int planes>() {
+        packed_panels<bits, look_up, planes>(f, tables, keys, from, stride, count, tokens, to, panel, plane, unit, ahead);
+    };
     auto run = [&]<int bits>(std::integral_constant<int, bits>) {
-        if (bits == 8 && f.linear)
-            packed_panels<bits, bits != 8, 1>(f, tables, keys, from, stride, count, tokens, to, panel, plane, unit, ahead);
-        else if (f.planes == 1)
-            packed_panels<bits, true, 1>(f, tables, keys, from, stride, count, tokens, to, panel, plane, unit, ahead);
-        else
-            packed_panels<bits, true, 2>(f, tables, keys, from, stride, count, tokens, to, panel, plane, unit, ahead);
+        if (bits == 8 && f.linear) return with.template operator()<bits, bits == 8 ? VALUES : INDICES, 1>();
+        if constexpr (bits >= LEAST_HALVED)
+            if (has_half_table(f)) {
+                if (f.planes == 1) return with.template operator()<bits, SIGNED_INDICES, 1>();
+                return with.template operator()<bits, SIGNED_INDICES, 2>();
+            }
+        if (f.planes == 1) return with.template operator()<bits, INDICES, 1>();
+        with.template operator()<bits, INDICES, 2>();
     };
     switch (f.bits) {
         case 2: return run(std::integral_constant<int, 2>{});

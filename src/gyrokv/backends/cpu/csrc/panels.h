@@ -93,7 +93,8 @@ inline Panels v_panels(const Format& f, const Tables& tables, const Rows& rows, 
 INLINE int panel_ticks(const Format& f, int tokens, bool keys) {
     const int64_t k_bytes = packed_tokens(f) ? row_bytes(f) : int64_t(f.dim) * size_of(element_of(f)) * f.planes;
     if (keys) return int(tokens / LANES * k_bytes / 16);
-    return tokens / 16 * int(packed_values(f) ? 16 : ROWS_AT_ONCE * size_of(element_of(f)) / 4 * (plain_stride(f) / LINE) * f.planes);
+    if (packed_values(f)) return tokens / 16 * int(in_one_pass(f) ? 4 * row_bytes(f) / LINE : 8);
+    return tokens / 16 * int(ROWS_AT_ONCE * size_of(element_of(f)) / 4 * (plain_stride(f) / LINE) * f.planes);
 }
 
 // Half precision scales of whole vectors of tokens, `n` per token, in rows without gaps.

@@ -41,6 +41,7 @@ using vf = vec<float>;
 using vi = vec<int32_t>;
 using vu = vec<uint32_t>;
 using line = vec<uint8_t>;
+using vh = vec<uint16_t, 2 * LANES>;
 
 template <class V>
 INLINE V load(const void* p) {
@@ -127,14 +128,14 @@ INLINE vi round_int(vf a) { return (vi)_mm512_cvtps_epi32((__m512)a); }
 INLINE float reduce_max(vf a) { return _mm512_reduce_max_ps((__m512)a); }
 INLINE float reduce_add(vf a) { return _mm512_reduce_add_ps((__m512)a); }
 INLINE int32_t reduce_add(vi a) { return _mm512_reduce_add_epi32((__m512i)a); }
-INLINE vf half_to_float(const void* p) { return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+INLINE vf half_to_float(vh a) { return (vf)_mm512_cvtph_ps((__m256i)a); }
 INLINE void store_bytes(void* p, vi a) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8((__m512i)a)); }
 INLINE void store_words(void* p, vi a) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16((__m512i)a)); }
 #elif defined(__AVX2__)
 INLINE vf fma(vf a, vf b, vf c) { return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 INLINE vf max(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b); }
 INLINE vi round_int(vf a) { return (vi)_mm256_cvtps_epi32((__m256)a); }
-INLINE vf half_to_float(const void* p) { return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+INLINE vf half_to_float(vh a) { return (vf)_mm256_cvtph_ps((__m128i)a); }
 #else
 #if defined(__aarch64__)
 INLINE vf fma(vf a, vf b, vf c) { return (vf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
@@ -145,12 +146,14 @@ INLINE vf max(vf a, vf b) { return a > b ? a : b; }
 INLINE vi round_int(vf a) {  // |a| < 2^22
     return __builtin_convertvector((a + 12582912.0f) - 12582912.0f, vi);
 }
-INLINE vf half_to_float(const void* p) {  // finite values; the multiplication renormalises denormals
-    vi wide = __builtin_convertvector(load<vec<uint16_t, 2 * LANES>>(p), vi);
+INLINE vf half_to_float(vh a) {  // finite values; the multiplication renormalises denormals
+    vi wide = __builtin_convertvector(a, vi);
     vf size = (vf)((wide & 0x7fff) << 13) * 0x1p112f;
     return (vf)((vi)size | ((wide & 0x8000) << 16));
 }
 #endif
+
+INLINE vf half_to_float(const void* p) { return half_to_float(load<vh>(p)); }
 
 // 16 bytes from each of LANES / 4 places, `step` bytes apart.
 INLINE vu load_parts(const char* p, int64_t step) {
@@ -191,7 +194,6 @@ INLINE void store_words(void* p, vi a) { store(p, __builtin_convertvector(a, vec
 #endif
 
 INLINE vf to_float(vi a) { return __builtin_convertvector(a, vf); }
-using vh = vec<uint16_t, 2 * LANES>;
 // Nearest even. Finite input.
 INLINE vh to_bfloat(vf a) {
 #if defined(__AVX512BF16__)
@@ -242,13 +244,19 @@ INLINE vi dot(vi sum, line b, const void* a) {
     return (vi)vdotq_s32((int32x4_t)sum, (int8x16_t)b, (int8x16_t)broadcast4(a));
 }
 #else
+#if defined(__AVX2__)
+constexpr int FACTOR_BITS = 16, ZERO = 128;  // bytes become words by one instruction where they have no sign
+#else
 constexpr int FACTOR_BITS = 16, ZERO = 0;
+#endif
 // a: factors of bytes 0, 2 and then of bytes 1, 3
 INLINE vi dot(vi sum, line b, const void* a) {
-    using vs = vec<int16_t>;
+    using vs = std::conditional_t<ZERO == 0, vec<int16_t>, vec<uint16_t>>;
     vs even = (vs)((vec<uint16_t>)b << 8) >> 8, odd = (vs)b >> 8;
     vi first = broadcast4(a), second = broadcast4((const char*)a + 4);
-#if defined(__AVX2__)
+#if defined(__AVXVNNI__)  // one of both products, because the next one with this sum would wait for two
+    return sum + (vi)_mm256_dpwssd_avx_epi32(_mm256_madd_epi16((__m256i)even, (__m256i)first), (__m256i)odd, (__m256i)second);
+#elif defined(__AVX2__)
     return sum + ((vi)_mm256_madd_epi16((__m256i)even, (__m256i)first) + (vi)_mm256_madd_epi16((__m256i)odd, (__m256i)second));
 #elif defined(__SSE2__)
     return sum + ((vi)_mm_madd_epi16((__m128i)even, (__m128i)first) + (vi)_mm_madd_epi16((__m128i)odd, (__m128i)second));
@@ -285,6 +293,14 @@ INLINE vec<uint16_t> fp8_to_bfloat(vec<uint16_t> code) {
 #else
 INLINE vec<uint16_t> fp8_to_bfloat(vec<uint16_t> code) { return code; }
 #endif
+
+// LANES words of fp8 e4m3 codes, of their low bytes and of the high ones, to floats. (e4m3 has the exponent range of half precision but for
+// a factor of 2^8.)
+INLINE void fp8_to_floats(const void* from, vf* to) {
+    const vh x = load<vh>(from);
+    to[0] = half_to_float((vh)((x & 0x7f) << 7 | (x & 0x80) << 8)) * 256.0f;
+    to[1] = half_to_float((vh)((x & 0x7f00) >> 1 | (x & 0x8000))) * 256.0f;
+}
 
 // -- look-up of bytes
 //

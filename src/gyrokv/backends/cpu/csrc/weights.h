@@ -202,7 +202,6 @@ inline void add_rows_stored(const Attend& call, Workspace& work, const Block& bl
 
 // The same in float32 (see direct.h).
 inline void add_rows(const Attend& call, Workspace& work, const Block& block, float* out, int rows, const Row* state) {
-#if defined(__AVX512F__)
     const Format& f = *block.v_format;
     int first, stop;
     clear_weights(work, rows, state, first, stop);
@@ -228,7 +227,6 @@ inline void add_rows(const Attend& call, Workspace& work, const Block& block, fl
     const Weighted w = {*block.direct, block.v_rows.words, block.v_rows.word_strides[2], first, stop,
                   work.shares, stride, rows, f.dim, group, out, call.v_dim, work.rescale, f.factor, totals};
     add_direct(w, work.unit, work.ahead);
-#endif
 }
 
 // The same from rows of codes side by side.

@@ -1,0 +1,110 @@
+// Scores of few query rows from rows of K that are no codes, as they are, in float32, where vectors have 16 or 32 bytes: a vector holds
+// values of one token. Two tokens take four query rows at a time, and the sums of LANES tokens are added up together.
+#pragma once
+#include "expand.h"
+
+namespace gyrokv {
+namespace GYROKV_ISA {
+
+// Query rows: more are cheaper with panels.
+constexpr int MOST_DENSE_ROWS = LANES == 8 ? 16 : 8, MOST_FLOAT8_ROWS = MOST_DENSE_ROWS / 2;
+
+#if !defined(__AVX512F__)
+#define GYROKV_DENSE 1
+
+INLINE bool takes_dense(const Format& f, int rows) {
+    if (f.kind == FP8_E4M3) return rows <= MOST_FLOAT8_ROWS && f.dim % (2 * LANES) == 0;
+    return f.kind != CODES && rows <= MOST_DENSE_ROWS && f.dim % LANES == 0;
+}
+
+struct DenseScores {
+    const char* rows;
+    int64_t stride;      // bytes
+    int bytes, count;    // of a row; rows
+    const char* q;       // float [row], in the order of the head
+    int64_t q_stride;    // bytes
+    int tokens;          // a multiple of LANES; those from count on have any score
+    float* scores;       // [row][score_stride]
+    int64_t score_stride;
+    float* most;         // [row][LANES], the largest
+    char* padded;        // room for LANES rows
+    Ahead& ahead;
+};
+
+// Sums of neighbours: of each 16 bytes those of a, then those of b.
+INLINE vf add_neighbours(vf a, vf b) {
+#if defined(__AVX2__)
+    return (vf)_mm256_hadd_ps((__m256)a, (__m256)b);
+#else
+    return unzip<0>(a, b) + unzip<1>(a, b);
+#endif
+}
+
+// Scores of LANES tokens for `rows` query rows.
+template <int kind, int rows>
+INLINE void score_tokens(const DenseScores& a, const char* at, int64_t stride, int row, int token) {
+    constexpr int size = kind == F32 ? 4 : 2, tokens = rows == 4 ? 2 : 4;  // eight sums at once
+    constexpr int parts = kind == FP8_E4M3 ? 2 : 1;  // of the head, whose values are in the same words
+    vf two[LANES / 2][rows];
+    for (int t = 0; t < LANES; t += tokens, at += tokens * stride) {
+        a.ahead.tick(tokens);
+        vf sum[rows][tokens] = {};
+        const char* q = a.q + row * a.q_stride;
+        for (int i = 0; i < a.bytes; i += LANES * size, q += LINE) {
+            vf k[tokens][parts];
+            for (int j = 0; j < tokens; ++j) {
+                const char* from = at + j * stride + i;
+                if constexpr (kind == FP8_E4M3) fp8_to_floats(from, k[j]);
+                else k[j][0] = kind == F16 ? half_to_float(from) : kind == BF16 ? bfloat_to_float(from) : load<vf>(from);
+            }
+            for (int part = 0; part < parts; ++part)
+                for (int r = 0; r < rows; ++r) {
+                    const vf x = load<vf>(q + r * a.q_stride + part * 2 * a.bytes);
+                    for (int j = 0; j < tokens; ++j) sum[r][j] = fma(k[j][part], x, sum[r][j]);
+                }
+        }
+        for (int r = 0; r < rows; ++r)
+            for (int j = 0; j < tokens; j += 2) two[(t + j) / 2][r] = add_neighbours(sum[r][j], sum[r][j + 1]);
+    }
+    for (int r = 0; r < rows; ++r) {
+        vf made = add_neighbours(two[0][r], two[1][r]);
+#if defined(__AVX2__)
+        const __m256 x = (__m256)made, y = (__m256)add_neighbours(two[2][r], two[3][r]);
+        made = (vf)_mm256_permute2f128_ps(x, y, 0x20) + (vf)_mm256_permute2f128_ps(x, y, 0x31);
+#endif
+        float* most = a.most + (row + r) * LANES;
+        store(a.scores + (row + r) * a.score_stride + token, made);
+        store(most, max(load<vf>(most), made));
+    }
+}
+
+template <int kind>
+inline void score_dense_of(const DenseScores& a, int rows) {
+    for (int r = 0; r < rows; ++r) store(a.most + r * LANES, splat(-__builtin_inff()));
+    const char* at = a.rows;
+    for (int t = 0; t < a.tokens; t += LANES, at += LANES * a.stride) {
+        const bool rest = a.count - t < LANES;
+        for (int i = 0; rest && i < a.count - t; ++i) std::memcpy(a.padded + i * a.bytes, at + i * a.stride, a.bytes);
+        const char* from = rest ? a.padded : at;
+        const int64_t stride = rest ? a.bytes : a.stride;
+        int r = 0;
+        for (; r + 4 <= rows; r += 4) score_tokens<kind, 4>(a, from, stride, r, t);
+        if (r + 2 <= rows) score_tokens<kind, 2>(a, from, stride, r, t), r += 2;
+        if (r < rows) score_tokens<kind, 1>(a, from, stride, r, t);
+    }
+}
+
+// Ticks of `ahead` while `rows` query rows are multiplied with `tokens` tokens.
+INLINE int dense_ticks(const Format&, int rows, int tokens) { return tokens * (rows / 4 + (rows & 2) / 2 + (rows & 1)); }
+
+// terms: of q, which has one.
+inline void score_dense(const Format& f, int rows, int, const DenseScores& a) {
+    if (f.kind == F16) return score_dense_of<F16>(a, rows);
+    if (f.kind == FP8_E4M3) return score_dense_of<FP8_E4M3>(a, rows);
+    f.kind == BF16 ? score_dense_of<BF16>(a, rows) : score_dense_of<F32>(a, rows);
+}
+
+#endif
+
+}  // namespace GYROKV_ISA
+}  // namespace gyrokv
