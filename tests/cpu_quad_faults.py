@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from cpu_faults import Fault, attend, rows, spec
+from cpu_faults import Fault, attend, plain, rows, spec
 
 from gyrokv.formats import KVFormat
 from gyrokv.spec import AttentionSpec
 
-_MOST = 8  # the most query rows that take rows side by side
+_MOST = 8  # query rows; more take rows side by side too, but for some formats
 Side = tuple[KVFormat, int]  # a format and a head size
 
 
@@ -182,6 +182,9 @@ def fast(s: AttentionSpec) -> bool:
 
 
 QUAD_FAULTS = (
+    Fault("query rows beyond sixteen take q of the first",
+          spec(lambda s: plain(s) and s.k_format.name in ("q8_0", "q4_0", "turbo4", "tq5") and rows(s) > 16 and rows(s) % 4 == 0),
+          (attend("int i = row / QUAD_ROWS", "int i = row % (@ ? 16 : 1 << 30) / QUAD_ROWS"),), "avx512"),
     # keys
     key("the last part of a key is left out", key_parts,
         scores("p < a.order.parts; ++p)", "p < a.order.parts - (@); ++p)")),

@@ -228,10 +228,10 @@ INLINE int tokens_per_block(const Attend& call, int rows) {
             whole_bytes |= f->bits == 8, bytes = std::max(bytes, packed ? row_bytes(*f) : plain_stride(*f) * f->planes);
         integers |= element_of(*call.runs[i].v_format) == INT8;
     }
-    if (rows > 64) return integers ? 128 : MOST_TOKENS;
-    if (stored) return short_blocks ? 64 : MOST_STORED_TOKENS;
     if (quads && whole_bytes) return int(std::clamp<int64_t>(QUAD_BLOCK * 5 / 8 / bytes / 64 * 64, 64, QUAD_TOKENS / 4));
     if (quads) return int(std::clamp<int64_t>(QUAD_BLOCK / bytes / 64 * 64, 64, QUAD_TOKENS));
+    if (rows > 64) return integers ? 128 : MOST_TOKENS;
+    if (stored) return short_blocks ? 64 : MOST_STORED_TOKENS;
     return int(std::clamp<int64_t>((packed ? 32768 : 16384) / bytes / 64 * 64, 64, 128));
 }
 
@@ -249,6 +249,7 @@ INLINE int64_t panel_bytes(const Attend& call, int side, int rows, int64_t token
     int64_t bytes = 0;  // of a value
     for (int i = 0; i < call.n_runs; ++i) {
         const Format& f = side ? *call.runs[i].v_format : *call.runs[i].k_format;
+        if (takes_quads(f, rows, call.terms)) continue;
         bytes = std::max<int64_t>(bytes, size_of(element_of(f)) * f.planes);
     }
     const int64_t dim = round_up(side ? call.v_dim : call.k_dim, 64);
@@ -416,10 +417,11 @@ inline bool attend(const Attend& call, const Unit& unit, char* scratch) {
                                               : panel_ticks(vf_, block.tokens, false);
                     const bool mostly_products = ke == INT8 && !apart && !MATRIX_UNIT;  // and panels take less
                     const int pauses = together > 1 ? 0 : mostly_products ? keys + values : (keys + values) / 4;
-                    if (apart) work.ahead.add_words(vf_, v, slot, block.count), work.ahead.mark();
+                    const bool alone = together == 1 || !apart;  // else blocks that nothing is made for follow each other at once
+                    if (apart && alone) work.ahead.add_words(vf_, v, slot, block.count), work.ahead.mark();
                     if (at + block.count == unit.stop && unit.next_first >= 0 && keys + values > 0)
                         ask_for_next_unit(call, unit, per_block, wanted, work.ahead);
-                    else
+                    else if (alone)
                         work.ahead.add(kf, k, vf_, v, slot + block.count, next, wanted);
                     work.pause = pauses / (apart ? 2 * unit.rows + 2 : steps_between(kf, vf_, unit.rows));
                     work.ahead.until(keys, values + (apart ? unit.rows * work.pause : pauses));

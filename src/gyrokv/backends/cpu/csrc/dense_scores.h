@@ -11,7 +11,7 @@ namespace GYROKV_ISA {
 #if defined(GYROKV_QUADS)
 #define GYROKV_DENSE 1
 
-INLINE bool takes_dense(const Format& f, int rows) { return f.kind != CODES && rows <= MOST_QUAD_ROWS; }
+INLINE bool takes_dense(const Format& f, int rows) { return f.kind != CODES && rows <= MOST_DENSE_ROWS; }
 
 struct DenseScores {
     const char* rows;

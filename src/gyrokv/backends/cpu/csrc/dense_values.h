@@ -15,10 +15,8 @@ INLINE int pair_ticks(const Format&, int, int) { return 0; }
 
 #else
 
-constexpr int MOST_PAIR_ROWS = 16;       // query rows
-
 INLINE bool adds_pairs(const Format& f, int rows) {
-    return (f.kind == BF16 || f.kind == FP8_E4M3) && rows <= MOST_PAIR_ROWS && f.dim % COLUMNS_PER_CHUNK == 0;
+    return (f.kind == BF16 || f.kind == FP8_E4M3) && rows <= MOST_DENSE_ROWS && f.dim % COLUMNS_PER_CHUNK == 0;
 }
 
 struct PairValues {

@@ -16,7 +16,7 @@ namespace gyrokv {
 namespace GYROKV_ISA {
 
 constexpr int MOST_DIRECT_CODES = 8;                // query rows: more are cheaper with panels
-constexpr int MOST_DIRECT = TAKES_QUADS ? MOST_QUAD_ROWS : MOST_DENSE_ROWS;  // of rows that are no codes
+constexpr int MOST_DIRECT = MOST_DENSE_ROWS;        // of rows that are no codes
 constexpr int COLUMNS_PER_CHUNK = 2 * LANES;
 constexpr int DIRECT_PACE = 6;  // ticks per token and pass
 

@@ -251,6 +251,7 @@ INLINE int64_t row_bytes(const Format& f) {
 }
 
 #if defined(__AMX_INT8__)
+constexpr bool MATRIX_UNIT = true;
 // Tiles 0..3: C; 4: A; 7: B. With more than 16 rows C is 2 x 2 tiles, 5 the second A and 6 the second B; else C is 4
 // panels wide, so that four sums run at a time either way.
 struct alignas(64) TileConfig {
@@ -298,6 +299,7 @@ class MatrixUnit {
 };
 
 #else
+constexpr bool MATRIX_UNIT = false;
 struct MatrixUnit {
     void keep_awake() {}
     void nudge() {}

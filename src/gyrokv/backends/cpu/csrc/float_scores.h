@@ -6,8 +6,8 @@
 namespace gyrokv {
 namespace GYROKV_ISA {
 
-// Query rows: more are cheaper with panels.
-constexpr int MOST_DENSE_ROWS = LANES == 8 ? 16 : 8, MOST_FLOAT8_ROWS = MOST_DENSE_ROWS / 2;
+// Query rows that take rows as they are: more are cheaper with panels.
+constexpr int MOST_DENSE_ROWS = MATRIX_UNIT ? 8 : LANES == 16 ? 32 : LANES == 8 ? 16 : 8, MOST_FLOAT8_ROWS = MOST_DENSE_ROWS / 2;
 
 #if !defined(__AVX512F__)
 #define GYROKV_DENSE 1

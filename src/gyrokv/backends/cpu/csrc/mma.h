@@ -16,10 +16,8 @@ constexpr int MOST_ROWS = 4, MOST_PANELS = 2;  // 8 of 16
 #endif
 #if defined(__AMX_INT8__)
 constexpr int ROWS_PER_MMA = 32;
-constexpr bool MATRIX_UNIT = true;
 #else
 constexpr int ROWS_PER_MMA = 16;
-constexpr bool MATRIX_UNIT = false;
 #endif
 
 // Bytes of A per line of B.

@@ -8,7 +8,6 @@ namespace GYROKV_ISA {
 #if !defined(GYROKV_QUADS)
 
 struct QuadQuery {};
-INLINE int64_t quad_query_bytes(int, int) { return 0; }
 
 #else
 
@@ -18,11 +17,7 @@ struct QuadQuery {
     const char *parts, *begin, *scale;
     int rows;
 };
-INLINE int64_t quad_query_bytes(int dim, int rows) {
-    if (rows > MOST_QUAD_ROWS) return 0;
-    const int64_t lines = round_up(int64_t(dim), 64) / 16 * 2;
-    return rows * lines * 5 * PART_BYTES;
-}
+INLINE int64_t quad_query_bytes(int dim, int rows) { return rows * (round_up(int64_t(dim), 64) / 16 * 2) * 5 * PART_BYTES; }
 
 // 16 values of q from their two terms, as words will hold them.
 INLINE __m512i join_terms(__m128i high, __m128i low) {

@@ -19,7 +19,6 @@ constexpr int QUAD_HALF = 128;         // whose weights are rounded relative to 
 constexpr int64_t QUAD_BLOCK = 65536;  // bytes of a block of K or V, at most
 constexpr int WORD_SUM = 198000;       // sizes of what a run of large words (WORD_RUN) meets add up to this, at most
 static_assert((WORD_SUM + WORD_RUN / 2) * int64_t(LARGEST_LEVEL) < int64_t(1) << 31);
-constexpr int MOST_QUAD_ROWS = 16;            // query rows
 constexpr int QUAD_ROWS = 4;                  // of a pass, at most
 constexpr int MOST_PARTS = 640 / PART_BYTES;  // of a padded head
 
@@ -34,9 +33,16 @@ INLINE const Quads& quads_of(const Format&, int, bool) { static const Quads none
 
 constexpr bool TAKES_QUADS = true;
 
+// Query rows that take rows of a format so, at most. Each four make lines of codes anew, but multiply words of two planes once, and
+// need no sums of each group in memory. Where panels cost no more products and few such sums, many rows are faster with them.
+INLINE int most_quad_rows(const Format& f, int terms) {
+    if (terms == 1) return f.group <= 32 ? 64 : 16;
+    return f.planes == 2 || f.bits >= 4 || f.group <= 32 ? 1 << 30 : f.group <= 64 ? 64 : 16;
+}
+
 // Whether `rows` query rows take rows of a format so, with `terms` parts of q or of the weights.
 INLINE bool takes_quads(const Format& f, int rows, int terms) {
-    if (f.kind != CODES || rows > MOST_QUAD_ROWS || f.dim % 32 || f.group % 32 || f.bits == 1 || f.bits == 7) return false;
+    if (f.kind != CODES || rows > most_quad_rows(f, terms) || f.dim % 32 || f.group % 32 || f.bits == 1 || f.bits == 7) return false;
     if (f.dim * wide_bits(f) / 16 < PART_WORDS || (next_bits(f) && f.dim * next_bits(f) / 16 < PART_WORDS / 2)) return false;
     if (const int next = f.dim * next_bits(f) / 16; next % 4 && next > PART_WORDS) return false;
     if (f.bits < 5 || f.linear) return f.planes == 1;

@@ -68,14 +68,21 @@ struct Query {
     int planes;
     char* tiles;      // see stored.h, where rows of K are multiplied as they are stored; else null
     int quads;        // see quad_scores.h: bits of a code where rows of K are taken so, else 0
-    QuadQuery passes[MOST_QUAD_ROWS / QUAD_ROWS + 2];
+    QuadQuery* passes;
 };
 
 INLINE int64_t query_stride(const Attend& call) { return round_up(call.k_dim, 64) * 4 + 64; }
+#if defined(GYROKV_QUADS)
+INLINE int64_t quad_passes_bytes(int rows) { return round_up((rows / QUAD_ROWS + 2) * int64_t(sizeof(QuadQuery)), 64); }
+#endif
 INLINE int64_t query_bytes(const Attend& call, int rows) {
     const int64_t groups = round_up(call.k_dim, 32) / 32;
-    return round_up(rows * (2 * query_stride(call) + groups * 8), 64) + 64 +
-           std::max(stored_query_bytes(call.k_dim, rows), quad_query_bytes(call.k_dim, rows));
+    int64_t packed = stored_query_bytes(call.k_dim, rows);
+#if defined(GYROKV_QUADS)
+    for (int i = 0; i < call.n_runs && !packed; ++i)
+        if (takes_quads(*call.runs[i].k_format, rows, call.terms)) packed = quad_passes_bytes(rows) + quad_query_bytes(call.k_dim, rows);
+#endif
+    return round_up(rows * (2 * query_stride(call) + groups * 8), 64) + 64 + packed;
 }
 
 inline Query pack_query(const Attend& call, const Unit& unit, const Format& f, const Stored* stored, const Quads* quads, bool bytes,
@@ -143,6 +150,8 @@ inline Query pack_query(const Attend& call, const Unit& unit, const Format& f, c
         pack(f, *stored, made.a, made.stride, unit.rows, made.terms, made.scale, made.groups, made.tiles);
     }
 #elif defined(GYROKV_QUADS)
+    made.passes = (QuadQuery*)after;
+    if (quads) after += quad_passes_bytes(unit.rows);
     for (int r = 0, i = 0; quads && r < unit.rows; ++i) {
         const int rows = quad_pass(unit.rows - r);
         made.passes[i] = pack_quads(f, *quads, made.a + int64_t(r) * made.terms * made.stride, made.stride, rows, made.terms,
