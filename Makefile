@@ -8,7 +8,7 @@ BIN = $(VENV)/bin
 MODELS = -m models/qwen2-d128 -m models/gemma4-d256-512
 DEMO = --ctx-size 512 --chunks 24 --decode 8
 
-.PHONY: bench-cpu bench-gpu build demo test test-oldest test-metal test-gpu lint readme clean
+.PHONY: bench-cpu bench-gpu build demo test test-oldest test-metal test-arm test-gpu lint readme clean
 
 $(VENV)/ready: pyproject.toml constraints.txt hatch_build.py
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "gyrokv needs Python 3.10 or newer")'
@@ -36,6 +36,10 @@ test-metal: build  ## what `make test` cannot run of Metal: MLX's own source and
 	test -d build/metal/mlx_lm || $(BIN)/python -m pip install --quiet --disable-pip-version-check \
 		--target build/metal --no-deps mlx mlx-cpu mlx-lm ziglang
 	PYTHONPATH=build/metal $(BIN)/python -m pytest -n $(WORKERS) tests/test_mlx*.py tests/test_metal_spaces.py
+
+test-arm: build  ## the CPU's kernels for ARM, by an emulator (Debian's g++-aarch64-linux-gnu and qemu-user)
+	PYTHONPATH=tests $(BIN)/python -c 'import sys; from arm_host import host; sys.exit(host.missing() or 0)'
+	$(BIN)/python -m pytest -n $(WORKERS) tests/test_cpu_arm.py
 
 test-gpu:  ## tests that need an accelerator, with the torch of $(PYTHON); records the counts
 	PYTHONPATH=src $(PYTHON) benchmarks/record_tests.py --out benchmarks/results/gpu_tests.json -- -m gpu

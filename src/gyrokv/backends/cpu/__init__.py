@@ -3,15 +3,16 @@
 ``csrc/`` is compiled once per instruction set when gyrokv is installed (``build.py``); the best one that this machine
 runs is chosen when the library is first used (``native.py``).
 
-``BOUND``: q is rounded per row and group of K's scale, and the weights per row, at most 128 consecutive tokens and group
-of V's scale, to 16 bits relative to the largest (where the CPU has int8 dot products, often the sum of two int8); levels
-of tables that are not integers to 16 bits too, or, for few query rows of an AVX-512 CPU, to 14 bits, and q and weights
-to as many as sums of 64 products allow. The products are exact in int32 and summed in float32. A single rounding of 16
-is off by 2**-17 of the largest at most; over the tokens these add up like a random walk, to about 1e-4 of
-the output when one weight is far above the others. bfloat16 rows take q and weights as two bfloat16 (one where q is
-bfloat16, as the output will be: then ``BFLOAT16_BOUND`` holds before that rounding), other dense rows are computed in
-float32. Many rows of q with a matrix unit take values of codes and of float16 as two bfloat16 too, off by 2**-16 of a value
-at most. ``FAST_BOUND``: with ``fast`` a single int8 or bfloat16, levels too.
+``BOUND``: q is rounded per row and group of K's scale, and the weights per row, at most 128 consecutive tokens and
+group of V's scale, to 16 bits relative to the largest (where the CPU has int8 dot products, often the sum of two int8);
+levels of tables that are not integers to 16 bits too, or, with AVX-512 and without a matrix unit, to 14 bits, and q and
+weights to as many as sums of 64 products allow. The products are exact in int32 and summed in float32. A single
+rounding of 16 is off by 2**-17 of the largest at most; over the tokens these add up like a random walk, to about 1e-4
+of the output when one weight is far above the others. bfloat16 rows take q and weights as two bfloat16 (one where q is
+bfloat16, as the output will be: then ``BFLOAT16_BOUND`` holds before that rounding), other dense rows, and all where a
+CPU has no products of bfloat16, are computed in float32. Many rows of q with a matrix unit take values of codes and of
+float16 as two bfloat16 too, off by 2**-16 of a value at most. ``FAST_BOUND``: with ``fast`` a single int8 or bfloat16,
+levels too.
 """
 
 from __future__ import annotations

@@ -228,7 +228,10 @@ def _check(status: int) -> None:
 
 # -- encoding
 
-_encoders: dict[tuple[int, int, str], tuple[KVFormat, native.Encode, tuple]] = {}  # by identity, as above
+_SIZES = ["padded", "group", "span", "bits", "sign_magnitude", "rule", "corrected", "ties", "scale_type", "linear", "rotate"]
+_FACTORS = ["rotation_factor", "unscaled_factor", "scale_factor", "low", "high", "before", "after", "levels", "boundaries"]
+# by identity, as above; the tensors that a structure points to live as long as the process
+_encoders: dict[tuple[int, int, str], tuple[KVFormat, tuple, tuple, tuple[Tensor, ...]]] = {}
 
 
 def empty_rows(x: Tensor, fmt: KVFormat) -> Packed:
@@ -248,23 +251,25 @@ def encode(x: Tensor, codec: Codec, into: Packed, slot: int = 0) -> Packed:
     if x.stride(3) != 1:
         x = x.contiguous()
     batch, heads, tokens, head_dim = x.shape
-    call = native.Encode.from_buffer_copy(_encoder(codec.format, head_dim, codec.rotation))
-    call.batch, call.heads, call.tokens, call.threads = batch, heads, tokens, torch.get_num_threads()
-    call.x, call.x_kind, call.x_strides = x.data_ptr(), ELEMENTS[x.dtype], native.byte_strides(x)
-    call.words, call.scale, *strides = _from(_rows(into), slot)
-    call.word_strides, call.scale_strides = tuple(strides[:3]), tuple(strides[3:])
-    _check(library.encode(ctypes.byref(call), library.level.index))
+    _, sizes, factors, _ = _encoder(codec.format, head_dim, codec.rotation)
+    words, scale, *strides = _from(_rows(into), slot)
+    call = native.ENCODE.pack(
+        batch, heads, tokens, head_dim, ELEMENTS[x.dtype], *sizes, torch.get_num_threads(), *factors,
+        x.data_ptr(), *native.byte_strides(x), words, *strides[:3], scale, *strides[3:],
+    )  # fmt: skip
+    _check(library.encode(call, library.level.index))
     return into
 
 
-def _encoder(fmt: KVFormat, head_dim: int, rotation: str) -> native.Encode:
-    """An Encode that lacks only the data. The tensors that it points to live as long as the process."""
+def _encoder(fmt: KVFormat, head_dim: int, rotation: str) -> tuple[KVFormat, tuple, tuple, tuple[Tensor, ...]]:
+    """What an Encode holds but for the data: ``_SIZES`` and ``_FACTORS``."""
     key = (id(fmt), head_dim, rotation)
     found = _encoders.get(key)
     if found is None:
         settings, tensors = _encoder_settings(fmt, head_dim, rotation)
-        found = _encoders.setdefault(key, (fmt, native.Encode(**settings), tensors))
-    return found[1]
+        sizes, factors = (tuple(settings.get(name, 0) for name in names) for names in (_SIZES, _FACTORS))
+        found = _encoders.setdefault(key, (fmt, sizes, factors, tensors))
+    return found
 
 
 def _encoder_settings(fmt: KVFormat, head_dim: int, rotation: str) -> tuple[dict, tuple]:
@@ -272,7 +277,7 @@ def _encoder_settings(fmt: KVFormat, head_dim: int, rotation: str) -> tuple[dict
     row = ROTATIONS[rotation]
     l2 = fmt.scale == "l2"
     settings = dict(
-        dim=head_dim, padded=padded, group=group, bits=fmt.bits,
+        padded=padded, group=group, bits=fmt.bits,
         span=group if l2 else min(group, fmt.scale_span or group),
         sign_magnitude=fmt.coding == "sign_magnitude", corrected=fmt.corrected, linear=fmt.kind == "linear",
         ties=0 if fmt.ties == "up" else 2 if fmt.kind == "linear" else 1,

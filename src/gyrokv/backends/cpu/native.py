@@ -83,6 +83,7 @@ Encode = _structure(
     ("scale", _pointer),
     ("scale_strides", _long * 3),
 )
+ENCODE = _struct(Encode)
 _MIRRORED = (Format, Rows, Run, Turn, Attend, Encode)
 
 

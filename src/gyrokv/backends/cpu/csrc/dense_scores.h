@@ -125,7 +125,7 @@ inline void score_dense_of(const DenseScores& a, int rows) {
             from = a.padded, stride = a.bytes;
         }
         for (int r = 0, n; r < rows; r += n) {
-            n = quad_pass(rows - r);
+            n = pass_of(rows - r);
             vf score[4];
             as_pass(n, [&]<int n>(std::integral_constant<int, n>) {
                 score_sixteen<kind, n, terms>(a, from, stride, a.q + r * terms * a.q_stride, score);
@@ -142,7 +142,7 @@ inline void score_dense_of(const DenseScores& a, int rows) {
 // Ticks of `ahead` while `rows` query rows are multiplied with `tokens` tokens.
 INLINE int dense_ticks(const Format& f, int rows, int tokens) {
     int passes = 0;
-    for (; rows; ++passes) rows -= quad_pass(rows);
+    for (; rows; ++passes) rows -= pass_of(rows);
     return passes * tokens * int(row_bytes(f) / (f.kind == F16 ? LINE / 2 : LINE));
 }
 

@@ -121,7 +121,7 @@ template <bool float8>
 inline void add_pairs(const PairValues& v) {
     const int all = v.dim / COLUMNS_PER_CHUNK;
     for (int row = 0, n; row < v.count; row += n) {
-        n = quad_pass(v.count - row);
+        n = pass_of(v.count - row);
         as_pass(n, [&]<int rows>(std::integral_constant<int, rows>) {
             int c = 0;
             if constexpr (rows <= 2)
@@ -135,7 +135,7 @@ inline void add_pairs(const PairValues& v) {
 // Ticks of `ahead` while `rows` query rows take `tokens` tokens.
 INLINE int pair_ticks(const Format& f, int rows, int tokens) {
     int passes = 0;
-    for (; rows; ++passes) rows -= quad_pass(rows);
+    for (; rows; ++passes) rows -= pass_of(rows);
     return passes * tokens * (f.dim / COLUMNS_PER_CHUNK);
 }
 

@@ -1,4 +1,4 @@
-// Scores of few query rows from rows of codes side by side: see quad_scores.h.
+// Scores from rows of codes side by side: see quad_scores.h.
 #include "quad_scores.h"
 
 namespace gyrokv {

@@ -1,4 +1,4 @@
-// Scores of few query rows from rows of codes side by side (see quads.h): four vectors become four of a dword of 16 tokens each.
+// Scores from rows of codes side by side (see quads.h): four vectors become four of a dword of 16 tokens each.
 #pragma once
 #include "quad_query.h"
 
@@ -35,7 +35,7 @@ void score_quads(const Format& f, int terms, const QuadScores& a);
 // Ticks of Ahead while `rows` of them pass over `tokens`.
 INLINE int quad_ticks(const Quads& order, int rows, int tokens) {
     int passes = 0;
-    for (; rows; ++passes) rows -= quad_pass(rows);
+    for (; rows > 0; ++passes) rows -= quad_pass(rows);
     return passes * tokens / 16 * 2 * order.parts;
 }
 

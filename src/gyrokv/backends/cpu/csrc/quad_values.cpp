@@ -1,4 +1,4 @@
-// Sums of weighted values for few query rows from rows of codes side by side: see quad_values.h.
+// Sums of weighted values from rows of codes side by side: see quad_values.h.
 #include "chunk_values.h"
 
 namespace gyrokv {
@@ -140,7 +140,8 @@ struct WindowColumns {
 // What two lines of columns add to the output of `rows` query rows; sides: groups of a line. p: number of the part, or of the
 // first line, as Columns has them; kept: room for what Columns keeps.
 template <class C, class Columns, int sides, int rows, int terms>
-__attribute__((noinline)) void add_lines(const QuadValues& a, int p, const QuadWeights& w, char* kept, float* out, const float* rescale) {
+__attribute__((noinline)) void add_lines(const QuadValues& a, int p, const QuadWeights& w, char* kept, float* out, const float* rescale,
+                                         int live) {
     constexpr bool words = C::lines == WORDS;
     constexpr int run = RUN_TOKENS<C>, sums = C::sums(terms);
     const Columns columns(a, p, kept);
@@ -202,15 +203,15 @@ __attribute__((noinline)) void add_lines(const QuadValues& a, int p, const QuadW
     const float by = a.format.factor * (words ? a.tables.word_factor : 1.0f);
 #pragma GCC unroll 4
     for (int r = 0; r < rows; ++r, out += a.out_stride)
-        for (int c = 0; c < 2; ++c) columns.add(c, out, rescale[r], (__m512)(total[c][r] * by));
+        for (int c = 0; c < 2 && r < live; ++c) columns.add(c, out, rescale[r], (__m512)(total[c][r] * by));
 }
 
-// out [row] = out * rescale + weights * values for `rows` (1, 2 or 4) query rows.
+// out [row] = out * rescale + weights * values for `rows` (1, 2 or 4) query rows, of which there are `live`.
 template <class C, int rows, int terms>
-INLINE void add_quads_of(const QuadValues& a, const float* weights, float* out, const float* rescale) {
+INLINE void add_quads_of(const QuadValues& a, const float* weights, float* out, const float* rescale, int live) {
     const Format& f = a.format;
     if constexpr (TAKES_CHUNKS<C, terms>)
-        if (a.order.chunks) return add_chunks_of<C, rows, terms>(a, weights, out, rescale);
+        if (a.order.chunks) return add_chunks_of<C, rows, terms>(a, weights, out, rescale, live);
     const int groups = f.dim / f.group;
     alignas(16) int32_t zero[MOST_GROUPS * MOST_RUNS * 8];
     alignas(16) float factor[MOST_GROUPS * MOST_RUNS * 4];
@@ -218,7 +219,7 @@ INLINE void add_quads_of(const QuadValues& a, const float* weights, float* out, 
     for (int g = 0; g < groups; ++g)
         for (int t = a.first / length * length; t < a.stop; t += length) {
             const int at = MOST_RUNS * g + t / length;
-            spread<C, terms, 1>(a, rows, std::min(length, a.tokens - t), weights + t,
+            spread<C, terms, 1>(a, live, std::min(length, a.tokens - t), weights + t,
                                 {{a.scales + int64_t(g) * a.tokens + t}, a.spread + g * (rows * terms * QUAD_TOKENS) +
                                  (C::lines == WORDS ? 2 : 1) * t, {zero + 8 * at}, {factor + 4 * at}});
         }
@@ -227,7 +228,7 @@ INLINE void add_quads_of(const QuadValues& a, const float* weights, float* out, 
     alignas(LINE) char kept[QUAD_TOKENS / 4 * 2 * LINE];
     for (int p = 0; order.by_group && p < order.columns.lines; p += 2) {
         auto run = [&]<int windows>() __attribute__((always_inline)) {
-            add_lines<C, WindowColumns<C, windows>, 1, rows, terms>(a, p, w, nullptr, out, rescale);
+            add_lines<C, WindowColumns<C, windows>, 1, rows, terms>(a, p, w, nullptr, out, rescale, live);
         };
         constexpr bool next = Fields<C::bits>::next > 0;
         if (a.bytes < GroupColumns::WINDOW) run.template operator()<SHORT>();
@@ -241,8 +242,8 @@ INLINE void add_quads_of(const QuadValues& a, const float* weights, float* out, 
             auto run = [&]<int code, bool plain>() __attribute__((always_inline)) {
                 const int* g = order.part[p].group;
                 using Columns = PartColumns<C, code, plain>;
-                if (g[0] == g[1]) return add_lines<C, Columns, 1, rows, terms>(a, p, w, kept, out, rescale);
-                add_lines<C, Columns, 2, rows, terms>(a, p, w, kept, out, rescale);
+                if (g[0] == g[1]) return add_lines<C, Columns, 1, rows, terms>(a, p, w, kept, out, rescale, live);
+                add_lines<C, Columns, 2, rows, terms>(a, p, w, kept, out, rescale, live);
             };
             auto codes = [&]<bool plain>() __attribute__((always_inline)) {
                 run.template operator()<0, plain>();
@@ -261,11 +262,11 @@ void add_quads(const QuadValues& a, int rows) {
     as_coded<true>(a.format, a.order, [&]<class C>(C) {
         const float *weights = a.weights, *rescale = a.rescale;
         float* out = a.out;
-        while (rows) {
+        while (rows > 0) {
             const int pass = quad_pass(rows);
             as_pass(pass, [&]<int n>(std::integral_constant<int, n>) {
                 as_terms<C>(a.terms, [&]<int terms>(std::integral_constant<int, terms>) {
-                    add_quads_of<C, n, terms>(a, weights, out, rescale);
+                    add_quads_of<C, n, terms>(a, weights, out, rescale, std::min(n, rows));
                 });
             });
             rows -= pass, weights += pass * a.weight_stride, out += pass * a.out_stride, rescale += pass;

@@ -1,4 +1,4 @@
-// Sums of weighted values for few query rows from rows of codes side by side (see quads.h): a line is a byte of each of four tokens
+// Sums of weighted values from rows of codes side by side (see quads.h): a line is a byte of each of four tokens
 // for 16 columns, and products of bytes add up the four.
 #pragma once
 #include "quads.h"
@@ -42,7 +42,7 @@ void add_quads(const QuadValues& a, int rows);
 // Ticks of Ahead meanwhile.
 INLINE int value_ticks(const Quads& order, int rows, int tokens) {
     int passes = 0;
-    for (; rows; ++passes) rows -= quad_pass(rows);
+    for (; rows > 0; ++passes) rows -= quad_pass(rows);
     if (order.chunks) return passes * order.chunks * order.lines * tokens / 4;
     return passes * tokens / 4 * (order.by_group ? order.columns.lines : order.parts * order.lines) / 2;
 }

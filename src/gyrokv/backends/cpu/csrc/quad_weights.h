@@ -1,4 +1,4 @@
-// Weights of few query rows as bytes, times the scales of V, for rows of codes side by side (see quads.h).
+// Weights as bytes, times the scales of V, for rows of codes side by side (see quads.h).
 #pragma once
 #include <array>
 

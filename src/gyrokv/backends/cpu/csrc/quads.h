@@ -1,4 +1,4 @@
-// Rows of codes side by side, for few query rows where there is no matrix unit: 16 bytes of each of four tokens in a vector.
+// Rows of codes side by side, where there is no matrix unit: 16 bytes of each of four tokens in a vector.
 //
 // Such a part is eight words of the widest field of a row; moved right by k codes it holds, per token, values
 // x .. x + 7 and, in the odd bytes, those half a head behind (see packing.py). Turned to them, the bits of the next field
@@ -255,7 +255,9 @@ INLINE line codes_of(__m512i wide, __m512i next) {
 }
 
 // Of `rows` query rows, those of the next pass.
-INLINE int quad_pass(int rows) { return rows >= 4 ? 4 : rows >= 2 ? 2 : 1; }
+INLINE int pass_of(int rows) { return rows >= 4 ? 4 : rows >= 2 ? 2 : 1; }
+// The same with codes, which are looked up anew in each pass: three rows and one of zeros take less time than two and one.
+INLINE int quad_pass(int rows) { return rows == 3 ? 4 : pass_of(rows); }
 // body(rows) of a pass.
 template <class Body>
 INLINE void as_pass(int rows, Body body) {

@@ -80,9 +80,9 @@ INLINE int64_t query_bytes(const Attend& call, int rows) {
     int64_t packed = stored_query_bytes(call.k_dim, rows);
 #if defined(GYROKV_QUADS)
     for (int i = 0; i < call.n_runs && !packed; ++i)
-        if (takes_quads(*call.runs[i].k_format, rows, call.terms)) packed = quad_passes_bytes(rows) + quad_query_bytes(call.k_dim, rows);
+        if (takes_quads(*call.runs[i].k_format, rows, call.terms)) packed = quad_passes_bytes(rows) + quad_query_bytes(call.k_dim, rows + 1);
 #endif
-    return round_up(rows * (2 * query_stride(call) + groups * 8), 64) + 64 + packed;
+    return round_up((rows + 1) * (2 * query_stride(call) + groups * 8), 64) + 64 + packed;
 }
 
 inline Query pack_query(const Attend& call, const Unit& unit, const Format& f, const Stored* stored, const Quads* quads, bool bytes,
@@ -98,8 +98,8 @@ inline Query pack_query(const Attend& call, const Unit& unit, const Format& f, c
     made.bytes = bytes;
     made.a = to;
     made.stride = query_stride(call);
-    made.scale = (float*)(to + unit.rows * 2 * made.stride);
-    made.sum = (int32_t*)(made.scale + unit.rows * made.groups);
+    made.scale = (float*)(to + (unit.rows + 1) * 2 * made.stride);
+    made.sum = (int32_t*)(made.scale + (unit.rows + 1) * made.groups);
     const float factor = (call.softcap ? call.scale / call.softcap : call.scale * LOG2E) * f.factor;
     const float base = std::abs(factor), sign = factor < 0.0f ? -1.0f : 1.0f;  // the largest product is the largest score
     alignas(64) float q[MOST_VALUES] = {};
@@ -151,7 +151,11 @@ inline Query pack_query(const Attend& call, const Unit& unit, const Format& f, c
     }
 #elif defined(GYROKV_QUADS)
     made.passes = (QuadQuery*)after;
-    if (quads) after += quad_passes_bytes(unit.rows);
+    if (quads) {
+        after += quad_passes_bytes(unit.rows);  // a row of zeros, where a pass has one more
+        std::memset(made.a + int64_t(unit.rows) * made.terms * made.stride, 0, made.terms * made.stride);
+        std::fill_n(made.scale + unit.rows * made.groups, made.groups, 0.0f);
+    }
     for (int r = 0, i = 0; quads && r < unit.rows; ++i) {
         const int rows = quad_pass(unit.rows - r);
         made.passes[i] = pack_quads(f, *quads, made.a + int64_t(r) * made.terms * made.stride, made.stride, rows, made.terms,
