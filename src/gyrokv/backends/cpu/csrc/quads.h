@@ -36,8 +36,11 @@ constexpr bool TAKES_QUADS = true;
 // Query rows that take rows of a format so, at most. Each four make lines of codes anew, but multiply words of two planes once, and
 // need no sums of each group in memory. Where panels cost no more products and few such sums, many rows are faster with them.
 INLINE int most_quad_rows(const Format& f, int terms) {
+    constexpr int all = 1 << 30;
     if (terms == 1) return f.group <= 32 ? 64 : 16;
-    return f.planes == 2 || f.bits >= 4 || f.group <= 32 ? 1 << 30 : f.group <= 64 ? 64 : 16;
+    if (f.planes == 2 || f.bits == 8) return all;
+    if (f.bits == 4) return f.group <= 32 ? all : 256;
+    return f.group <= 32 ? 128 : f.group <= 64 ? 64 : 16;
 }
 
 // Whether `rows` query rows take rows of a format so, with `terms` parts of q or of the weights.
