@@ -417,11 +417,11 @@ inline bool attend(const Attend& call, const Unit& unit, char* scratch) {
                                               : panel_ticks(vf_, block.tokens, false);
                     const bool mostly_products = ke == INT8 && !apart && !MATRIX_UNIT;  // and panels take less
                     const int pauses = together > 1 ? 0 : mostly_products ? keys + values : (keys + values) / 4;
-                    const bool alone = together == 1 || !apart;  // else blocks that nothing is made for follow each other at once
-                    if (apart && alone) work.ahead.add_words(vf_, v, slot, block.count), work.ahead.mark();
+                    const bool asks = together == 1 || !apart;  // else nothing is computed before the next block is here
+                    if (apart && asks) work.ahead.add_words(vf_, v, slot, block.count), work.ahead.mark();
                     if (at + block.count == unit.stop && unit.next_first >= 0 && keys + values > 0)
                         ask_for_next_unit(call, unit, per_block, wanted, work.ahead);
-                    else if (alone)
+                    else if (asks)
                         work.ahead.add(kf, k, vf_, v, slot + block.count, next, wanted);
                     work.pause = pauses / (apart ? 2 * unit.rows + 2 : steps_between(kf, vf_, unit.rows));
                     work.ahead.until(keys, values + (apart ? unit.rows * work.pause : pauses));

@@ -247,7 +247,7 @@ INLINE void v_lines_packed(const Format& f, const Decoder<bits, look_up>& decode
         return std::pair([=](int h, int q, int word, words x) { store(raw + ((h * 4 + q) * n + word) * 4, x); },
                          [=](int h, int q, int word, const char* x) { std::memcpy(raw + ((h * 4 + q) * n + word) * 4, x, 16); });
     };
-    if (in_one_pass(f)) {
+    if (F::next == 0 && in_one_pass(f)) {
         auto direct = [&](int h, int q, int word, words x) { write(h, q, x, x, 0, word / LANES); };
         return interleave_words(from, stride, 2 * wide_words, direct, [](int, int, int, const char*) {}, [&] { ahead.tick(); });
     }
