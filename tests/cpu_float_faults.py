@@ -55,7 +55,7 @@ FLOAT_FAULTS = (
     Fault("both halves of fp8 keys meet the first half of q", spec(float8_keys),
           score("+ part * 2 * a.bytes)", "+ (@ ? 0 : part) * 2 * a.bytes)")),
     Fault("fp8 has no sign", spec(float8_keys),
-          (("simd.h", "(x & 0x80) << 8))", "(x & splat_of<vh>(@ ? 0 : 0x80)) << 8))"),)),
+          (("simd.h", "half_to_float(fp8_to_half(x))", "half_to_float(fp8_to_half(x & splat_of<vh>(@ ? 0x7f : 0xff)))"),)),
     Fault("both halves of fp8 values are the second", spec(float8_values),
           value("i % 2 * (w.dim / 2)", "(@ ? 1 : i % 2) * (w.dim / 2)")),
     Fault("chunks of a row are the first", spec(lambda s: values(s) and s.v_format.kind == "dense" and s.head_dim_v > 32),

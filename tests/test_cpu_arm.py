@@ -6,7 +6,7 @@ import pytest
 import torch
 from arm_host import host
 from test_cpu import THIN, equal_layers, hard_rows, right
-from test_cpu_quads import FLAT, QUADS
+from test_cpu_quads import DENSE_CASES, QUADS
 
 from gyrokv import Codec, LayerCache
 from gyrokv.backends import cpu
@@ -15,7 +15,7 @@ from gyrokv.formats import FORMATS
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(host.missing()), reason=f"ARM's processors: {host.missing()}")]
 # some of what other levels are tested with: a call takes the emulator a tenth of a second and more
-CASES = [c for c in (*THIN[::4], *QUADS[::3], *FLAT[::3]) if c.spec.q_len * c.spec.kv_len * c.spec.q_heads < 100_000]
+CASES = [c for c in (*THIN[::4], *QUADS[::3], *DENSE_CASES[::3]) if c.spec.q_len * c.spec.kv_len * c.spec.q_heads < 100_000]
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from cpu_quad_faults import QUAD_FAULTS, SUM_FAULTS
 from cpu_tile_faults import TILE_FAULTS
 from test_cpu import LONG, equal_layers, hard_rows, right, threads
 from test_cpu_prefill import TERMS, WIDE, rounded
-from test_cpu_quads import FLAT, QUADS, largest_sums
+from test_cpu_quads import DENSE_CASES, QUADS, largest_sums
 
 from gyrokv import Codec, LayerCache
 from gyrokv.backends import cpu
@@ -91,14 +91,14 @@ def check(case: Case, problem) -> None:
     out, lse = data.run("cpu")
     if case in WIDE:
         rounded(data, out, lse)
-    elif case in LONG or case in TERMS or case in QUADS or case in FLAT:
+    elif case in LONG or case in TERMS or case in QUADS or case in DENSE_CASES:
         right(data, out, lse)
     else:
         assert_matches(data, out, lse, cpu.FAST_BOUND if case.spec.fast else cpu.BOUND)
 
 
 def chosen(fault: Fault) -> list[Case]:
-    pool = WIDE if fault.wide else TERMS if fault.terms else QUADS + FLAT if fault.few else (*cases(), *LONG)
+    pool = WIDE if fault.wide else TERMS if fault.terms else QUADS + DENSE_CASES if fault.few else (*cases(), *LONG)
     relevant = [c for c in pool if fault.relevant(c) and not cpu.why_not(c.spec)]
     return relevant[:: -(-len(relevant) // _MOST) or 1]
 

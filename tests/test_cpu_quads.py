@@ -45,7 +45,7 @@ QUADS = [
 _DENSE = ("bf16", "f16", "f32", "fp8_e4m3")
 _DIMS = (40, 48, 72, 80, 96, 112, 128)  # whole numbers of vectors, pairs and chunks of them, or not
 # 1 to 9, 16 and 17 rows of each
-FLAT = [
+DENSE_CASES = [
     long(_DENSE[(i + j) % 4], _DENSE[(i + 2 * j) % 4], 1, _LENGTHS[(i + j) % 4], (heads, 1), (dim, dim), causal=True)
     for j, dim in enumerate(_DIMS)
     for i, heads in enumerate((1, 2, 3, 4, 5, 7, 8, 9, 16, 17))
@@ -53,7 +53,7 @@ FLAT = [
 
 
 @LEVELS
-@pytest.mark.parametrize("case", QUADS + FLAT, ids=str)
+@pytest.mark.parametrize("case", QUADS + DENSE_CASES, ids=str)
 def test_few_rows(level, case, problem):
     """Where a code's bits are depends on width and head size, and what shares a scale too."""
     data = problem(case)

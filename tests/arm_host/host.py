@@ -27,7 +27,10 @@ def missing() -> str:
 
 
 class ArmLibrary:
-    """In place of :class:`native.Library`: its ``attend`` and ``encode`` run elsewhere, on copies of what they are given."""
+    """In place of :class:`native.Library`: its ``attend`` and ``encode`` run elsewhere, on copies of what they are given.
+
+    A call holds addresses only. How much lies there is told by the variables of the function in ``calls.py`` that makes it.
+    """
 
     team, left_out, compiler = False, "", COMPILER
 

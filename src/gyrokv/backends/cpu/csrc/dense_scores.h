@@ -13,20 +13,6 @@ namespace GYROKV_ISA {
 
 INLINE bool takes_dense(const Format& f, int rows) { return f.kind != CODES && rows <= MOST_DENSE_ROWS; }
 
-struct DenseScores {
-    const char* rows;
-    int64_t stride;      // bytes
-    int bytes, count;    // of a row; rows
-    const char* q;       // bfloat16 or float [row][term], in the order of a row of K
-    int64_t q_stride;    // bytes; whole lines, zeros after the last value
-    int tokens;          // a multiple of 16; those from count on have any score
-    float* scores;       // [row][score_stride]
-    int64_t score_stride;
-    float* most;         // [row][LANES], the largest
-    char* padded;        // room for 16 rows
-    Ahead& ahead;
-};
-
 // Bytes of K to lines of the kind that q has.
 template <int kind>
 struct DenseLines {

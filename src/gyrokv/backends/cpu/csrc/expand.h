@@ -230,8 +230,8 @@ INLINE void convert_row(const Format& f, const char* row, char* to) {
         const int64_t bytes = 2 * int64_t(f.dim);
         std::memcpy(to, values, bytes);
         std::memset(to + bytes, 0, round_up(bytes, LINE) - bytes);
-    } else {  // e4m3 has the exponent range of half precision but for a factor of 2^8
-        each_value([&](int at, vec<uint16_t> code) { store(values + at, (code & 0x7f) << 7 | (code & 0x80) << 8); });
+    } else {
+        each_value([&](int at, vec<uint16_t> code) { store(values + at, fp8_to_half(code)); });
         convert_values<F16, short_row>(f.dim, (const char*)values, to, 256.0f);
     }
 }

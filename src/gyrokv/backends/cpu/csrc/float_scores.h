@@ -9,20 +9,13 @@ namespace GYROKV_ISA {
 // Query rows that take rows as they are: more are cheaper with panels.
 constexpr int MOST_DENSE_ROWS = MATRIX_UNIT ? 8 : LANES == 16 ? 32 : LANES == 8 ? 16 : 8, MOST_FLOAT8_ROWS = MOST_DENSE_ROWS / 2;
 
-#if !defined(__AVX512F__)
-#define GYROKV_DENSE 1
-
-INLINE bool takes_dense(const Format& f, int rows) {
-    if (f.kind == FP8_E4M3) return rows <= MOST_FLOAT8_ROWS && f.dim % (2 * LANES) == 0;
-    return f.kind != CODES && rows <= MOST_DENSE_ROWS && f.dim % LANES == 0;
-}
-
+// Rows of a block of K that are no codes, and where their scores go (here, or in dense_scores.h).
 struct DenseScores {
     const char* rows;
     int64_t stride;      // bytes
     int bytes, count;    // of a row; rows
-    const char* q;       // float [row], in the order of the head
-    int64_t q_stride;    // bytes
+    const char* q;       // as query.h packs it: float [row] or bfloat16 [row][term]
+    int64_t q_stride;    // bytes; whole lines, zeros after the last value
     int tokens;          // a multiple of LANES; those from count on have any score
     float* scores;       // [row][score_stride]
     int64_t score_stride;
@@ -30,6 +23,14 @@ struct DenseScores {
     char* padded;        // room for LANES rows
     Ahead& ahead;
 };
+
+#if !defined(__AVX512F__)
+#define GYROKV_DENSE 1
+
+INLINE bool takes_dense(const Format& f, int rows) {
+    if (f.kind == FP8_E4M3) return rows <= MOST_FLOAT8_ROWS && f.dim % (2 * LANES) == 0;
+    return f.kind != CODES && rows <= MOST_DENSE_ROWS && f.dim % LANES == 0;
+}
 
 // Sums of neighbours: of each 16 bytes those of a, then those of b.
 INLINE vf add_neighbours(vf a, vf b) {

@@ -294,11 +294,15 @@ INLINE vec<uint16_t> fp8_to_bfloat(vec<uint16_t> code) {
 INLINE vec<uint16_t> fp8_to_bfloat(vec<uint16_t> code) { return code; }
 #endif
 
-// LANES words of fp8 e4m3 codes, of their low bytes and of the high ones, to floats. (e4m3 has the exponent range of half precision but for
-// a factor of 2^8.)
+// The low bytes of words, fp8 e4m3, to half precision, which has their range of exponents but for a factor of 2^8.
+template <class V>
+INLINE V fp8_to_half(V x) {
+    return (x & 0x7f) << 7 | (x & 0x80) << 8;
+}
+// LANES words, of which both bytes are fp8, to floats: of the low bytes, then of the high ones.
 INLINE void fp8_to_floats(const void* from, vf* to) {
     const vh x = load<vh>(from);
-    to[0] = half_to_float((vh)((x & 0x7f) << 7 | (x & 0x80) << 8)) * 256.0f;
+    to[0] = half_to_float(fp8_to_half(x)) * 256.0f;
     to[1] = half_to_float((vh)((x & 0x7f00) >> 1 | (x & 0x8000))) * 256.0f;
 }
 
