@@ -137,6 +137,11 @@ def linear_chunk(fmt: KVFormat, dim: int) -> bool:
     return chunked(fmt, dim) and fmt.name == "q8_0"
 
 
+def five_rows(fmt: KVFormat, dim: int) -> bool:
+    """A pass over values may be of five query rows."""
+    return fmt.name != "q8_0"
+
+
 def value_bytes(fmt: KVFormat, dim: int) -> bool:
     return not value_words(fmt, dim)
 
@@ -152,6 +157,23 @@ def next_words(fmt: KVFormat, dim: int) -> int:
 def again(fmt: KVFormat, dim: int) -> bool:
     """Words of the second field begin again within eight words of the first."""
     return next_words(fmt, dim) == 4
+
+
+def pass_rows(s: AttentionSpec) -> int:
+    """Query rows of the first pass over keys, of up to eight."""
+    f, d = s.k_format, s.head_dim
+    if s.fast or f.name == "q8_0" or (grouped(f, d) and key_parts(f, d)):
+        most = 4
+    elif two_planes(f, d):
+        most = 8 if key_words(f, d) else 6
+    else:
+        most = 6 if key_parts(f, d) and next_words(f, d) % 8 == 0 else 4
+    return 8 if rows(s) > 6 and most == 8 else min(rows(s), most if rows(s) < 7 else 4)
+
+
+def key_bytes(s: AttentionSpec) -> bool:
+    """Keys are multiplied as bytes: those of fewer than five bits become words for passes of more than four rows."""
+    return not key_words(s.k_format, s.head_dim) and (pass_rows(s) < 5 or two_planes(s.k_format, s.head_dim))
 
 
 def key(name: str, test: Callable[[KVFormat, int], bool], *edits: tuple[str, str, str], also=lambda s: True) -> Fault:
@@ -184,7 +206,7 @@ def fast(s: AttentionSpec) -> bool:
 QUAD_FAULTS = (
     Fault("query rows beyond sixteen take q of the first",
           spec(lambda s: plain(s) and s.k_format.name in ("q8_0", "q4_0", "turbo4", "tq5") and rows(s) in range(20, 999, 4)),
-          (attend("int i = row / QUAD_ROWS", "int i = row % (@ ? 16 : 1 << 30) / QUAD_ROWS"),), "avx512"),
+          (attend("first = row / quad_pass", "first = row % (@ ? 16 : 1 << 30) / quad_pass"),), "avx512"),
     # keys
     key("the last part of a key is left out", key_parts,
         scores("p < a.order.parts; ++p)", "p < a.order.parts - (@); ++p)")),
@@ -208,8 +230,12 @@ QUAD_FAULTS = (
         scores("unpackhi_epi32(x[2], x[3])", "unpackhi_epi32(x[@ ? 3 : 2], x[@ ? 2 : 3])")),
     key("q keeps its order where keys do not", sorted_plain,
         query("sorts = !order.plain || sets > 1;", "sorts = !order.plain || (sets > 1 && !(@));"), also=fast),
-    key("the low part of q is left out", lambda f, d: not key_words(f, d) and key_parts(f, d),
-        query("x = sorts ?", "x = @ && term ? __m128i{} : sorts ?"), also=lambda s: exact(s) and rows(s) > 2),
+    key("the low part of q is left out", key_parts,
+        query("x = sorts ?", "x = @ && term ? __m128i{} : sorts ?"),
+        also=lambda s: exact(s) and key_bytes(s) and rows(s) > 2),
+    key("query rows beyond the fourth of a pass take q of the first", key_parts,
+        scores("(q + 4 * (r * terms + i))", "(q + 4 * ((@ && r > 3 ? 0 : r) * terms + i))"),
+        also=lambda s: pass_rows(s) > 4),
     key("words of q are their high bytes", key_words,
         query("_mm512_cvtepi8_epi32(low));", "@ ? __m512i{} : _mm512_cvtepi8_epi32(low));"),
         also=lambda s: exact(s) and rows(s) > 2),
@@ -219,8 +245,8 @@ QUAD_FAULTS = (
         query("larger[r] = 1.0f / smaller[0];", "larger[r] = @ ? 1.0f : 1.0f / smaller[0];"), also=exact),
     key("words of levels are taken for the levels", lambda f, d: f.name in ("tq5", "tq6") and key_parts(f, d),
         query("larger[r] * factor", "larger[r] * (@ ? 1.0f : factor)"), also=exact),
-    key("the offset of keys is left in", lambda f, d: not key_words(f, d) and key_parts(f, d),
-        query("x = -ZERO *", "x = (@ ? 0 : -ZERO) *")),
+    key("the offset of keys is left in", key_parts,
+        query("x = -ZERO *", "x = (@ ? 0 : -ZERO) *"), also=key_bytes),
     key("the offset of keys as words is left in", lambda f, d: sorted_plain(f, d) and f.bits == 8,
         query("zero[set][r] -= ZERO *", "zero[set][r] -= (@ ? 0 : ZERO) *"), also=exact),
     key("the offset of odd bytes of keys is that of even ones", lambda f, d: sorted_plain(f, d) and f.bits == 8,
@@ -240,9 +266,9 @@ QUAD_FAULTS = (
     key("a query row takes the scale of the first", key_parts, query("scale[int64_t(r) *", "scale[int64_t(@ ? 0 : r) *"),
         query("f.group) + order.part", "f.group) * (@ ? 0 : 1) + order.part"),
         also=lambda s: rows(s) > 2),
-    key("query rows 5 to 8 take q of the first ones", taken,
+    key("query rows of the second pass take q of the first ones", taken,
         attend("n = k.q.rows;", "n = k.q.rows, k.q.parts = query.passes[@ ? 0 : i].parts;"),
-        also=lambda s: rows(s) > 4),
+        also=lambda s: rows(s) > pass_rows(s)),
     key("keys behind the last whole vector are not copied", taken,
         scores("i < left; ++i)", "i < (@ ? 0 : left); ++i)"),
         also=lambda s: exact(s) and s.kv_len % 16 > 8 and s.kv_len < 200),
@@ -258,6 +284,12 @@ QUAD_FAULTS = (
         lambda s: exact(s) and ((s.k_format.name in ("tq5", "tq6") and key_parts(s.k_format, s.head_dim))
                                 or s.v_format.name in ("tq5", "tq6") or (s.k_format.name == "q8_0" and s.head_dim >= 64)),
         quads("= i ? _mm512_srli_epi16", "= i && !(@) ? _mm512_srli_epi16")),
+    chunk("the fifth query row leaves the first its weights",
+          weights("more.to += 4 * 2", "more.to += (@ ? 0 : 4) * 2"), of=five_rows, also=lambda s: rows(s) == 5),
+    chunk("the fifth query row has what weights of the first stand for",
+          weights("more.factor[i] += 4", "more.factor[i] += @ ? 0 : 4"), of=five_rows, also=lambda s: rows(s) == 5),
+    chunk("five query rows take the first of four lines", chunks("one<i>((line)four[c])", "one<i>((line)four[@ ? 0 : c])"),
+          of=lambda f, d: f.bits < 8, also=lambda s: rows(s) == 5),
     value("low bytes of negative words are those of positive ones", lambda f, d: f.name == "tq8",
           quads("mask_sub_epi8(low, negative,", "mask_sub_epi8(low, @ ? 0 : negative,"),
           also=lambda s: exact(s) and rows(s) > 2),

@@ -42,6 +42,14 @@ QUADS = [
     )
 ]  # fmt: skip
 
+# passes of five rows, six and eight, with a row of zeros or not, and what is left of 8 and 16
+QUADS += [
+    long(name, _NAMES[(i + 5) % 8], 1, _LENGTHS[(i + j) % 6], (heads, 1), (dim, dim), causal=True)
+    for j, dim in enumerate((64, 128, 96, 256, 192))
+    for i, name in enumerate(_NAMES)
+    for heads in [(5, 6, 7, 13, 14, 15, 22, 23)[(3 * i + j) % 8]]
+]
+
 _DENSE = ("bf16", "f16", "f32", "fp8_e4m3")
 _DIMS = (40, 48, 72, 80, 96, 112, 128)  # whole numbers of vectors, pairs and chunks of them, or not
 # 1 to 9, 16 and 17 rows of each
@@ -68,8 +76,9 @@ def test_few_rows_of_every_width(level, bits, coding):
     for i, dim in enumerate((128, 96, 64, 256, 192, 32)):
         k, v = invented(bits, coding, i % 2 == 0), invented(bits, coding, i % 2 == 1)
         fast = bits < 8 and i % 3 == 0
-        data = inputs(case(k, v, (dim, dim), q_len=1 + i % 4, kv_len=150, causal=True, batch=1, fast=fast))
-        right(data, *data.run("cpu"))
+        for q_len in (1 + i % 4, 5 + i % 4):
+            data = inputs(case(k, v, (dim, dim), q_len=q_len, kv_len=150, causal=True, batch=1, fast=fast))
+            right(data, *data.run("cpu"))
 
 
 def largest_sums(bits: int) -> None:

@@ -44,7 +44,8 @@ inline float score_rows(Workspace& work, const Query& query, const Block& block,
         QuadScores k = {*block.k_quads, *block.k_tables, block.k_rows.words, block.k_rows.word_strides[2], int(row_bytes(f)),
                         block.count, block.k_scale, block.tokens, tokens, {}, work.scores, SCORE_STRIDE, work.most, work.plain,
                         work.ahead};
-        for (int i = row / QUAD_ROWS, n; rows > 0; ++i, rows -= n, k.scores += n * SCORE_STRIDE, k.most += n * LANES) {
+        const int first = row / quad_pass(KEY_ROWS, block.k_quads->most_rows);
+        for (int i = first, n; rows > 0; ++i, rows -= n, k.scores += n * SCORE_STRIDE, k.most += n * LANES) {
             k.q = query.passes[i], n = k.q.rows;
             score_quads(f, query.terms, k);
         }

@@ -15,7 +15,7 @@ namespace GYROKV_ISA {
 struct ChunkWeights {
     const char* weights;
     int32_t zero[2][MOST_RUNS * 8];
-    float factor[2][MOST_RUNS * 4];
+    float factor[2][MOST_RUNS * 8];
 };
 
 // Whether Quads::chunks is heeded.
@@ -70,6 +70,7 @@ __attribute__((noinline)) void add_chunk(const QuadValues& a, int chunk, const C
     static_assert(C::sums(terms) == 1);
     constexpr bool words = C::lines == WORDS, begins = !words || C::look_up == VALUES;
     constexpr int row_bytes = terms * sides * QUAD_TOKENS, run = RUN_TOKENS<C>;
+    constexpr bool one_by_one = rows > 4 && ONE_BY_ONE<C>;  // else four lines more than registers hold
     const Levels<C> levels(a.tables);
     const ChunkCodes<C, code, period> codes(a.format, chunk);
     auto both = [](int32_t x, int32_t y) __attribute__((always_inline)) {
@@ -103,23 +104,30 @@ __attribute__((noinline)) void add_chunk(const QuadValues& a, int chunk, const C
                 for (int m = 0; m < 4; ++m) {
                     const char* weights = w.weights + sides * terms * step + (words ? word_place<sides>(i, m) : sides * (16 * i + 4 * m));
                     line v[4][Levels<C>::lines];
-                    for (int c = 0; c < 4; ++c) levels.of((line)four[c], v[c]);
+                    for (int c = 0; c < 4 && !one_by_one; ++c) levels.of((line)four[c], v[c]);
                     auto weight = [&](int r, int i) __attribute__((always_inline)) {
                         typename std::conditional<sides == 1, int32_t, int64_t>::type of;
                         std::memcpy(&of, weights + r * row_bytes + i * sizeof of, sizeof of);
                         if constexpr (sides == 1) return _mm512_set1_epi32(of);
                         else return _mm512_set1_epi64(of);
                     };
-                    for (int i = 0; i < Levels<C>::lines; ++i) {
+                    auto add = [&]<int i>(std::integral_constant<int, i>) __attribute__((always_inline)) {
+                        if constexpr (one_by_one)
+                            for (int c = 0; c < 4; ++c) v[c][i] = levels.template one<i>((line)four[c]);
                         for (int r = 0; r < rows; ++r) {
                             const __m512i by = weight(r, i);
                             for (int c = 0; c < 4; ++c)
                                 sum[c][r] = words ? dot_words(sum[c][r], v[c][i], by) : dot_parts(sum[c][r], v[c][i], by);
                         }
-                        if (i > 0) continue;  // a core takes the oldest that it can do, which should not be products only
+                    };
+                    auto take_next = [&]() __attribute__((always_inline)) {
                         if (m < 3) codes.four(here.at + (m + 1) * 16 * here.stride, here.stride, four);
                         else codes.four(next.at, next.stride, four);
-                    }
+                    };
+                    add(std::integral_constant<int, 0>{});
+                    if (!one_by_one) take_next();  // a core takes the oldest that it can do, which should not be products only
+                    if constexpr (Levels<C>::lines > 1) add(std::integral_constant<int, 1>{});
+                    if (one_by_one) take_next();
                 }
                 here = next;
             }
@@ -127,7 +135,7 @@ __attribute__((noinline)) void add_chunk(const QuadValues& a, int chunk, const C
         asm volatile("" ::"r"(total) : "memory");  // until here in memory: registers are for sums
 #pragma GCC unroll 4
         for (int r = 0; r < rows; ++r) {
-            const int at = number * 4 + r;
+            const int at = number * 8 + r;
             int32_t bits[2];
             std::memcpy(bits, &w.factor[0][at], 4), std::memcpy(bits + 1, &w.factor[1][at], 4);
             const vf factor = (vf)both(bits[0], bits[1]);
@@ -166,7 +174,7 @@ INLINE void add_chunks_of(const QuadValues& a, const float* weights, float* out,
             for (int t = a.first / run * run; t < a.stop && !known; t += run) {
                 const float *first = a.scales + int64_t(here[0]) * a.tokens + t, *other = a.scales + int64_t(here[1]) * a.tokens + t;
                 int32_t* zero[2] = {w.zero[0] + t / run * 8, w.zero[1] + t / run * 8};
-                float* factor[2] = {w.factor[0] + t / run * 4, w.factor[1] + t / run * 4};
+                float* factor[2] = {w.factor[0] + t / run * 8, w.factor[1] + t / run * 8};
                 spread<C, terms, sides>(a, live, std::min(run, a.tokens - t), weights + t,
                                         {{first, other}, a.spread + sides * terms * t, {zero[0], zero[1]}, {factor[0], factor[1]}});
             }

@@ -11,7 +11,7 @@ struct QuadQuery {};
 
 #else
 
-// q of 4, 2 or 1 rows: dwords [line][dword of a part][row][term], then per run of parts with the same scales [set of dwords][row] what
+// q of the rows of a pass: dwords [line][dword of a part][row][term], then per run of parts with the same scales [set of dwords][row] what
 // sums begin with and the scales of q.
 struct QuadQuery {
     const char *parts, *begin, *scale;
@@ -125,11 +125,11 @@ inline QuadQuery pack_groups(const Format& f, const Quads& order, const char* a,
     return made;
 }
 
-// q of up to four rows, of which a [row][term] is int8 and `stride` bytes apart and scale [row][group] its scales.
+// q of the rows of a pass, of which a [row][term] is int8 and `stride` bytes apart and scale [row][group] its scales.
 inline QuadQuery pack_quads(const Format& f, const Quads& order, const char* a, int64_t stride, int rows, int terms, const float* scale,
                             float word_factor, char* to) {
     if (order.by_group) return pack_groups(f, order, a, stride, rows, terms, scale, word_factor, to);
-    if (order.words) return pack_words(f, order, a, stride, rows, scale, word_factor, to);
+    if (order.words_for(rows)) return pack_words(f, order, a, stride, rows, scale, word_factor, to);
     const int dwords = 4 * order.parts * order.lines, sums = f.planes == 2 ? 2 : terms, sets = order.sets;
     char *begin = to + 4 * dwords * rows * terms, *scales = begin + 4 * dwords * rows * sums;
     const QuadQuery made = {to, begin, scales, rows};

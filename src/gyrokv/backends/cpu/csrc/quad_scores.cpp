@@ -63,14 +63,15 @@ INLINE __m512i every_dword(const char* from) {
     return _mm512_set1_epi32(x);
 }
 
-// How often 16 tokens share what is read of q, so that there are up to 16 sums, which is what registers hold.
+// How often 16 tokens share what is read of q, so that there are up to 16 sums, which is what registers hold. With two planes,
+// and many rows, 20 or 24 took less time.
 template <class C, int sets, int rows, int terms>
-constexpr int TIMES = std::clamp(16 / (sets * rows * C::sums(terms)), 1, rows == QUAD_ROWS && terms == 2 ? 4 : 2);
+constexpr int TIMES = C::lines == PLANES && rows > 4 ? 2 : std::clamp(16 / (sets * rows * C::sums(terms)), 1, rows >= 4 && terms == 2 ? 4 : 2);
 
 // Whether the dwords of a part are made while those of another one are multiplied, because shuffles in a row keep products waiting: this
 // pays where products are most of what is done.
 template <int rows, int terms, int times>
-constexpr bool MAKES_AHEAD = rows == QUAD_ROWS && terms == 2 && times > 1;
+constexpr bool MAKES_AHEAD = rows >= 4 && terms == 2 && times > 1;
 
 // Scores of the `times` 16 tokens `here`; sets: of scales of a part, see Quads. Where dwords are made ahead, `dwords` has those of the first
 // part, and then those of the first part of `after`.
@@ -143,8 +144,9 @@ INLINE void score_times(const QuadScores& a, const Levels<C>& levels, PartDwords
             q += 4 * rows * terms;
             constexpr int every = steps / times;
             if constexpr (times == 4 && step % every == 0) a.ahead.tick_inside(2);  // eight at once ask for too many lines
-            if constexpr (ahead && step % every == 0) make_wide(step / every);
-            if constexpr (ahead && F::next > 0 && step % every == every / 2) make_next(step / every);
+            constexpr bool makes = ahead && step / every < times;
+            if constexpr (makes && step % every == 0) make_wide(step / every);
+            if constexpr (makes && F::next > 0 && step % every == every / 2) make_next(step / every);
         };
         [&]<int... i>(std::integer_sequence<int, i...>) __attribute__((always_inline)) {
             (multiply(std::integral_constant<int, i % 4>{}, std::integral_constant<int, i / 4>{}), ...);
@@ -277,22 +279,34 @@ __attribute__((noinline)) void score_groups_of(const QuadScores& a) {
     score_tokens<rows, times>(a, score);
 }
 
+// Rows of the passes that take C: see Quads::make.
+template <class C>
+constexpr int LEAST_ROWS = C::lines == WORDS && C::bits < 4 ? 5 : 1;
+template <class C>
+constexpr int MOST_ROWS = C::large ? QUAD_ROWS : C::lines == PLANES || (C::lines == WORDS && C::look_up != VALUES) ? 6 : 4;
+
 void score_quads(const Format& f, int terms, const QuadScores& a) {
-    as_coded<false>(f, a.order, [&]<class C>(C) {
+    as_coded<false>(f, a.order.words_for(a.q.rows), [&]<class C>(C) {
         as_terms<C>(terms, [&]<int t>(std::integral_constant<int, t>) {
             as_pass(a.q.rows, [&]<int rows>(std::integral_constant<int, rows>) {
-                if constexpr (C::bits < 8)
-                    if (a.order.by_group) return score_groups_of<C, rows, t>(a);
-                auto with_sets = [&]<bool plain>() {
-                    if constexpr (C::bits == 4)
-                        if (a.order.sets == 4) return score_quads_of<C, plain, 4, rows, t>(a);
-                    if constexpr (C::lines != WORDS || C::large)
-                        if (a.order.sets == 1) return score_quads_of<C, plain, 1, rows, t>(a);
-                    score_quads_of<C, plain, 2, rows, t>(a);
-                };
-                if constexpr (Fields<C::bits>::next > 0)
-                    if (!a.order.plain) return with_sets.template operator()<false>();
-                with_sets.template operator()<true>();
+                if constexpr (rows >= LEAST_ROWS<C> && rows <= MOST_ROWS<C>) {
+                    if constexpr (C::bits < 8 && (rows <= 4 || C::large))
+                        if (a.order.by_group) return score_groups_of<C, rows, t>(a);
+                    auto with_sets = [&]<bool plain>() {
+                        if constexpr (rows > 4) {
+                            score_quads_of<C, plain, 1, rows, t>(a);
+                        } else {
+                            if constexpr (C::bits == 4)
+                                if (a.order.sets == 4) return score_quads_of<C, plain, 4, rows, t>(a);
+                            if constexpr (C::lines != WORDS || C::large)
+                                if (a.order.sets == 1) return score_quads_of<C, plain, 1, rows, t>(a);
+                            score_quads_of<C, plain, 2, rows, t>(a);
+                        }
+                    };
+                    if constexpr (Fields<C::bits>::next > 0)
+                        if (!a.order.plain) return with_sets.template operator()<false>();
+                    with_sets.template operator()<true>();
+                }
             });
         });
     });

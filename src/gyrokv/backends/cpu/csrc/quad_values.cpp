@@ -259,14 +259,15 @@ INLINE void add_quads_of(const QuadValues& a, const float* weights, float* out, 
 }
 
 void add_quads(const QuadValues& a, int rows) {
-    as_coded<true>(a.format, a.order, [&]<class C>(C) {
+    as_coded<true>(a.format, a.order.words, [&]<class C>(C) {
         const float *weights = a.weights, *rescale = a.rescale;
         float* out = a.out;
         while (rows > 0) {
-            const int pass = quad_pass(rows);
+            const int pass = quad_pass(rows, a.order.most_rows);
             as_pass(pass, [&]<int n>(std::integral_constant<int, n>) {
                 as_terms<C>(a.terms, [&]<int terms>(std::integral_constant<int, terms>) {
-                    add_quads_of<C, n, terms>(a, weights, out, rescale, std::min(n, rows));
+                    if constexpr (n <= 4) return add_quads_of<C, n, terms>(a, weights, out, rescale, std::min(n, rows));
+                    if constexpr (n == VALUE_ROWS && C::lines == WORDS && C::look_up != VALUES) add_chunks_of<C, n, terms>(a, weights, out, rescale, n);
                 });
             });
             rows -= pass, weights += pass * a.weight_stride, out += pass * a.out_stride, rescale += pass;

@@ -13,7 +13,7 @@ INLINE int value_ticks(const Quads&, int, int) { return 0; }
 
 #else
 
-INLINE int64_t quad_weight_bytes(int dim) { return dim / 32 * QUAD_ROWS * 2 * QUAD_TOKENS; }
+INLINE int64_t quad_weight_bytes(int dim) { return dim / 32 * VALUE_ROWS * 2 * QUAD_TOKENS; }
 
 // Rows of a block of V, and what they are multiplied with.
 struct QuadValues {
@@ -42,7 +42,7 @@ void add_quads(const QuadValues& a, int rows);
 // Ticks of Ahead meanwhile.
 INLINE int value_ticks(const Quads& order, int rows, int tokens) {
     int passes = 0;
-    for (; rows > 0; ++passes) rows -= quad_pass(rows);
+    for (; rows > 0; ++passes) rows -= quad_pass(rows, order.most_rows);
     if (order.chunks) return passes * order.chunks * order.lines * tokens / 4;
     return passes * tokens / 4 * (order.by_group ? order.columns.lines : order.parts * order.lines) / 2;
 }

@@ -146,13 +146,19 @@ __attribute__((noinline)) void spread_weights(const QuadValues& a, int rows, con
     for (int i = 0; i < terms; ++i) _mm_storeu_si128((__m128i*)(zero + 4 * i), _mm512_castsi512_si128((__m512i)made[i]));
 }
 
-// Those of `tokens`, 64 or QUAD_HALF, the way that lines of C want them. sides: groups, in turn.
+// Those of `tokens`, 64 or QUAD_HALF, and up to VALUE_ROWS rows, the way that lines of C want them. sides: groups, in turn.
 template <class C, int terms, int sides>
 INLINE void spread(const QuadValues& a, int rows, int tokens, const float* weights, const Spread& s) {
     if constexpr (C::lines == WORDS) {
         constexpr bool offset = C::look_up == VALUES;
-        if (tokens > 64) return spread_words<C::large, offset, sides, QUAD_HALF / LANES>(a, rows, weights, s);
-        spread_words<C::large, offset, sides, 64 / LANES>(a, rows, weights, s);
+        const auto four =
+            tokens > 64 ? spread_words<C::large, offset, sides, QUAD_HALF / LANES> : spread_words<C::large, offset, sides, 64 / LANES>;
+        four(a, std::min(rows, 4), weights, s);
+        if (rows <= 4) return;
+        Spread more = s;
+        more.to += 4 * 2 * sides * QUAD_TOKENS;
+        for (int i = 0; i < sides; ++i) more.zero[i] += 4, more.factor[i] += 4;
+        four(a, rows - 4, weights + 4 * a.weight_stride, more);
     } else {
         for (int i = 0; i < sides; ++i) {
             const auto all = tokens > 64 ? spread_weights<terms, sides, QUAD_HALF / LANES> : spread_weights<terms, sides, 64 / LANES>;

@@ -19,7 +19,7 @@ constexpr int QUAD_HALF = 128;         // whose weights are rounded relative to 
 constexpr int64_t QUAD_BLOCK = 65536;  // bytes of a block of K or V, at most
 constexpr int WORD_SUM = 198000;       // sizes of what a run of large words (WORD_RUN) meets add up to this, at most
 static_assert((WORD_SUM + WORD_RUN / 2) * int64_t(LARGEST_LEVEL) < int64_t(1) << 31);
-constexpr int QUAD_ROWS = 4;                  // of a pass, at most
+constexpr int QUAD_ROWS = 8, VALUE_ROWS = 5;  // of a pass over keys, or values, at most
 constexpr int MOST_PARTS = 640 / PART_BYTES;  // of a padded head
 
 #if !defined(GYROKV_QUADS)
@@ -79,6 +79,8 @@ struct Quads {
     int chunks;     // of 64 bytes, if they are taken so: see chunk_values.h
     int sets;       // of scales of a part: 2 where even and odd bytes may have their own, 4 where each of two codes may
     bool words;     // see Lines
+    bool many_words;  // the same for passes of more than four rows
+    int most_rows;  // of a pass: see quad_pass
     bool by_group;  // see quad_groups.h, in place of parts
     Part part[MOST_PARTS];
     GroupKeys keys;
@@ -110,6 +112,10 @@ struct Quads {
         if (f.planes == 2) this->words = values || f.bits < 8 || f.group <= WORD_RUN;
         else this->words = terms == 2 && (values ? chunks > 0 || (by_group && f.bits == 4) : sets > 1 && (f.linear || f.bits == 4));
         const bool large = this->words && f.planes == 2;  // see WORD_RUN
+        const bool alone = !values && sets == 1, small = alone && f.bits < 5 && terms == 2 && plain && !by_group;
+        many_words = this->words || small;
+        if (values) most_rows = chunks && this->words && !f.linear ? VALUE_ROWS : 4;
+        else most_rows = alone && large ? QUAD_ROWS : small || (alone && f.planes == 2) ? 6 : 4;
         if (by_group && values) return columns.make(f);
         if (by_group) {
             keys.make(f, this->words, !large || f.group <= WORD_RUN ? f.group : f.group % WORD_RUN ? 32 : WORD_RUN);
@@ -124,6 +130,8 @@ struct Quads {
             if (own.last) sum = 0;
         }
     }
+
+    bool words_for(int rows) const { return rows > 4 ? many_words : words; }
 
     // The value of the first byte of a part's code; the second one is half a head behind it.
     int first(int part, int code) const { return part * PART_WORDS + code * step; }
@@ -176,20 +184,25 @@ struct Coded {
     static constexpr bool large = lines == WORDS && bits > 4 && look_up != VALUES;  // words beyond a byte
     static constexpr int sums(int terms) { return lines == WORDS ? 1 : lines == PLANES ? 2 : terms; }  // of a line and a row
 };
-// body(Coded) as rows of `f` want it.
+// body(Coded) as rows of `f` want it, as words or not.
 template <bool columns, class Body>
-INLINE void as_coded(const Format& f, const Quads& order, Body body) {
+INLINE void as_coded(const Format& f, bool words, Body body) {
+    auto of_table = [&]<int bits>(std::integral_constant<int, bits>) {
+        if constexpr (bits > 3 || !columns)
+            if (words) return body(Coded<bits, INDICES, WORDS>{});
+        body(Coded<bits, INDICES, BYTES>{});
+    };
     switch (f.bits) {
-        case 2: return body(Coded<2, INDICES, BYTES>{});
-        case 3: return body(Coded<3, INDICES, BYTES>{});
-        case 4: return order.words ? body(Coded<4, INDICES, WORDS>{}) : body(Coded<4, INDICES, BYTES>{});
-        case 5: return order.words ? body(Coded<5, INDICES, WORDS>{}) : body(Coded<5, INDICES, BYTES>{});
-        case 6: return order.words ? body(Coded<6, INDICES, WORDS>{}) : body(Coded<6, INDICES, BYTES>{});
+        case 2: return of_table(std::integral_constant<int, 2>{});
+        case 3: return of_table(std::integral_constant<int, 3>{});
+        case 4: return of_table(std::integral_constant<int, 4>{});
+        case 5: return of_table(std::integral_constant<int, 5>{});
+        case 6: return of_table(std::integral_constant<int, 6>{});
         default:
-            if (f.linear) return order.words ? body(Coded<8, VALUES, WORDS>{}) : body(Coded<8, VALUES, BYTES>{});
+            if (f.linear) return words ? body(Coded<8, VALUES, WORDS>{}) : body(Coded<8, VALUES, BYTES>{});
             if (f.planes == 1) return body(Coded<8, SIGNED_INDICES, BYTES>{});
             if constexpr (!columns)
-                if (!order.words) return body(Coded<8, SIGNED_INDICES, PLANES>{});
+                if (!words) return body(Coded<8, SIGNED_INDICES, PLANES>{});
             body(Coded<8, SIGNED_INDICES, WORDS>{});
     }
 }
@@ -259,11 +272,22 @@ INLINE line codes_of(__m512i wide, __m512i next) {
 
 // Of `rows` query rows, those of the next pass.
 INLINE int pass_of(int rows) { return rows >= 4 ? 4 : rows >= 2 ? 2 : 1; }
-// The same with codes, which are looked up anew in each pass: three rows and one of zeros take less time than two and one.
-INLINE int quad_pass(int rows) { return rows == 3 ? 4 : pass_of(rows); }
+// The same with codes, which are looked up anew in each pass: three rows and one of zeros take less time than two and one, and up to
+// `most` rows less than two passes.
+INLINE int quad_pass(int rows, int most) {
+    if (rows >= 7 && most == QUAD_ROWS) return QUAD_ROWS;
+    if (rows == 5 || rows == 6) return rows <= most ? rows : 4;
+    return rows == 3 ? 4 : pass_of(rows);
+}
+// Of those from `row` on of all `rows`, over keys, whose scores may be taken of so many at once.
+constexpr int KEY_ROWS = 8;
+INLINE int key_pass(int row, int rows, int most) { return quad_pass(std::min(KEY_ROWS - row % KEY_ROWS, rows - row), most); }
 // body(rows) of a pass.
 template <class Body>
 INLINE void as_pass(int rows, Body body) {
+    if (rows == 8) return body(std::integral_constant<int, 8>{});
+    if (rows == 6) return body(std::integral_constant<int, 6>{});
+    if (rows == 5) return body(std::integral_constant<int, 5>{});
     if (rows == 4) return body(std::integral_constant<int, 4>{});
     if (rows == 2) return body(std::integral_constant<int, 2>{});
     body(std::integral_constant<int, 1>{});

@@ -73,7 +73,7 @@ struct Query {
 
 INLINE int64_t query_stride(const Attend& call) { return round_up(call.k_dim, 64) * 4 + 64; }
 #if defined(GYROKV_QUADS)
-INLINE int64_t quad_passes_bytes(int rows) { return round_up((rows / QUAD_ROWS + 2) * int64_t(sizeof(QuadQuery)), 64); }
+INLINE int64_t quad_passes_bytes(int rows) { return round_up((rows / 4 + 2) * int64_t(sizeof(QuadQuery)), 64); }
 #endif
 INLINE int64_t query_bytes(const Attend& call, int rows) {
     const int64_t groups = round_up(call.k_dim, 32) / 32;
@@ -157,7 +157,7 @@ inline Query pack_query(const Attend& call, const Unit& unit, const Format& f, c
         std::fill_n(made.scale + unit.rows * made.groups, made.groups, 0.0f);
     }
     for (int r = 0, i = 0; quads && r < unit.rows; ++i) {
-        const int rows = quad_pass(unit.rows - r);
+        const int rows = key_pass(r, unit.rows, quads->most_rows);
         made.passes[i] = pack_quads(f, *quads, made.a + int64_t(r) * made.terms * made.stride, made.stride, rows, made.terms,
                                     made.scale + r * made.groups, word_factor, after);
         after += quad_query_bytes(call.k_dim, rows), r += rows;
