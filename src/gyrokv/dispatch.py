@@ -112,9 +112,10 @@ def attend(
     """
     view = kv.view() if isinstance(kv, LayerCache) else kv
     view.check_current()
-    check_gradients(q=q)
-    for segment in view.segments:
-        check_gradients(k=segment.k.words, v=segment.v.words)
+    if torch.is_grad_enabled():
+        check_gradients(q=q)
+        for segment in view.segments:
+            check_gradients(k=segment.k.words, v=segment.v.words)
     spec = describe(
         q, view, causal=causal, window=window, scale=scale, softcap=softcap, mask=mask, alibi=alibi, sinks=sinks,
         block_map=block_map, fast=fast,

@@ -14,7 +14,7 @@ from .formats import KVFormat, dense_format
 from .quant import Codec, Packed, cat, decode
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)  # not frozen: one is made per call, and to make a frozen one takes five times as long
 class Segment:
     """Rows ``[B, Hkv, capacity, *]`` of K and V; position p lies in slot ``(p - base) % capacity``.
 
@@ -101,7 +101,7 @@ class Part(NamedTuple):
     view: KVView
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class KVView:
     """K and V of one layer as they stand: positions ``first <= p < length``, each in exactly one segment.
 

@@ -183,10 +183,12 @@ def _runs(view: KVView, fast: bool) -> array:
     for segment in view.segments:
         k_format = format_address(segment.k_format, k_codec.head_dim, k_codec.padded, fast)
         v_format = format_address(segment.v_format, v_codec.head_dim, v_codec.padded, fast)
-        k, v = _rows(segment.k), _rows(segment.v)
-        position = segment.first
-        for slot, count in segment.runs(position, segment.stop):
-            runs += position, count, *_from(k, slot), *_from(v, slot), k_format, v_format
+        k, v, position, stop = _rows(segment.k), _rows(segment.v), segment.first, segment.stop
+        for slot, count in segment.runs(position, stop):
+            if slot:
+                runs += position, count, *_from(k, slot), *_from(v, slot), k_format, v_format
+            else:
+                runs += position, count, *k, *v, k_format, v_format
             position += count
     return array("q", runs)
 
