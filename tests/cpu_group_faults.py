@@ -15,6 +15,7 @@ from cpu_quad_faults import (
     scores,
     value,
     value_groups,
+    value_words,
     values,
 )  # fmt: skip
 
@@ -68,8 +69,8 @@ GROUP_FAULTS = (
     key("a group of q takes the scale of the first", key_groups,
         query("f.group) + run.group]", "f.group) + (@ ? 0 : run.group)]"), also=lambda s: rows(s) > 2),
     # values
-    value("the last two lines of groups are left out", value_groups,
-          values("p < order.columns.lines;", "p < order.columns.lines - (@ ? 2 : 0);"), also=exact),
+    value("the last lines of groups are left out", value_groups,
+          values("p < order.columns.lines;", "p < order.columns.lines - (@ ? 4 : 0);"), also=exact),
     value("four columns of a line are those before them", value_groups,
           groups("made.first[c / 4], value", "made.first[@ && c / 4 == 3 ? 2 : c / 4], value"), also=exact),
     value("codes of columns are those of the first in their bytes", lambda f, d: value_groups(f, d) and f.bits < 8,
@@ -88,7 +89,10 @@ GROUP_FAULTS = (
     value("rows shorter than a window have no last bytes", lambda f, d: f.name == "turbo2" and d == 96,
           values("std::min<int64_t>(a.bytes, 32)", "std::min<int64_t>(@ ? 16 : a.bytes, 32)")),
     value("lines of a group are those of the first", lambda f, d: value_groups(f, d) and grouped(f, d),
-          values("return two[0].group;", "return @ ? 0 : two[0].group;"), also=exact),
+          values("return all[0].group;", "return @ ? 0 : all[0].group;"), also=exact),
+    value("four lines of a group are the first two, twice",
+          lambda f, d: value_groups(f, d) and value_words(f, d) and f.layout(d)[1] % 64 == 0,
+          values("two_of(all + i, rows", "two_of(all + (@ ? 0 : i), rows"), also=exact),
     value("a line of a group is not rescaled", value_groups,
           values("_mm_set1_ps(rescale), x)", "_mm_set1_ps(@ ? 1.0f : rescale), x)"),
           also=lambda s: exact(s) and s.kv_len > 1000 and s.scale > 0.3),

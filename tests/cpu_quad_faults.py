@@ -307,7 +307,7 @@ QUAD_FAULTS = (
     value("columns that are kept are those of the first tokens", lambda f, d: f.bits < 4 and paired(f, d),
           values("kept + token / 4 * fields", "kept + (@ ? 0 : token / 4) * fields")),
     value("the second line of a part is the first one", paired,
-          values("code + 1>(wide, next), made[1]", "code + 1>(wide, next), made[@ ? 0 : 1]")),
+          values("made[1] = codes_of", "made[1] = @ ? made[0] : codes_of")),
     value("weights keep the order of tokens", bytes_pair,
           values("step + 16 * i + 4 * m;", "step + (@ ? 4 * i + 16 * m : 16 * i + 4 * m);"),
           also=lambda s: exact(s) and rows(s) > 2),

@@ -124,13 +124,14 @@ struct GroupColumns {
         int32_t shift[LANES], next_turn[LANES];
     };
     int lines = 0;                 // even: two by two of the same group
+    bool fours;                    // and four by four
     bool together, next_together;  // the two have the same windows, and that of the next field
     bool next_whole;               // the next field is longer than that, and read as a whole, from WHOLE bytes
     Lines line[MOST_LINES];
 
     void make(const Format& f) {
         const CodePlaces place(f);
-        lines = 0, together = next_together = true;
+        lines = 0, fours = together = next_together = true;
         next_whole = 2 * place.count > WINDOW && 2 * place.count <= WHOLE && place.row_bytes() >= WHOLE;
         for (int g = 0; g * f.group < f.dim; ++g) {
             int four[640 / 4], count = 0;
@@ -143,6 +144,7 @@ struct GroupColumns {
                 line[lines] = line[lines - 1];
                 std::fill_n(line[lines++].first, 4, -1);
             }
+            fours &= (lines - begun) % 4 == 0;
             for (int i = begun; i < lines; i += 2) {
                 Lines &a = line[i], &b = line[i + 1];
                 if (b.at >= a.at && b.stop <= a.at + WINDOW) b.at = a.at;

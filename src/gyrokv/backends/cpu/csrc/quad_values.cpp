@@ -35,7 +35,7 @@ struct PartColumns {
     const Levels<C> levels;
     const Part& part;
     const int number;
-    static constexpr int fields = F::next > 0 ? 2 : 1;
+    static constexpr int fields = F::next > 0 ? 2 : 1, count = 2;
     char* const kept;  // [four tokens][field]
     __m512i gather, shift;
     PartColumns(const QuadValues& a, int p, char* kept) : a(a), levels(a.tables), part(a.order.part[p]), number(p), kept(kept) {
@@ -43,7 +43,7 @@ struct PartColumns {
     }
     int group(int side) const { return part.group[side]; }
     // Of four tokens from `token` on.
-    inline __attribute__((always_inline)) void lines(const char* rows, int64_t stride, int token, line (*made)[Levels<C>::lines]) const {
+    inline __attribute__((always_inline)) void codes(const char* rows, int64_t stride, int token, line* made) const {
         __m512i wide, next = {};
         char* at = kept + token / 4 * fields * LINE;
         if constexpr (code == 0) {
@@ -58,8 +58,8 @@ struct PartColumns {
             wide = _mm512_load_si512(at);
             if constexpr (F::next > 0) next = _mm512_load_si512(at + LINE);
         }
-        levels.of(codes_of<C::bits, code>(wide, next), made[0]);
-        levels.of(codes_of<C::bits, code + 1>(wide, next), made[1]);
+        made[0] = codes_of<C::bits, code>(wide, next);
+        made[1] = codes_of<C::bits, code + 1>(wide, next);
     }
     // out = out * rescale + sums of line c
     void add(int c, float* out, float rescale, __m512 sums) const {
@@ -75,18 +75,19 @@ struct PartColumns {
 // for each, and the next field as a whole.
 enum Windows : int { SHORT, TOGETHER, WIDE_APART, APART, NEXT_WHOLE };
 
-// The same of lines number p and p + 1 of a group.
-template <class C, int windows>
+// The same of `count` lines of a group from number p on, two by two.
+template <class C, int windows, int count_>
 struct WindowColumns {
+    static constexpr int count = count_;
     using F = Fields<C::bits>;
     using Two = GroupColumns::Lines;
     const QuadValues& a;
     const Levels<C> levels;
-    const Two* const two;
+    const Two* const all;
     const __mmask32 here;  // bytes of a window within a row
     WindowColumns(const QuadValues& a, int p, char*)
-        : a(a), levels(a.tables), two(a.order.columns.line + p), here(uint32_t((uint64_t(1) << std::min<int64_t>(a.bytes, 32)) - 1)) {}
-    int group(int) const { return two[0].group; }
+        : a(a), levels(a.tables), all(a.order.columns.line + p), here(uint32_t((uint64_t(1) << std::min<int64_t>(a.bytes, 32)) - 1)) {}
+    int group(int) const { return all[0].group; }
     struct Window {
         __m512i x[2];  // of two rows each
     };
@@ -107,7 +108,11 @@ struct WindowColumns {
         const __m512i low = _mm512_set1_epi8((1 << F::wide) - 1);
         return _mm512_ternarylogic_epi32(low, wide, _mm512_rorv_epi32(next, _mm512_loadu_si512(turn)), 0xca);
     }
-    inline __attribute__((always_inline)) void lines(const char* rows, int64_t stride, int, line (*made)[Levels<C>::lines]) const {
+    inline __attribute__((always_inline)) void codes(const char* rows, int64_t stride, int, line* made) const {
+#pragma GCC unroll 2
+        for (int i = 0; i < count; i += 2) two_of(all + i, rows, stride, made + i);
+    }
+    inline __attribute__((always_inline)) void two_of(const Two* two, const char* rows, int64_t stride, line* made) const {
         const Window first = window(rows + two[0].at, stride);
         const Window other = windows >= WIDE_APART ? window(rows + two[1].at, stride) : first;
         __m512i x[2] = {_mm512_srlv_epi32(ordered(first, two[0].order), _mm512_loadu_si512(two[0].shift)),
@@ -126,47 +131,49 @@ struct WindowColumns {
             x[0] = join(x[0], ordered(first_next, two[0].next_order), two[0].next_turn);
             x[1] = join(x[1], ordered(other_next, two[1].next_order), two[1].next_turn);
         }
-        for (int c = 0; c < 2; ++c) levels.of((line)x[c], made[c]);
+        for (int c = 0; c < 2; ++c) made[c] = (line)x[c];
     }
     void add(int c, float* out, float rescale, __m512 sums) const {
         auto one = [&](int first, __m128 x) {
             if (first >= 0) _mm_storeu_ps(out + first, _mm_fmadd_ps(_mm_loadu_ps(out + first), _mm_set1_ps(rescale), x));
         };
-        one(two[c].first[0], _mm512_castps512_ps128(sums)), one(two[c].first[1], _mm512_extractf32x4_ps(sums, 1));
-        one(two[c].first[2], _mm512_extractf32x4_ps(sums, 2)), one(two[c].first[3], _mm512_extractf32x4_ps(sums, 3));
+        one(all[c].first[0], _mm512_castps512_ps128(sums)), one(all[c].first[1], _mm512_extractf32x4_ps(sums, 1));
+        one(all[c].first[2], _mm512_extractf32x4_ps(sums, 2)), one(all[c].first[3], _mm512_extractf32x4_ps(sums, 3));
     }
 };
 
-// What two lines of columns add to the output of `rows` query rows; sides: groups of a line. p: number of the part, or of the
+// What lines of columns, two or four, add to the output of `rows` query rows; sides: groups of a line. p: number of the part, or of the
 // first line, as Columns has them; kept: room for what Columns keeps.
 template <class C, class Columns, int sides, int rows, int terms>
 __attribute__((noinline)) void add_lines(const QuadValues& a, int p, const QuadWeights& w, char* kept, float* out, const float* rescale,
                                          int live) {
     constexpr bool words = C::lines == WORDS;
-    constexpr int run = RUN_TOKENS<C>, sums = C::sums(terms);
+    constexpr int run = RUN_TOKENS<C>, sums = C::sums(terms), count = Columns::count;
+    constexpr bool one_by_one = count > 2 && ONE_BY_ONE<C>;  // else four lines more than registers hold
     const Columns columns(a, p, kept);
-    vf total[2][rows] = {};
+    vf total[count][rows] = {};
     const char* weights[sides];
     for (int side = 0; side < sides; ++side) weights[side] = w.bytes + columns.group(side) * (rows * terms * QUAD_TOKENS);
     for (int begin = a.first / run * run; begin < a.stop; begin += run) {
         const int number = begin / run;
-        vi sum[2][rows][sums];
+        vi sum[count][rows][sums];
         for (int r = 0; r < rows; ++r)
             for (int i = 0; i < sums; ++i) {
                 auto zero = [&](int side) { return w.zero[(columns.group(side) * MOST_RUNS + number) * 8 + i * 4 + r]; };
-                sum[0][r][i] = sum[1][r][i] = words && C::look_up != VALUES ? vi{} : (vi)spread_sides<sides>(zero);
+                for (int c = 0; c < count; ++c) sum[c][r][i] = words && C::look_up != VALUES ? vi{} : (vi)spread_sides<sides>(zero);
             }
         for (int step = std::max(begin, a.first / 64 * 64); step < std::min(begin + run, a.stop); step += 64) {
             const bool rest = step + 64 > a.count;
             const char* from = rest ? a.rest : a.rows + step * a.stride;
             const int64_t stride = rest ? a.bytes : a.stride;
             for (int i = 0; i < 4; ++i, from += 4 * stride) {
-                a.ahead.tick_inside(4);
 #pragma GCC unroll 4
                 for (int m = 0; m < 4; ++m) {
+                    if (m % (8 / count) == 0) a.ahead.tick_inside(4);  // so often for each two lines
                     const int place = words ? 2 * step + word_place<1>(i, m) : step + 16 * i + 4 * m;
-                    line v[2][Levels<C>::lines];
-                    columns.lines(from + m * 16 * stride, stride, step + 16 * i + 4 * m, v);
+                    line code[count], v[count][Levels<C>::lines];
+                    columns.codes(from + m * 16 * stride, stride, step + 16 * i + 4 * m, code);
+                    for (int c = 0; c < count && !one_by_one; ++c) columns.levels.of(code[c], v[c]);
                     auto weight = [&](int r, int term) __attribute__((always_inline)) {
                         return spread_sides<sides>([&](int side) __attribute__((always_inline)) {
                             int32_t four;
@@ -175,17 +182,23 @@ __attribute__((noinline)) void add_lines(const QuadValues& a, int p, const QuadW
                             return four;
                         });
                     };
-                    for (int r = 0; r < rows; ++r)
-                        for (int i = 0; i < terms; ++i) {
+                    auto add = [&]<int i>(std::integral_constant<int, i>) __attribute__((always_inline)) {
+                        if constexpr (one_by_one)
+                            for (int c = 0; c < count; ++c) v[c][i] = columns.levels.template one<i>(code[c]);
+                        for (int r = 0; r < rows; ++r) {
                             const __m512i by = weight(r, i);
-                            for (int c = 0; c < 2; ++c) {
+                            for (int c = 0; c < count; ++c) {
                                 if constexpr (words) sum[c][r][0] = dot_words(sum[c][r][0], v[c][i], by);
                                 else sum[c][r][i] = dot_parts(sum[c][r][i], v[c][0], by);
                             }
                         }
+                    };
+                    add(std::integral_constant<int, 0>{});
+                    if constexpr (terms > 1) add(std::integral_constant<int, 1>{});
                 }
             }
         }
+        if (count > 2) asm volatile("" ::"r"(total) : "memory");  // until here in memory: registers are for sums
 #pragma GCC unroll 4
         for (int r = 0; r < rows; ++r) {
             const vf factor = (vf)spread_sides<sides>([&](int side) {
@@ -193,7 +206,7 @@ __attribute__((noinline)) void add_lines(const QuadValues& a, int p, const QuadW
                 std::memcpy(&bits, w.factor + (columns.group(side) * MOST_RUNS + number) * 4 + r, 4);
                 return bits;
             });
-            for (int c = 0; c < 2; ++c) {
+            for (int c = 0; c < count; ++c) {
                 vi made = sum[c][r][0];
                 if constexpr (sums == 2) made = (made << 8) + sum[c][r][1];
                 total[c][r] = fma(to_float(made), factor, total[c][r]);
@@ -203,7 +216,7 @@ __attribute__((noinline)) void add_lines(const QuadValues& a, int p, const QuadW
     const float by = a.format.factor * (words ? a.tables.word_factor : 1.0f);
 #pragma GCC unroll 4
     for (int r = 0; r < rows; ++r, out += a.out_stride)
-        for (int c = 0; c < 2 && r < live; ++c) columns.add(c, out, rescale[r], (__m512)(total[c][r] * by));
+        for (int c = 0; c < count && r < live; ++c) columns.add(c, out, rescale[r], (__m512)(total[c][r] * by));
 }
 
 // out [row] = out * rescale + weights * values for `rows` (1, 2 or 4) query rows, of which there are `live`.
@@ -226,9 +239,12 @@ INLINE void add_quads_of(const QuadValues& a, const float* weights, float* out, 
     const QuadWeights w = {a.spread, zero, factor};
     const Quads& order = a.order;
     alignas(LINE) char kept[QUAD_TOKENS / 4 * 2 * LINE];
-    for (int p = 0; order.by_group && p < order.columns.lines; p += 2) {
+    const bool fours = C::lines == WORDS && order.columns.fours;
+    for (int p = 0; order.by_group && p < order.columns.lines; p += fours ? 4 : 2) {
         auto run = [&]<int windows>() __attribute__((always_inline)) {
-            add_lines<C, WindowColumns<C, windows>, 1, rows, terms>(a, p, w, nullptr, out, rescale, live);
+            if constexpr (C::lines == WORDS)
+                if (fours) return add_lines<C, WindowColumns<C, windows, 4>, 1, rows, terms>(a, p, w, nullptr, out, rescale, live);
+            add_lines<C, WindowColumns<C, windows, 2>, 1, rows, terms>(a, p, w, nullptr, out, rescale, live);
         };
         constexpr bool next = Fields<C::bits>::next > 0;
         if (a.bytes < GroupColumns::WINDOW) run.template operator()<SHORT>();
