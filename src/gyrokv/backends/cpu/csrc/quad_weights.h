@@ -22,19 +22,12 @@ alignas(64) constexpr auto WORD_ORDER = [] {
     for (int i = 0; i < 2 * LANES; ++i) made[i] = int16_t(2 * (i / 8 * 4 + own[i % 8]) + i % 8 / 4 * 32);
     return made;
 }();
-alignas(64) constexpr auto EVERY_SECOND = [] {
+// Dwords of two vectors in turn: of their first halves, and of the others.
+alignas(64) constexpr auto IN_TURN = [] {
     std::array<std::array<int32_t, LANES>, 2> made = {};
-    for (int i = 0; i < LANES; ++i) made[0][i] = i / 2, made[1][i] = 8 + i / 2;
+    for (int i = 0; i < 2 * LANES; ++i) made[i / LANES][i % LANES] = i / 2 + i % 2 * LANES;
     return made;
 }();
-
-// Dwords, or every second one.
-template <int sides>
-INLINE void store_sides(char* to, __m512i w) {
-    if constexpr (sides == 1) return _mm512_storeu_si512(to, w);
-    for (int j = 0; j < 2; ++j)
-        _mm512_mask_storeu_epi32(to + j * LINE, 0x5555, _mm512_permutexvar_epi32(_mm512_load_si512(EVERY_SECOND[j].data()), w));
-}
 
 // Weights as words: of each four tokens a dword of 0 and 2 and one of 1 and 3; with two sides those of the other one after each of them.
 // Bytes before those of tokens 16 m + 4 i, of 64.
@@ -53,6 +46,14 @@ INLINE V join_four(const V (&x)[4], Op op) {
     return op(d, shuffle<part>(d, d));
 }
 
+// What integers of four rows stand for, and 1 over it, or 0 where the largest of a row is nearly 0.
+INLINE void store_units(vf largest, vf unit, float* inverse, float* factor) {
+    const __m128 units = _mm512_castps512_ps128((__m512)unit);
+    const __m128 some = _mm_cmp_ps(_mm512_castps512_ps128((__m512)largest), _mm_set1_ps(1e-30f), _CMP_GT_OQ);
+    _mm_store_ps(inverse, _mm_and_ps(_mm_div_ps(_mm_set1_ps(1.0f), units), some));
+    _mm_storeu_ps(factor, units);
+}
+
 // Where weights of up to QUAD_HALF tokens go, of one group or, in turn, of two; scales: of these tokens.
 struct Spread {
     const float* scales[2];
@@ -61,10 +62,10 @@ struct Spread {
     float* factor[2];
 };
 
-// Those of 16 * vectors tokens as words (see word_place); large: such as large words of V are multiplied with; offset: by ZERO, of V.
-template <bool large, bool offset, int sides, int vectors>
-__attribute__((noinline)) void spread_words(const QuadValues& a, int rows, const float* weights, const Spread& s) {
-    vf x[4][sides][vectors], most[sides][4] = {}, total[sides][4] = {};
+// Weights of 16 * vectors tokens times V's scales x [row][side][16 tokens], the largest of each lane and, if wanted, the sums of their sizes.
+template <bool sizes, int sides, int vectors>
+INLINE void scale_weights(const QuadValues& a, int rows, const float* weights, const Spread& s, vf (*x)[sides][vectors], vf (*most)[4],
+                          vf (*total)[4]) {
     for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 8
         for (int i = 0; i < vectors; ++i)
@@ -72,18 +73,22 @@ __attribute__((noinline)) void spread_words(const QuadValues& a, int rows, const
             for (int side = 0; side < sides; ++side) {
                 const vf own = load<vf>(weights + r * a.weight_stride + LANES * i) * load<vf>(s.scales[side] + LANES * i);
                 x[r][side][i] = own, most[side][r] = larger_size(most[side][r], own);
-                if (large) total[side][r] += (vf)((vi)own & 0x7fffffff);
+                if (sizes) total[side][r] += (vf)((vi)own & 0x7fffffff);
             }
+}
+
+// Those of 16 * vectors tokens as words (see word_place); large: such as large words of V are multiplied with; offset: by ZERO, of V.
+template <bool large, bool offset, int sides, int vectors>
+__attribute__((noinline)) void spread_words(const QuadValues& a, int rows, const float* weights, const Spread& s) {
+    vf x[4][sides][vectors], most[sides][4] = {}, total[sides][4] = {};
+    scale_weights<large>(a, rows, weights, s, x, most, total);
     auto add = [](auto x, auto y) { return x + y; };
     alignas(16) float inverse[sides][4];
     for (int side = 0; side < sides; ++side) {
         const vf largest = join_four(most[side], [](vf x, vf y) { return max(x, y); });
         vf unit = largest * (1.0f / 32767.0f);
         if (large) unit = max(unit, join_four(total[side], add) * (1.0f / WORD_SUM));
-        const __m128 units = _mm512_castps512_ps128((__m512)unit);
-        const __m128 some = _mm_cmp_ps(_mm512_castps512_ps128((__m512)largest), _mm_set1_ps(1e-30f), _CMP_GT_OQ);
-        _mm_store_ps(inverse[side], _mm_and_ps(_mm_div_ps(_mm_set1_ps(1.0f), units), some));
-        _mm_storeu_ps(s.factor[side], units);
+        store_units(largest, unit, inverse[side], s.factor[side]);
     }
     const vf whole = splat(ROUNDS);
     const __m512i order = _mm512_load_si512(WORD_ORDER.data());
@@ -112,38 +117,41 @@ __attribute__((noinline)) void spread_words(const QuadValues& a, int rows, const
         _mm_storeu_si128((__m128i*)s.zero[side], offset ? _mm512_castsi512_si128((__m512i)join_four(sum[side], add)) : __m128i{});
 }
 
-// Those of 16 * vectors tokens and one group as bytes, or as every second dword of them.
+// Those of 16 * vectors tokens as bytes; of two groups, whose dwords take turns, with one term.
 template <int terms, int sides, int vectors>
-__attribute__((noinline)) void spread_weights(const QuadValues& a, int rows, const float* weights, const float* scales, char* bytes,
-                                              int32_t* zero, float* factor) {
-    vf x[4][vectors], most[4] = {};
-    for (int r = 0; r < rows; ++r)
-#pragma GCC unroll 8
-        for (int i = 0; i < vectors; ++i) {
-            x[r][i] = load<vf>(weights + r * a.weight_stride + LANES * i) * load<vf>(scales + LANES * i);
-            most[r] = larger_size(most[r], x[r][i]);
-        }
-    const vf size = join_four(most, [](vf x, vf y) { return max(x, y); });
-    alignas(64) float inverse[LANES];
-    store(inverse, size > 1e-30f ? LARGEST_WEIGHT<terms> / size : vf{});
-    _mm_storeu_ps(factor, _mm512_castps512_ps128((__m512)(size / LARGEST_WEIGHT<terms>)));
-    vi sum[terms][4] = {};
+__attribute__((noinline)) void spread_bytes(const QuadValues& a, int rows, const float* weights, const Spread& s) {
+    static_assert(sides == 1 || terms == 1);
+    vf x[4][sides][vectors], most[sides][4] = {};
+    scale_weights<false>(a, rows, weights, s, x, most, most);
+    alignas(16) float inverse[sides][4];
+    for (int side = 0; side < sides; ++side) {
+        const vf largest = join_four(most[side], [](vf x, vf y) { return max(x, y); });
+        store_units(largest, largest * (1.0f / LARGEST_WEIGHT<terms>), inverse[side], s.factor[side]);
+    }
+    vi sum[sides][terms][4] = {};
+    char* bytes = s.to;
     for (int r = 0; r < rows; ++r, bytes += sides * terms * QUAD_TOKENS)
 #pragma GCC unroll 2
         for (int step = 0; step < vectors / 4; ++step) {
-            __m512i made[terms];
-            weight_bytes<terms>(x[r] + 4 * step, splat(inverse[r]), made);
-            for (int i = 0; i < terms; ++i) {
-                sum[i][r] = dot_parts(sum[i][r], splat_of<line>(ZERO), made[i]);
-                store_sides<sides>(bytes + sides * (i * QUAD_TOKENS + 64 * step), made[i]);
+            __m512i made[sides][terms];
+#pragma GCC unroll 2
+            for (int side = 0; side < sides; ++side) {
+                weight_bytes<terms>(x[r][side] + 4 * step, splat(inverse[side][r]), made[side]);
+                for (int i = 0; i < terms; ++i) sum[side][i][r] = dot_parts(sum[side][i][r], splat_of<line>(ZERO), made[side][i]);
             }
+            char* to = bytes + sides * 64 * step;
+            for (int i = 0; i < terms && sides == 1; ++i) _mm512_storeu_si512(to + i * QUAD_TOKENS, made[0][i]);
+            for (int i = 0; i < 2 && sides == 2; ++i)
+                _mm512_storeu_si512(to + i * LINE,
+                                    _mm512_permutex2var_epi32(made[0][0], _mm512_load_si512(IN_TURN[i].data()), made[sides - 1][0]));
         }
     auto add = [](vi x, vi y) { return x + y; };
-    vi made[terms];
-    for (int i = 0; i < terms; ++i) made[i] = 0 - join_four(sum[i], add);
-    if (terms == 2)
-        made[1] += made[0] << 8, made[0] = vi{};
-    for (int i = 0; i < terms; ++i) _mm_storeu_si128((__m128i*)(zero + 4 * i), _mm512_castsi512_si128((__m512i)made[i]));
+    for (int side = 0; side < sides; ++side) {
+        vi zero[terms];
+        for (int i = 0; i < terms; ++i) zero[i] = 0 - join_four(sum[side][i], add);
+        if (terms == 2) zero[1] += zero[0] << 8, zero[0] = vi{};
+        for (int i = 0; i < terms; ++i) _mm_storeu_si128((__m128i*)(s.zero[side] + 4 * i), _mm512_castsi512_si128((__m512i)zero[i]));
+    }
 }
 
 // Those of `tokens`, 64 or QUAD_HALF, and up to VALUE_ROWS rows, the way that lines of C want them. sides: groups, in turn.
@@ -160,10 +168,8 @@ INLINE void spread(const QuadValues& a, int rows, int tokens, const float* weigh
         for (int i = 0; i < sides; ++i) more.zero[i] += 4, more.factor[i] += 4;
         four(a, rows - 4, weights + 4 * a.weight_stride, more);
     } else {
-        for (int i = 0; i < sides; ++i) {
-            const auto all = tokens > 64 ? spread_weights<terms, sides, QUAD_HALF / LANES> : spread_weights<terms, sides, 64 / LANES>;
-            all(a, rows, weights, s.scales[i], s.to + 4 * i, s.zero[i], s.factor[i]);
-        }
+        if (tokens > 64) return spread_bytes<terms, sides, QUAD_HALF / LANES>(a, rows, weights, s);
+        spread_bytes<terms, sides, 64 / LANES>(a, rows, weights, s);
     }
 }
 
