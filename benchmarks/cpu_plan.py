@@ -17,7 +17,7 @@ from gyrokv.testing import inputs
 
 KV_HEADS = 8
 GROUP = 4  # query heads per KV head, where nothing else is said
-GROUPS = (1, 2, 4, 8, 16)
+GROUPS = tuple(range(1, 17))
 HEAD_DIMS, PREFILL_DIMS = (64, 96, 128, 192, 256, 512), (128, 256, 512)
 KV_LENS = (4096, 16384)
 PREFILL = (512, 4096)  # queries, keys

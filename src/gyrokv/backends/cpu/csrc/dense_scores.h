@@ -113,7 +113,7 @@ inline void score_dense_of(const DenseScores& a, int rows) {
         for (int r = 0, n; r < rows; r += n) {
             n = pass_of(rows - r);
             vf score[4];
-            as_pass(n, [&]<int n>(std::integral_constant<int, n>) {
+            as_pass<4>(n, [&]<int n>(std::integral_constant<int, n>) {
                 score_sixteen<kind, n, terms>(a, from, stride, a.q + r * terms * a.q_stride, score);
             });
             for (int i = 0; i < n; ++i) {

@@ -122,7 +122,7 @@ inline void add_pairs(const PairValues& v) {
     const int all = v.dim / COLUMNS_PER_CHUNK;
     for (int row = 0, n; row < v.count; row += n) {
         n = pass_of(v.count - row);
-        as_pass(n, [&]<int rows>(std::integral_constant<int, rows>) {
+        as_pass<4>(n, [&]<int rows>(std::integral_constant<int, rows>) {
             int c = 0;
             if constexpr (rows <= 2)
                 for (; c + 4 <= all; c += 4) add_pairs_of<float8, rows, 4>(v, row, c);

@@ -288,8 +288,8 @@ constexpr int MOST_ROWS = C::large ? QUAD_ROWS : C::lines == PLANES || (C::lines
 void score_quads(const Format& f, int terms, const QuadScores& a) {
     as_coded<false>(f, a.order.words_for(a.q.rows), [&]<class C>(C) {
         as_terms<C>(terms, [&]<int t>(std::integral_constant<int, t>) {
-            as_pass(a.q.rows, [&]<int rows>(std::integral_constant<int, rows>) {
-                if constexpr (rows >= LEAST_ROWS<C> && rows <= MOST_ROWS<C>) {
+            as_pass<MOST_ROWS<C>>(a.q.rows, [&]<int rows>(std::integral_constant<int, rows>) {
+                if constexpr (rows >= LEAST_ROWS<C>) {
                     if constexpr (C::bits < 8 && (rows <= 4 || C::large))
                         if (a.order.by_group) return score_groups_of<C, rows, t>(a);
                     auto with_sets = [&]<bool plain>() {

@@ -280,10 +280,11 @@ void add_quads(const QuadValues& a, int rows) {
         float* out = a.out;
         while (rows > 0) {
             const int pass = quad_pass(rows, a.order.most_rows);
-            as_pass(pass, [&]<int n>(std::integral_constant<int, n>) {
+            constexpr int most = C::lines == WORDS && C::look_up != VALUES ? VALUE_ROWS : 4;
+            as_pass<most>(pass, [&]<int n>(std::integral_constant<int, n>) {
                 as_terms<C>(a.terms, [&]<int terms>(std::integral_constant<int, terms>) {
-                    if constexpr (n <= 4) return add_quads_of<C, n, terms>(a, weights, out, rescale, std::min(n, rows));
-                    if constexpr (n == VALUE_ROWS && C::lines == WORDS && C::look_up != VALUES) add_chunks_of<C, n, terms>(a, weights, out, rescale, n);
+                    if constexpr (n == VALUE_ROWS) add_chunks_of<C, n, terms>(a, weights, out, rescale, n);
+                    else add_quads_of<C, n, terms>(a, weights, out, rescale, std::min(n, rows));
                 });
             });
             rows -= pass, weights += pass * a.weight_stride, out += pass * a.out_stride, rescale += pass;

@@ -282,12 +282,15 @@ INLINE int quad_pass(int rows, int most) {
 // Of those from `row` on of all `rows`, over keys, whose scores may be taken of so many at once.
 constexpr int KEY_ROWS = 8;
 INLINE int key_pass(int row, int rows, int most) { return quad_pass(std::min(KEY_ROWS - row % KEY_ROWS, rows - row), most); }
-// body(rows) of a pass.
-template <class Body>
+// body(rows) of a pass of `most` rows at most.
+template <int most, class Body>
 INLINE void as_pass(int rows, Body body) {
-    if (rows == 8) return body(std::integral_constant<int, 8>{});
-    if (rows == 6) return body(std::integral_constant<int, 6>{});
-    if (rows == 5) return body(std::integral_constant<int, 5>{});
+    if constexpr (most >= 8)
+        if (rows == 8) return body(std::integral_constant<int, 8>{});
+    if constexpr (most >= 6)
+        if (rows == 6) return body(std::integral_constant<int, 6>{});
+    if constexpr (most >= 5)
+        if (rows == 5) return body(std::integral_constant<int, 5>{});
     if (rows == 4) return body(std::integral_constant<int, 4>{});
     if (rows == 2) return body(std::integral_constant<int, 2>{});
     body(std::integral_constant<int, 1>{});
