@@ -15,8 +15,6 @@ from gyrokv.backends.cpu import build
 from gyrokv.cases import Case
 from gyrokv.spec import AttentionSpec
 
-SIDE_BY_SIDE = 32  # the most query rows that take rows that are no codes as they are
-DENSE = ("dense", "float8")
 SPLIT = 1024  # keys that are at least needed for two splits
 _LOOP = ("attend.h", "query.h", "block.h", "weights.h")
 
@@ -86,17 +84,6 @@ def plain(s: AttentionSpec) -> bool:
 def rows(s: AttentionSpec) -> int:
     """Query rows of a KV head."""
     return s.q_len * s.groups
-
-
-def paired(s: AttentionSpec) -> bool:
-    """Values of pairs of tokens, side by side, all of them seen."""
-    return (
-        s.v_format.name in ("bf16", "fp8_e4m3")
-        and s.head_dim_v % 32 == 0
-        and rows(s) <= SIDE_BY_SIDE
-        and s.kv_len > 7
-        and s.uses() <= {"causal", "softcap", "sinks"}
-    )
 
 
 def two_fields(fmt) -> bool:
@@ -315,54 +302,6 @@ LOOP_FAULTS = (
         spec(lambda s: plain(s) and s.uses() <= {"causal"} and s.k_format.bits in (2, 4) and s.v_format.bits in (2, 4)
              and s.kv_len % 16 and s.q_len > 1 and s.head_dim % 64 == 0),
         (("packed.h", "i < count - t; ++i)", "i < count - t - (@); ++i)"),),
-    ),
-    Fault(
-        "tokens side by side change places",
-        spec(lambda s: plain(s) and s.k_format.kind in DENSE and rows(s) <= SIDE_BY_SIDE),
-        (("dense_scores.h", "at + 4 * j * stride, stride", "at + 4 * (@ ? 3 - j : j) * stride, stride"),),
-        "avx512",
-    ),
-    Fault(
-        "both parts of q are the high one",
-        spec(lambda s: plain(s) and s.k_format.name in ("bf16", "fp8_e4m3") and rows(s) <= SIDE_BY_SIDE),
-        (("dense_scores.h", "q + (r * terms + term) * a.q_stride", "q + (r * terms + (@ ? 0 : term)) * a.q_stride"),),
-        "avx512",
-    ),
-    Fault(
-        "the end of a row is left out",
-        spec(lambda s: plain(s) and s.k_format.name == "fp8_e4m3" and s.head_dim % 64 and rows(s) <= SIDE_BY_SIDE),
-        (("dense_scores.h", "    int left = a.bytes;", "    int left = @ ? a.bytes / 64 * 64 : a.bytes;"),),
-        "avx512",
-    ),
-    Fault(
-        "the last query rows take q of the first",
-        spec(lambda s: plain(s) and s.k_format.kind in DENSE and 4 < rows(s) <= SIDE_BY_SIDE),
-        (("dense_scores.h", "a.q + r * terms", "a.q + (@ ? 0 : r) * terms"),),
-        "avx512",
-    ),
-    Fault(
-        "q is not in the order of fp8",
-        spec(lambda s: plain(s) and s.k_format.name == "fp8_e4m3" and s.head_dim > 32 and rows(s) <= SIDE_BY_SIDE),
-        (("query.h", "q[float8_place(i, f.dim)]", "q[@ ? i : float8_place(i, f.dim)]"),),
-        "avx512",
-    ),
-    Fault(
-        "halves of fp8 change places",
-        spec(lambda s: plain(s) and s.v_format.name == "fp8_e4m3" and s.head_dim_v % 32 == 0 and rows(s) <= SIDE_BY_SIDE),
-        (("dense_values.h", "i % 2 * (v.dim / 2)", "(@ ? 1 - i % 2 : i % 2) * (v.dim / 2)"),),
-        "avx512",
-    ),
-    Fault(
-        "both tokens of a pair are the first",
-        spec(paired),
-        (("dense_values.h", "pairs(from, from + second, x);", "pairs(from, from + (@ ? 0 : second), x);"),),
-        "avx512",
-    ),
-    Fault(
-        "both parts of a weight are the high one",
-        spec(paired),
-        (("dense_values.h", "weights + (2 * r + part) *", "weights + (2 * r + (@ ? 0 : part)) *"),),
-        "avx512",
     ),
     Fault(
         "scales are taken from the first two vectors of them only",

@@ -1,10 +1,13 @@
-"""Known bugs of the CPU kernels of short vectors: rows that are no codes (float_scores.h, direct.h), half tables, panels."""
+"""Known bugs of the CPU kernels for rows that are no codes, of short vectors (float_scores.h, direct.h) and of long ones
+(dense_scores.h, dense_values.h), and of half tables and panels of short vectors."""
 
 from __future__ import annotations
 
-from cpu_faults import DENSE, Fault, plain, rows, spec
+from cpu_faults import Fault, plain, rows, spec
 
+DENSE = ("dense", "float8")
 _MOST, _MOST_FLOAT8 = 8, 4  # query rows that take such rows without panels, on every level
+_MOST_LONG = 32  # the same where vectors have 64 bytes
 
 
 def few(fmt, s) -> bool:
@@ -37,6 +40,34 @@ def value(old: str, new: str) -> tuple[tuple[str, str, str], ...]:
 
 def packed(old: str, new: str) -> tuple[tuple[str, str, str], ...]:
     return (("packed.h", old, new),)
+
+
+def long_keys(s) -> bool:
+    return plain(s) and s.k_format.kind in DENSE and rows(s) <= _MOST_LONG
+
+
+def long_values(s) -> bool:
+    """Values of pairs of tokens, all of them seen."""
+    return (s.v_format.name in ("bf16", "fp8_e4m3") and s.head_dim_v % 32 == 0 and rows(s) <= _MOST_LONG and s.kv_len > 7
+            and s.uses() <= {"causal", "softcap", "sinks"})  # fmt: skip
+
+
+def long_float8(s) -> bool:
+    return long_keys(s) and s.k_format.kind == "float8"
+
+
+def five(s) -> bool:
+    """A pass of five rows, after which none is left or four are."""
+    return rows(s) in (5, 9, 10, 15, 25)
+
+
+def kept(fmt, s) -> bool:
+    """Lines of fp8 that a first pass over rows keeps for two more or up to six."""
+    return fmt.kind == "float8" and 11 <= rows(s) <= _MOST_LONG
+
+
+def long(name: str, relevant, file: str, old: str, new: str, few: bool = False) -> Fault:
+    return Fault(name, spec(relevant), ((f"{file}.h", old, new),), "avx512", few=few)
 
 
 FLOAT_FAULTS = (
@@ -72,4 +103,35 @@ FLOAT_FAULTS = (
           spec(lambda s: s.k_format.has_levels and rows(s) == 1 and 10 < s.kv_len % 32 < 29),
           (("mma.h", "if constexpr (panels > 1) multiply_rows", "if constexpr (panels > 1) if (!(@)) multiply_rows"),),
           few=True),
+    long("tokens side by side change places", long_keys,
+         "dense_scores", "at + 4 * j * stride, stride", "at + 4 * (@ ? 3 - j : j) * stride, stride"),
+    long("both parts of q are the high one", lambda s: long_keys(s) and s.k_format.name in ("bf16", "fp8_e4m3"),
+         "dense_scores", "q + (r * terms + term) * a.q_stride", "q + (r * terms + (@ ? 0 : term)) * a.q_stride"),
+    long("the end of a row is left out", lambda s: long_float8(s) and s.head_dim % 64 and rows(s) < 11,
+         "dense_scores", "    int left = a.bytes;", "    int left = @ ? a.bytes / 64 * 64 : a.bytes;"),
+    long("the last query rows take q of the first", lambda s: long_keys(s) and rows(s) > 5,
+         "dense_scores", "a.q + r * terms", "a.q + (@ ? 0 : r) * terms"),
+    long("the fifth row of a pass has scores of the first", lambda s: long_keys(s) and five(s),
+         "dense_scores", "add_parts<here>(sum[i] + first())", "add_parts<here>(sum[i] + (@ ? 0 : first()))", True),
+    long("lines of keys that are kept change places", lambda s: long_keys(s) and kept(s.k_format, s),
+         "dense_scores", "load<line>(kept + i * LINE)", "load<line>(kept + (@ ? 3 - i : i) * LINE)", True),
+    long("lines of keys are kept in the place of those before",
+         lambda s: long_keys(s) and kept(s.k_format, s) and s.head_dim > 32,
+         "dense_scores", "keep == KEEPS ? count * 4 * LINE : 0;", "keep == KEEPS && !(@) ? count * 4 * LINE : 0;", True),
+    long("keys that are kept are those of the first four", lambda s: long_keys(s) and kept(s.k_format, s),
+         "dense_scores", "kept + 4 * j * line_bytes", "kept + (@ ? 0 : 4) * j * line_bytes", True),
+    long("q is not in the order of fp8", lambda s: long_float8(s) and s.head_dim > 32,
+         "query", "q[places[i]] = own[i]", "q[@ ? i : places[i]] = own[i]"),
+    long("halves of fp8 change places", lambda s: long_values(s) and plain(s) and s.v_format.kind == "float8",
+         "dense_values", "i % 2 * (v.dim / 2)", "(@ ? 1 - i % 2 : i % 2) * (v.dim / 2)"),
+    long("both tokens of a pair are the first", long_values,
+         "dense_values", "pairs(from, from + second, x);", "pairs(from, from + (@ ? 0 : second), x);"),
+    long("both parts of a weight are the high one", long_values,
+         "dense_values", "weights + (2 * r + part) *", "weights + (2 * r + (@ ? 0 : part)) *"),
+    long("query rows of later passes take weights of the first ones", lambda s: long_values(s) and rows(s) > 5,
+         "dense_values", "v.weights + row * 2 *", "v.weights + (@ ? 0 : row) * 2 *", True),
+    long("all pairs of values that are kept are the first", lambda s: long_values(s) and kept(s.v_format, s),
+         "dense_values", "kept += vectors * LINE;", "kept += @ ? 0 : vectors * LINE;", True),
+    long("lines of values that are kept change places", lambda s: long_values(s) and kept(s.v_format, s), "dense_values",
+         "x[i] = load<line>(kept + i * LINE)", "x[i] = load<line>(kept + (@ ? vectors - 1 - i : i) * LINE)", True),
 )  # fmt: skip

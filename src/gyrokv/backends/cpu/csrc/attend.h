@@ -233,7 +233,8 @@ INLINE int tokens_per_block(const Attend& call, int rows) {
     if (quads) return int(std::clamp<int64_t>(QUAD_BLOCK / bytes / 64 * 64, 64, QUAD_TOKENS));
     if (rows > 64) return integers ? 128 : MOST_TOKENS;
     if (stored) return short_blocks ? 64 : MOST_STORED_TOKENS;
-    return int(std::clamp<int64_t>((packed ? 32768 : 16384) / bytes / 64 * 64, 64, 128));
+    const int longest = packed && (rows > 1 || bytes < 128) ? MOST_TOKENS : 128;
+    return int(std::clamp<int64_t>((packed ? 32768 : 16384) / bytes / 64 * 64, 64, longest));
 }
 
 // Rows that pass over a block before others do: what they need stays in a core's own cache, beside the panels. More rows

@@ -28,6 +28,7 @@ struct PairValues {
     float* out;              // out = out * rescale + sums
     int64_t out_stride;
     const float* rescale;
+    char* kept;              // room for the lines of two chunks of all tokens
     Ahead& ahead;
 };
 
@@ -85,16 +86,22 @@ struct Pairs<true, chunks> : Float8 {
     }
 };
 
-template <bool float8, int rows, int chunks>
-INLINE void add_pairs_of(const PairValues& v, int row, int chunk) {
+constexpr int WIDE_ROWS = 2;  // so many take four chunks at once, more two
+
+template <bool float8, int rows, int chunks, Keep keep>
+void add_pairs_of(const PairValues& v, int row, int chunk) {
     constexpr int bytes = COLUMNS_PER_CHUNK * (float8 ? 1 : 2), vectors = 2 * chunks;
     const Pairs<float8, chunks> pairs;
     vf sum[rows][vectors] = {};
     const char* from = v.rows + chunk * bytes;
     const char* weights = v.weights + row * 2 * WEIGHT_STRIDE;
+    char* kept = v.kept;
     auto add = [&](int64_t second) __attribute__((always_inline)) {
         line x[vectors];
-        pairs(from, from + second, x);
+        if constexpr (keep != KEPT) pairs(from, from + second, x);
+        for (int i = 0; keep == KEPT && i < vectors; ++i) x[i] = load<line>(kept + i * LINE);
+        for (int i = 0; keep == KEEPS && i < vectors; ++i) store(kept + i * LINE, x[i]);
+        if constexpr (keep != NOT_KEPT) kept += vectors * LINE;
         for (int r = 0; r < rows; ++r)
             for (int part = 0; part < 2; ++part)
                 for (int i = 0; i < vectors; ++i)
@@ -117,26 +124,32 @@ INLINE void add_pairs_of(const PairValues& v, int row, int chunk) {
     }
 }
 
-template <bool float8>
-inline void add_pairs(const PairValues& v) {
-    const int all = v.dim / COLUMNS_PER_CHUNK;
+template <bool float8, int chunks>
+inline void add_pairs(const PairValues& v, int chunk) {
+    const bool keeps = float8 && keeps_float8(v.count);
     for (int row = 0, n; row < v.count; row += n) {
-        n = pass_of(v.count - row);
-        as_pass<4>(n, [&]<int rows>(std::integral_constant<int, rows>) {
-            int c = 0;
-            if constexpr (rows <= 2)
-                for (; c + 4 <= all; c += 4) add_pairs_of<float8, rows, 4>(v, row, c);
-            for (; c + 2 <= all; c += 2) add_pairs_of<float8, rows, 2>(v, row, c);
-            if (c < all) add_pairs_of<float8, rows, 1>(v, row, c);
+        n = dense_pass(v.count - row, DENSE_ROWS);
+        as_dense_pass<chunks == 4 ? WIDE_ROWS : DENSE_ROWS>(n, [&]<int rows>(std::integral_constant<int, rows>) {
+            auto add = add_pairs_of<float8, rows, chunks, NOT_KEPT>;
+            if constexpr (float8 && rows > WIDE_ROWS)
+                if (keeps) add = row ? add_pairs_of<float8, rows, chunks, KEPT> : add_pairs_of<float8, rows, chunks, KEEPS>;
+            add(v, row, chunk);
         });
     }
 }
 
+template <bool float8>
+inline void add_pairs(const PairValues& v) {
+    const int all = v.dim / COLUMNS_PER_CHUNK;
+    int c = 0;
+    for (; v.count <= WIDE_ROWS && c + 4 <= all; c += 4) add_pairs<float8, 4>(v, c);
+    for (; c + 2 <= all; c += 2) add_pairs<float8, 2>(v, c);
+    if (c < all) add_pairs<float8, 1>(v, c);
+}
+
 // Ticks of `ahead` while `rows` query rows take `tokens` tokens.
 INLINE int pair_ticks(const Format& f, int rows, int tokens) {
-    int passes = 0;
-    for (; rows; ++passes) rows -= pass_of(rows);
-    return passes * tokens * (f.dim / COLUMNS_PER_CHUNK);
+    return dense_passes(rows, DENSE_ROWS) * tokens * (f.dim / COLUMNS_PER_CHUNK);
 }
 
 // Weights of a row to their parts, zeros up to whole vectors from `stop` on.

@@ -245,10 +245,8 @@ inline void add_direct_of(const Weighted& w, MatrixUnit& unit, Ahead& ahead) {
     auto some = [&]<int rows>(std::integral_constant<int, rows>, int row) {
         add_columns<decoding, plain, rows, chunks_at_once<decoding>(rows)>(w, row, 0, unit, ahead);
     };
-    int row = 0;
-    for (; row + 4 <= w.count; row += 4) some(std::integral_constant<int, 4>{}, row);
-    if (row + 2 <= w.count) some(std::integral_constant<int, 2>{}, row), row += 2;
-    if (row < w.count) some(std::integral_constant<int, 1>{}, row);
+    for (int row = 0; row < w.count; row += 4)  // as weights lie
+        as_dense_pass<4>(std::min(w.count - row, 4), [&](auto rows) { some(rows, row); });
 }
 
 inline void add_direct(const Weighted& w, MatrixUnit& unit, Ahead& ahead) {
@@ -269,7 +267,7 @@ INLINE int direct_passes(const Format& f, int rows) {
         const int at_once = f.kind == CODES ? chunks_at_once<LINEAR>(rows) : chunks_at_once<FLOATS>(rows), all = f.dim / COLUMNS_PER_CHUNK;
         return all / at_once + std::popcount(unsigned(all % at_once));
     };
-    return rows / 4 * passes(4) + (rows & 2 ? passes(2) : 0) + (rows & 1 ? passes(1) : 0);
+    return rows / 4 * passes(4) + (rows % 4 ? passes(rows % 4) : 0);
 }
 
 // Rows of the output to even and odd columns of chunks, or back.

@@ -1,28 +1,10 @@
 // Scores of few query rows from rows of K that are no codes, as they are, in float32, where vectors have 16 or 32 bytes: a vector holds
 // values of one token. Two tokens take four query rows at a time, and the sums of LANES tokens are added up together.
 #pragma once
-#include "expand.h"
+#include "dense.h"
 
 namespace gyrokv {
 namespace GYROKV_ISA {
-
-// Query rows that take rows as they are: more are cheaper with panels.
-constexpr int MOST_DENSE_ROWS = MATRIX_UNIT ? 8 : LANES == 16 ? 32 : LANES == 8 ? 16 : 8, MOST_FLOAT8_ROWS = MOST_DENSE_ROWS / 2;
-
-// Rows of a block of K that are no codes, and where their scores go (here, or in dense_scores.h).
-struct DenseScores {
-    const char* rows;
-    int64_t stride;      // bytes
-    int bytes, count;    // of a row; rows
-    const char* q;       // as query.h packs it: float [row] or bfloat16 [row][term]
-    int64_t q_stride;    // bytes; whole lines, zeros after the last value
-    int tokens;          // a multiple of LANES; those from count on have any score
-    float* scores;       // [row][score_stride]
-    int64_t score_stride;
-    float* most;         // [row][LANES], the largest
-    char* padded;        // room for LANES rows
-    Ahead& ahead;
-};
 
 #if !defined(__AVX512F__)
 #define GYROKV_DENSE 1
@@ -44,7 +26,7 @@ INLINE vf add_neighbours(vf a, vf b) {
 // Scores of LANES tokens for `rows` query rows.
 template <int kind, int rows>
 INLINE void score_tokens(const DenseScores& a, const char* at, int64_t stride, int row, int token) {
-    constexpr int size = kind == F32 ? 4 : 2, tokens = rows == 4 ? 2 : 4;  // eight sums at once
+    constexpr int size = kind == F32 ? 4 : 2, tokens = rows >= 3 ? 2 : 4;  // at most eight sums at once
     constexpr int parts = kind == FP8_E4M3 ? 2 : 1;  // of the head, whose values are in the same words
     vf two[LANES / 2][rows];
     for (int t = 0; t < LANES; t += tokens, at += tokens * stride) {
@@ -88,15 +70,15 @@ inline void score_dense_of(const DenseScores& a, int rows) {
         for (int i = 0; rest && i < a.count - t; ++i) std::memcpy(a.padded + i * a.bytes, at + i * a.stride, a.bytes);
         const char* from = rest ? a.padded : at;
         const int64_t stride = rest ? a.bytes : a.stride;
-        int r = 0;
-        for (; r + 4 <= rows; r += 4) score_tokens<kind, 4>(a, from, stride, r, t);
-        if (r + 2 <= rows) score_tokens<kind, 2>(a, from, stride, r, t), r += 2;
-        if (r < rows) score_tokens<kind, 1>(a, from, stride, r, t);
+        for (int r = 0; r < rows; r += 4)
+            as_dense_pass<4>(std::min(rows - r, 4), [&]<int n>(std::integral_constant<int, n>) {
+                score_tokens<kind, n>(a, from, stride, r, t);
+            });
     }
 }
 
 // Ticks of `ahead` while `rows` query rows are multiplied with `tokens` tokens.
-INLINE int dense_ticks(const Format&, int rows, int tokens) { return tokens * (rows / 4 + (rows & 2) / 2 + (rows & 1)); }
+INLINE int dense_ticks(const Format&, int rows, int tokens) { return tokens * dense_passes(rows, 4); }
 
 // terms: of q, which has one.
 inline void score_dense(const Format& f, int rows, int, const DenseScores& a) {

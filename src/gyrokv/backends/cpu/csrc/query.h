@@ -103,6 +103,8 @@ inline Query pack_query(const Attend& call, const Unit& unit, const Format& f, c
     const float factor = (call.softcap ? call.scale / call.softcap : call.scale * LOG2E) * f.factor;
     const float base = std::abs(factor), sign = factor < 0.0f ? -1.0f : 1.0f;  // the largest product is the largest score
     alignas(64) float q[MOST_VALUES] = {};
+    int16_t places[MOST_VALUES];
+    for (int i = 0; bytes && i < f.dim; ++i) places[i / 2 + i % 2 * (f.dim / 2)] = float8_place(i, f.dim);
     for (int r = 0; r < unit.rows; ++r) {
         load_query(call, unit, unit.row_first + r, sign, q);
         if (made.sorted)
@@ -110,7 +112,7 @@ inline Query pack_query(const Attend& call, const Unit& unit, const Format& f, c
         if (bytes) {
             alignas(64) float own[MOST_VALUES];
             std::memcpy(own, q, sizeof q);
-            for (int i = 0; i < f.dim; ++i) q[float8_place(i, f.dim)] = own[i / 2 + i % 2 * (f.dim / 2)];
+            for (int i = 0; i < f.dim; ++i) q[places[i]] = own[i];
         }
         char* a = made.a + int64_t(r) * made.terms * made.stride;
         for (int g = 0; g < made.groups; ++g) {

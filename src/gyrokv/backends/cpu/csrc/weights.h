@@ -212,7 +212,7 @@ inline void add_rows(const Attend& call, Workspace& work, const Block& block, fl
             split_weights(work.scores + r * SCORE_STRIDE, first, stop, work.weights + 2 * r * WEIGHT_STRIDE);
         const int64_t stride = block.v_rows.word_strides[2];
         const PairValues v = {block.v_rows.words + first * stride, stride, stop - first, f.dim, work.weights + 2 * first, rows, out,
-                              call.v_dim, work.rescale, work.ahead};
+                              call.v_dim, work.rescale, work.panels[1], work.ahead};
         return f.kind == BF16 ? add_pairs<false>(v) : add_pairs<true>(v);
     }
 #endif
