@@ -23,8 +23,11 @@ AUTO = tuple(name for name in BACKENDS if name != "reference")
 
 def reasons(backend: ModuleType, spec: AttentionSpec) -> list[str]:
     """Why ``backend`` cannot run ``spec`` here: what the machine lacks, features it does not know, its own limits."""
-    unknown = [f"it does not know the feature {name}" for name in sorted(spec.uses() - backend.UNDERSTANDS)]
-    return [f"missing here: {m}" for m in backend.missing()] + unknown + backend.why_not(spec)
+    limits = spec.limits.get(backend)
+    if limits is None:
+        unknown = [f"it does not know the feature {name}" for name in sorted(spec.uses() - backend.UNDERSTANDS)]
+        limits = spec.limits[backend] = unknown + backend.why_not(spec)
+    return [f"missing here: {m}" for m in backend.missing()] + limits
 
 
 def explain(spec: AttentionSpec) -> str:
@@ -167,18 +170,20 @@ def describe(q: Tensor, view: KVView, *, mask=None, sinks=None, block_map=None, 
         raise ValueError(f"q has batch={batch} but the cache holds batch={view.batch}")
     if q.numel() and q.stride(-1) != 1:
         raise ValueError(f"q has stride {q.stride(-1)} in its last axis, not 1; call .contiguous() on it")
-    if view.device is not None and view.device != q.device:
-        raise ValueError(f"q is on {q.device} but the cache is on {view.device}")
+    device, cache_device = q.device, view.device
+    if cache_device is not None and cache_device != device:
+        raise ValueError(f"q is on {device} but the cache is on {cache_device}")
     if sinks is not None:
         if tuple(sinks.shape) != (q_heads,) or not sinks.is_floating_point():
             raise ValueError(f"sinks has shape {tuple(sinks.shape)}, {sinks.dtype}; it must be floating [q_heads={q_heads}]")
-        if sinks.device != q.device:
-            raise ValueError(f"sinks is on {sinks.device} but q is on {q.device}")
+        if sinks.device != device:
+            raise ValueError(f"sinks is on {sinks.device} but q is on {device}")
+    ring, paged, unquantised = view.layout
     spec = _spec(
         view.k_codec.format, view.v_codec.format, head_dim, view.v_codec.head_dim, batch, q_heads, view.kv_heads, q_len,
-        view.kv_len, q.dtype, q.device.type, window=window, mask=None if mask is None else mask_kind(mask),
-        block_map=block_map is not None, sinks=sinks is not None, starts=view.starts is not None, ring=view.ring,
-        unquantised=view.unquantised, paged=view.paged, lengths=view.lengths is not None, **options,
+        view.kv_len, q.dtype, device.type, window=window, mask=None if mask is None else mask_kind(mask),
+        block_map=block_map is not None, sinks=sinks is not None, starts=view.starts is not None, ring=ring,
+        unquantised=unquantised, paged=paged, lengths=view.lengths is not None, **options,
     )  # fmt: skip
     _check_history(spec, view)
     return spec

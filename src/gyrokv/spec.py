@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, fields
 from functools import cache, cached_property
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -132,6 +133,11 @@ class AttentionSpec:
     @cached_property
     def _uses(self) -> frozenset[str]:
         return frozenset([f.name for f in features() if getattr(self, f.name) != f.default])
+
+    @cached_property
+    def limits(self) -> dict[ModuleType, list[str]]:
+        """Why backends cannot run this, as far as the spec alone says so: each backend's, once it was asked."""
+        return {}
 
     def __str__(self) -> str:
         dims = f"d{self.head_dim}" if self.head_dim == self.head_dim_v else f"d{self.head_dim}v{self.head_dim_v}"

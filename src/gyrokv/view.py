@@ -51,7 +51,8 @@ class Segment:
 
     @property
     def capacity(self) -> int:
-        return self.k.words.shape[-2] * (1 if self.pages is None else self.pages.shape[1])
+        slots = self.k.words.shape[-2]
+        return slots if self.pages is None else slots * self.pages.shape[1]
 
     def live(self, length: int) -> tuple[int, int]:
         """``(first, stop)`` of the live positions of a sequence of ``length`` tokens."""
@@ -71,9 +72,10 @@ class Segment:
 
     def runs(self, first: int, stop: int) -> Iterator[tuple[int, int]]:
         """``(slot, count)`` of the contiguous runs of slots that hold positions ``first <= p < stop``, in order."""
+        capacity, base = self.capacity, self.base
         while first < stop:
-            slot = (first - self.base) % self.capacity
-            count = min(stop - first, self.capacity - slot)
+            slot = (first - base) % capacity
+            count = min(stop - first, capacity - slot)
             yield slot, count
             first += count
 
@@ -154,20 +156,30 @@ class KVView:
         return self.segments[0].k.words.device if self.segments else None
 
     @property
+    def layout(self) -> tuple[bool, bool, bool]:
+        """:attr:`ring`, :attr:`paged` and :attr:`unquantised`, in one loop, because each call needs all three."""
+        k_format, v_format = self.k_codec.format, self.v_codec.format
+        ring = paged = unquantised = False
+        for s in self.segments:
+            ring |= s.stop - s.base > s.capacity
+            paged |= s.pages is not None
+            unquantised |= not (_same(s.k_format, k_format) and _same(s.v_format, v_format))
+        return ring, paged, unquantised
+
+    @property
     def ring(self) -> bool:
         """True when some segment wraps around its end."""
-        return any(s.stop - s.base > s.capacity for s in self.segments)
+        return self.layout[0]
 
     @property
     def paged(self) -> bool:
         """True when rows lie in pages."""
-        return any(s.pages is not None for s in self.segments)
+        return self.layout[1]
 
     @property
     def unquantised(self) -> bool:
         """True when part of a quantised layer is kept dense."""
-        k_format, v_format = self.k_codec.format, self.v_codec.format
-        return not all(_same(s.k_format, k_format) and _same(s.v_format, v_format) for s in self.segments)
+        return self.layout[2]
 
     def check_current(self) -> None:
         """Raise GyroKVError if the layer was written to after this view was taken: its rows may be other tokens'."""

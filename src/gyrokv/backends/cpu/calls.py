@@ -129,8 +129,8 @@ def attend(
         q = q.contiguous()
     batch, q_heads, q_len, q_dim = q.shape
     out_dtype = torch.bfloat16 if narrow and dtype == torch.bfloat16 else torch.float32
-    out = q.new_empty((batch, q_heads, q_len, out_dim), dtype=out_dtype)
-    lse = q.new_empty((batch, q_heads, q_len), dtype=torch.float32)
+    out = q.new_empty(batch, q_heads, q_len, out_dim, dtype=out_dtype)
+    lse = q.new_empty(batch, q_heads, q_len, dtype=torch.float32)
     runs = _runs(view, spec.fast)
     runs_at, words = runs.buffer_info()
     slopes = _slopes(q_heads, spec.alibi) if spec.alibi else None
