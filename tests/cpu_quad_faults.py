@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from cpu_faults import Fault, attend, plain, rows, spec
 
+from gyrokv.backends.cpu import calls
 from gyrokv.formats import KVFormat
 from gyrokv.spec import AttentionSpec
 
@@ -200,7 +201,7 @@ def exact(s: AttentionSpec) -> bool:
 
 
 def fast(s: AttentionSpec) -> bool:
-    return s.fast
+    return s.fast and calls.pays(s, "avx512")
 
 
 QUAD_FAULTS = (

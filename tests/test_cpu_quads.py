@@ -8,7 +8,9 @@ from test_cpu import LEVELS, invented, long, right
 
 from gyrokv import Codec, LayerCache, attend
 from gyrokv.backends import cpu
+from gyrokv.backends.cpu import calls
 from gyrokv.cases import case
+from gyrokv.dispatch import describe, explain
 from gyrokv.testing import inputs
 
 _NAMES = ("turbo2", "turbo3", "turbo4", "q4_0", "q8_0", "tq5", "tq6", "tq8")  # every width, one plane and two
@@ -39,6 +41,8 @@ QUADS = [
         ("q4_0", "turbo4", 3, 350, (4, 2), (256, 256), dict(batch=3, starts=True)),
         ("tq8", "q8_0", 5, 290, (2, 2), (96, 96), dict(mask="additive", alibi=8.0)),
         ("turbo4", "turbo3", 2, 500, (2, 1), (80, 80), dict(unquantised=True, first=30, recent=90)),
+        ("q4_0", "turbo4", 1, 290, (3, 1), (256, 256), dict(fast=True)),
+        ("q4_0", "tq8", 2, 130, (4, 2), (128, 128), dict(fast=True)),
     )
 ]  # fmt: skip
 
@@ -115,3 +119,22 @@ def test_few_tokens_of_dense_rows(level, fmt):
         for heads in (1, 3, 16):
             data = inputs(long(fmt, fmt, 1, kv_len, (heads, 1), dims=(96, 96)))
             right(data, *data.run("cpu"))
+
+
+@LEVELS
+@pytest.mark.parametrize("fmt", ["turbo2", "turbo4", "tq6", "q8_0"])
+def test_rounding_to_8_bits_only_where_it_pays(level, fmt):
+    """What is allowed, and would take longer, is not done."""
+    layer = LayerCache(Codec(fmt, 128), Codec(fmt, 128), kv_heads=1)
+    layer.append(*torch.randn(2, 1, 1, 150, 128))
+    for heads in (1, 2, 4):
+        q = torch.randn(1, heads, 1, 128)
+        loose, exact = (attend(q, layer, fast=fast, backend="cpu", return_lse=True) for fast in (True, False))
+        same = all(torch.equal(a, b) for a, b in zip(loose, exact))
+        spec = describe(q, layer.view(), fast=True)
+        pays = calls.pays(spec, cpu.level())
+        assert (", rounding as fast allows" if pays else ", as without fast") in explain(spec)
+        if not pays:
+            assert same
+        elif cpu.level() == "avx512":
+            assert not same and (heads > 2 or fmt == "turbo2")

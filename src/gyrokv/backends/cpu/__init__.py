@@ -34,7 +34,7 @@ from .native import describe, forced, level, missing
 
 __all__ = [
     "BFLOAT16_BOUND", "BOUND", "FAST_BOUND", "UNDERSTANDS", "append", "attend", "attend_heads", "describe", "forced",
-    "level", "missing", "name", "tile", "why_not", "why_not_append",
+    "how", "level", "missing", "name", "tile", "why_not", "why_not_append",
 ]  # fmt: skip
 
 name = "cpu"
@@ -66,6 +66,14 @@ def _why_not_format(side: str, fmt: KVFormat, head_dim: int) -> tuple[str, ...]:
     if fmt.scale_dtype not in calls.SCALES:
         reasons.append(f"{what} (scale_dtype={fmt.scale_dtype}; it knows {list(calls.SCALES)})")
     return tuple(reasons)
+
+
+def how(spec: AttentionSpec) -> str:
+    """For ``explain``: the level, and what it makes of ``fast``."""
+    if not spec.fast:
+        return f"level {level()}"
+    rounding = "rounding as fast allows" if calls.pays(spec, level()) else "as without fast, which takes no longer here"
+    return f"level {level()}, {rounding}"
 
 
 def tile(spec: AttentionSpec) -> tuple[int, int]:

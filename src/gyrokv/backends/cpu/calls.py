@@ -40,6 +40,7 @@ _RULES = {
 }
 _RUN_WORDS = ctypes.sizeof(native.Run) // 8
 _LEAST_TURNED = 32  # values of a block that kernels rotate: see Turn in csrc/core.h
+_FEW_ROWS, _MANY_BITS = 2, 4  # query rows and bits of codes with which one term takes no less time than two
 _ONE_PLANE, _TWO_PLANES = 127, 127 * 256  # largest magnitudes of levels in one and in two int8
 
 
@@ -131,7 +132,8 @@ def attend(
     out_dtype = torch.bfloat16 if narrow and dtype == torch.bfloat16 else torch.float32
     out = q.new_empty(batch, q_heads, q_len, out_dim, dtype=out_dtype)
     lse = q.new_empty(batch, q_heads, q_len, dtype=torch.float32)
-    runs = _runs(view, spec.fast)
+    fast = spec.fast and pays(spec, library.level.name)
+    runs = _runs(view, fast)
     runs_at, words = runs.buffer_info()
     slopes = _slopes(q_heads, spec.alibi) if spec.alibi else None
     sinks = None if sinks is None else sinks.to(torch.float32).contiguous()
@@ -139,7 +141,7 @@ def attend(
     states = None if block_map is None else block_map.states
     call = native.ATTEND.pack(
         batch, q_heads, spec.kv_heads, q_len, k_codec.padded, v_codec.padded, q_dim, out_dim, ELEMENTS[q.dtype],
-        1 if spec.fast else 2, q.data_ptr(), *native.byte_strides(q), q_turn, out_turn, out.data_ptr(), lse.data_ptr(),
+        1 if fast else 2, q.data_ptr(), *native.byte_strides(q), q_turn, out_turn, out.data_ptr(), lse.data_ptr(),
         spec.scale, spec.softcap, spec.causal, torch.get_num_threads(), ELEMENTS[out_dtype],
         spec.window or 0, view.length - q_len, view.first, view.length,
         _address(mask), *_broadcast_strides(mask), _address(slopes), _address(sinks), _address(starts),
@@ -150,6 +152,12 @@ def attend(
     if heads and not _turns(v_codec):
         out = v_codec.output(out)
     return out.to(dtype) if heads and out.dtype != dtype else out, lse
+
+
+def pays(spec: AttentionSpec, level: str) -> bool:
+    """Whether to round to 8 bits where ``spec`` allows it: not where it takes as long or longer (see CONTRIBUTING.md)."""
+    few = spec.q_len * spec.groups <= _FEW_ROWS
+    return level != "avx512" or not (few and max(spec.k_format.bits, spec.v_format.bits) >= _MANY_BITS)
 
 
 def _turns(codec: Codec) -> bool:
