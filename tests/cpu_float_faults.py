@@ -53,12 +53,28 @@ def long_values(s) -> bool:
 
 
 def long_float8(s) -> bool:
-    return long_keys(s) and s.k_format.kind == "float8"
+    return long_keys(s) and s.k_format.kind == "float8" and rows(s) < 6
+
+
+def in_lines(s) -> bool:
+    """Keys a token to a vector, for certain."""
+    return long_keys(s) and (s.k_format.name in ("f16", "f32") or rows(s) < 6)
+
+
+def together(s) -> bool:
+    """All query rows are given to the keys' kernel at once, because values need no panels."""
+    return s.head_dim_v % 32 == 0
 
 
 def five(s) -> bool:
     """A pass of five rows, after which none is left or four are."""
-    return rows(s) in (5, 9, 10, 15, 25)
+    return rows(s) in (5, 9, 10, 15, 25) and together(s)
+
+
+def turned(s) -> bool:
+    """Keys as turned_scores.h takes them; bfloat16 from 12 rows on, fp8 from 6."""
+    least = {"bf16": 12, "fp8_e4m3": 6}.get(s.k_format.name, 99)
+    return long_keys(s) and rows(s) >= least and s.head_dim * s.k_format.bits // 8 % 16 == 0
 
 
 def kept(fmt, s) -> bool:
@@ -103,23 +119,31 @@ FLOAT_FAULTS = (
           spec(lambda s: s.k_format.has_levels and rows(s) == 1 and 10 < s.kv_len % 32 < 29),
           (("mma.h", "if constexpr (panels > 1) multiply_rows", "if constexpr (panels > 1) if (!(@)) multiply_rows"),),
           few=True),
-    long("tokens side by side change places", long_keys,
+    long("tokens side by side change places", in_lines,
          "dense_scores", "at + 4 * j * stride, stride", "at + 4 * (@ ? 3 - j : j) * stride, stride"),
-    long("both parts of q are the high one", lambda s: long_keys(s) and s.k_format.name in ("bf16", "fp8_e4m3"),
+    long("both parts of q are the high one", lambda s: in_lines(s) and s.k_format.name in ("bf16", "fp8_e4m3"),
          "dense_scores", "q + (r * terms + term) * a.q_stride", "q + (r * terms + (@ ? 0 : term)) * a.q_stride"),
-    long("the end of a row is left out", lambda s: long_float8(s) and s.head_dim % 64 and rows(s) < 11,
+    long("the end of a row is left out", lambda s: long_float8(s) and s.head_dim % 64,
          "dense_scores", "    int left = a.bytes;", "    int left = @ ? a.bytes / 64 * 64 : a.bytes;"),
-    long("the last query rows take q of the first", lambda s: long_keys(s) and rows(s) > 5,
+    long("the last query rows take q of the first", lambda s: in_lines(s) and rows(s) > 5,
          "dense_scores", "a.q + r * terms", "a.q + (@ ? 0 : r) * terms"),
-    long("the fifth row of a pass has scores of the first", lambda s: long_keys(s) and five(s),
+    long("the fifth row of a pass has scores of the first", lambda s: in_lines(s) and five(s),
          "dense_scores", "add_parts<here>(sum[i] + first())", "add_parts<here>(sum[i] + (@ ? 0 : first()))", True),
-    long("lines of keys that are kept change places", lambda s: long_keys(s) and kept(s.k_format, s),
-         "dense_scores", "load<line>(kept + i * LINE)", "load<line>(kept + (@ ? 3 - i : i) * LINE)", True),
-    long("lines of keys are kept in the place of those before",
-         lambda s: long_keys(s) and kept(s.k_format, s) and s.head_dim > 32,
-         "dense_scores", "keep == KEEPS ? count * 4 * LINE : 0;", "keep == KEEPS && !(@) ? count * 4 * LINE : 0;", True),
-    long("keys that are kept are those of the first four", lambda s: long_keys(s) and kept(s.k_format, s),
-         "dense_scores", "kept + 4 * j * line_bytes", "kept + (@ ? 0 : 4) * j * line_bytes", True),
+    long("dwords of two keys change places", lambda s: turned(s) and s.k_format.kind == "dense",
+         "turned_scores", "at + j * stride, 4 * stride", "at + (@ ? 3 - j : j) * stride, 4 * stride", True),
+    long("dwords of fp8 keys change places", lambda s: turned(s) and s.k_format.kind == "float8",
+         "turned_scores", "made[3] = _mm512_unpackhi", "made[3] = @ ? made[2] : _mm512_unpackhi", True),
+    long("all keys are the first 16", lambda s: turned(s) and s.kv_len > 32,
+         "turned_scores", "from + n * LINE", "from + (@ ? 0 : n) * LINE", True),
+    long("later passes over turned keys take q of the first rows", lambda s: turned(s) and rows(s) > 8 and together(s),
+         "turned_scores", "a.q + r * terms", "a.q + (@ ? 0 : r) * terms", True),
+    long("turned keys meet the high part of q only", turned,
+         "turned_scores", "q + (r * terms + term)", "q + (r * terms + (@ ? 0 : term))", True),
+    long("the last turned keys are those before", lambda s: turned(s) and s.kv_len % 16,
+         "turned_scores", "from + i * stride, a.bytes)", "from + (@ ? i - 1 : i) * stride, a.bytes)", True),
+    long("q is in the order of lines where keys are turned",
+         lambda s: turned(s) and s.k_format.kind == "float8" and s.head_dim > 32,
+         "query", "turned ? i : float8_place", "turned && !(@) ? i : float8_place", True),
     long("q is not in the order of fp8", lambda s: long_float8(s) and s.head_dim > 32,
          "query", "q[places[i]] = own[i]", "q[@ ? i : places[i]] = own[i]"),
     long("halves of fp8 change places", lambda s: long_values(s) and plain(s) and s.v_format.kind == "float8",

@@ -228,7 +228,7 @@ QUAD_FAULTS = (
         scores("more ? dwords.rows : dwords.rows ^ 1", "more || @ ? dwords.rows : dwords.rows ^ 1"),
         also=lambda s: exact(s) and rows(s) > 3 and s.kv_len > 72),
     key("keys change places where they are transposed", taken,
-        scores("unpackhi_epi32(x[2], x[3])", "unpackhi_epi32(x[@ ? 3 : 2], x[@ ? 2 : 3])")),
+        quads("unpackhi_epi32(x[2], x[3])", "unpackhi_epi32(x[@ ? 3 : 2], x[@ ? 2 : 3])")),
     key("q keeps its order where keys do not", sorted_plain,
         query("sorts = !order.plain || sets > 1;", "sorts = !order.plain || (sets > 1 && !(@));"), also=fast),
     key("the low part of q is left out", key_parts,

@@ -130,8 +130,12 @@ def run_guarded(c, at_end: bool, monkeypatch) -> None:
         block_map = replace(block_map, states=guard(block_map.states))
     want = cpu.attend(data.view.k_codec.query(data.q), data.view, spec, full, block_map, data.sinks)
     q, view, sinks = guard(data.view.k_codec.query(data.q)), guarded_view(data.view, guard), guard(data.sinks)
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda x, shape, dtype=None: guard.room(tuple(shape), dtype or x.dtype))
-    monkeypatch.setattr(torch, "empty", lambda shape, dtype=None: guard.room(tuple(shape), dtype or torch.float32))
+
+    def room(*sizes, dtype):
+        return guard.room(tuple(sizes[0] if len(sizes) == 1 else sizes), dtype)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda x, *sizes, dtype=None: room(*sizes, dtype=dtype or x.dtype))
+    monkeypatch.setattr(torch, "empty", lambda *sizes, dtype=None: room(*sizes, dtype=dtype or torch.float32))
 
     def body() -> None:
         got = cpu.attend(q, view, spec, full, block_map, sinks)

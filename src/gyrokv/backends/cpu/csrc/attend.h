@@ -59,7 +59,7 @@ inline float score_rows(Workspace& work, const Query& query, const Block& block,
         const char* q = query.a + int64_t(row) * terms * query.stride;
         score_dense(f, rows, terms,
                     {block.k_rows.words, block.k_rows.word_strides[2], int(row_bytes(f)), block.count, q, query.stride,
-                     tokens, work.scores, SCORE_STRIDE, work.most, work.plain, work.ahead});
+                     tokens, query.turned, work.scores, SCORE_STRIDE, work.most, work.plain, work.ahead});
         const float scale = query.scale[row];  // of all rows
         for (int r = 0; r < rows; ++r) store(work.most + r * LANES, load<vf>(work.most + r * LANES) * scale);
         return scale;
@@ -363,7 +363,7 @@ inline bool attend(const Attend& call, const Unit& unit, char* scratch) {
         const bool v_pairs = !v_stored && adds_pairs(vf_, unit.rows);
         const bool direct = v_pairs || (!v_stored && !v_quads && adds_direct(vf_, unit.rows));
         const Element ke = element_of(kf), ve = direct || v_stored || v_quads ? FLOAT : element_of(vf_);
-        const bool k_bytes = k_dense && kf.kind == FP8_E4M3 && ke == BFLOAT;
+        const bool k_bytes = k_dense && kf.kind == FP8_E4M3 && ke == BFLOAT, k_turned = k_dense && turns_rows(kf, unit.rows);
         const Tables &k_tables = tables_of(kf, 0), &v_tables = tables_of(vf_, 1);
         const Stored k_order(kf, k_stored ? unit.rows : 0, terms_of(ke, call, bfloat_query(call)));
         const Quads* k_parts = k_quads ? &quads_of(kf, call.terms, false) : nullptr;
@@ -375,11 +375,11 @@ inline bool attend(const Attend& call, const Unit& unit, char* scratch) {
             return q.element == ke && q.group == group && q.factor == kf.factor && q.word_factor == k_tables.word_factor &&
                    q.planes == kf.planes &&
                    q.sorted == (packed_tokens(kf) && !k_stored && !k_quads) && (q.tiles != nullptr) == k_stored &&
-                   q.quads == (k_quads ? kf.bits : 0) && q.bytes == k_bytes;
+                   q.quads == (k_quads ? kf.bits : 0) && q.bytes == k_bytes && q.turned == k_turned;
         };
         while (which < packed && !fits(queries[which])) ++which;
         if (which == packed) {
-            queries[packed++] = pack_query(call, unit, kf, k_stored ? &k_order : nullptr, k_parts, k_bytes,
+            queries[packed++] = pack_query(call, unit, kf, k_stored ? &k_order : nullptr, k_parts, k_bytes, k_turned,
                                            k_tables.word_factor, next_query);
             next_query += query_bytes(call, unit.rows);
         }

@@ -16,21 +16,19 @@ struct DenseScores {
     const char* q;       // as query.h packs it: float [row] or bfloat16 [row][term]
     int64_t q_stride;    // bytes; whole lines, zeros after the last value
     int tokens;          // a multiple of LANES; those from count on have any score
+    bool turned;         // as turned_scores.h takes them
     float* scores;       // [row][score_stride]
     int64_t score_stride;
     float* most;         // [row][LANES], the largest
-    char* padded;        // room for LANES rows
+    char* padded;        // room for LANES rows, and for lines that are made of them
     Ahead& ahead;
 };
 
 constexpr int DENSE_ROWS = 5;  // of a pass where there are 32 registers
 
-// Of `rows` query rows, those of the next pass: all passes are about as long.
-INLINE int dense_pass(int rows, int most) {
-    const int passes = (rows + most - 1) / most;
-    return (rows + passes - 1) / passes;
-}
+// Passes over `rows` query rows, and those of the next one: all are about as long.
 INLINE int dense_passes(int rows, int most) { return (rows + most - 1) / most; }
+INLINE int dense_pass(int rows, int most) { return (rows - 1) / dense_passes(rows, most) + 1; }
 
 // body(rows) of a pass of `most` rows at most.
 template <int most, class Body>

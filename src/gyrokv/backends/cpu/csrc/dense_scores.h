@@ -4,6 +4,7 @@
 #include "float8.h"
 #include "float_scores.h"
 #include "quad_scores.h"
+#include "turned_scores.h"
 
 namespace gyrokv {
 namespace GYROKV_ISA {
@@ -36,61 +37,47 @@ INLINE vf add_parts(const vf* x) {
     return (vf)zip<0>((vq)a, (vq)b) + (vf)zip<1>((vq)a, (vq)b);
 }
 
-// Products of 4 tokens with q, summed up: [token][row], four rows in a vector. `kept`: lines of fp8, of the 4 tokens in turns.
-template <int kind, int rows, int terms, Keep keep>
-INLINE void score_four(const DenseScores& a, const DenseLines<kind>& lines, const char* at, int64_t step, const char* q, char* kept,
-                       vf* to) {
+// Products of 4 tokens with q, summed up: [token][row], four rows in a vector.
+template <int kind, int rows, int terms>
+INLINE void score_four(const DenseScores& a, const DenseLines<kind>& lines, const char* at, int64_t step, const char* q, vf* to) {
     using Lines = DenseLines<kind>;
     constexpr bool bfloat = kind == BF16 || kind == FP8_E4M3;
     vf sum[4][rows] = {};
-    auto multiply = [&](const line (*k)[Lines::lines], int l) __attribute__((always_inline)) {
-        for (int r = 0; r < rows; ++r)
-            for (int term = 0; term < terms; ++term) {
-                const line x = load<line>(q + (r * terms + term) * a.q_stride);
-                for (int i = 0; i < 4; ++i) {
-                    if constexpr (bfloat)
-                        sum[i][r] = (vf)_mm512_dpbf16_ps((__m512)sum[i][r], (__m512bh)k[i][l], (__m512bh)x);
-                    else
-                        sum[i][r] = fma((vf)k[i][l], (vf)x, sum[i][r]);
-                }
-            }
-        q += LINE;
-    };
-    auto take = [&]<int count>(std::integral_constant<int, count>, auto load_bytes) __attribute__((always_inline)) {
+    auto multiply = [&]<int count>(std::integral_constant<int, count>, auto load_bytes) __attribute__((always_inline)) {
         line k[4][Lines::lines];
         for (int i = 0; i < 4; ++i) {
             if constexpr (count < Lines::lines)
                 k[i][0] = lines.half(load_bytes(at + i * step));
             else
                 lines(load_bytes(at + i * step), k[i]);
-            for (int l = 0; keep == KEEPS && l < count; ++l) store(kept + (4 * l + i) * LINE, k[i][l]);
         }
-        kept += keep == KEEPS ? count * 4 * LINE : 0;
-        for (int l = 0; l < count; ++l) multiply(k, l);
+        for (int l = 0; l < count; ++l, q += LINE)
+            for (int r = 0; r < rows; ++r)
+                for (int term = 0; term < terms; ++term) {
+                    const line x = load<line>(q + (r * terms + term) * a.q_stride);
+                    for (int i = 0; i < 4; ++i) {
+                        if constexpr (bfloat)
+                            sum[i][r] = (vf)_mm512_dpbf16_ps((__m512)sum[i][r], (__m512bh)k[i][l], (__m512bh)x);
+                        else
+                            sum[i][r] = fma((vf)k[i][l], (vf)x, sum[i][r]);
+                    }
+                }
     };
     constexpr std::integral_constant<int, Lines::lines> all;
     constexpr std::integral_constant<int, 1> one;
     int left = a.bytes;
-    if constexpr (keep == KEPT) {
-        for (; left > 0; left -= Lines::bytes / Lines::lines, kept += 4 * LINE) {
-            a.ahead.tick_inside(4);
-            line k[4][Lines::lines];
-            for (int i = 0; i < 4; ++i) k[i][0] = load<line>(kept + i * LINE);
-            multiply(k, 0);
-        }
-    }
     for (; left >= Lines::bytes; left -= Lines::bytes, at += Lines::bytes) {
         a.ahead.tick_inside(4);
-        take(all, [](const char* from) {
+        multiply(all, [](const char* from) {
             if constexpr (Lines::bytes == LINE) return _mm512_loadu_si512(from);
             return _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)from));
         });
     }
     auto some = [mask = (__mmask64(1) << left) - 1](const char* from) { return _mm512_maskz_loadu_epi8(mask, from); };
     if (left > LINE / 2)
-        take(all, some);
-    else if (left > 0)
-        take(one, some);
+        multiply(all, some);
+    else if (left)
+        multiply(one, some);
     auto parts = [](vf x, vf y, auto low, auto high) __attribute__((always_inline)) {
         return (vf)_mm512_shuffle_f32x4((__m512)x, (__m512)y, low()) + (vf)_mm512_shuffle_f32x4((__m512)x, (__m512)y, high());
     };
@@ -107,12 +94,12 @@ INLINE void score_four(const DenseScores& a, const DenseLines<kind>& lines, cons
 }
 
 // Scores of 16 tokens: to[row].
-template <int kind, int rows, int terms, Keep keep>
-__attribute__((noinline)) void score_sixteen(const DenseScores& a, const char* at, int64_t stride, const char* q, char* kept, vf* to) {
+template <int kind, int rows, int terms>
+__attribute__((noinline)) void score_sixteen(const DenseScores& a, const char* at, int64_t stride, const char* q, vf* to) {
     const DenseLines<kind> lines;
     vf x[4][2];
     for (int j = 0; j < 4; ++j)
-        score_four<kind, rows, terms, keep>(a, lines, at + 4 * j * stride, stride, q, kept + 4 * j * line_bytes(a.bytes), x[j]);
+        score_four<kind, rows, terms>(a, lines, at + 4 * j * stride, stride, q, x[j]);
     for (int i = 0; 4 * i < rows; ++i, to += 4) {
         const vf even[2] = {unzip<0>(x[0][i], x[1][i]), unzip<0>(x[2][i], x[3][i])};
         const vf odd[2] = {unzip<1>(x[0][i], x[1][i]), unzip<1>(x[2][i], x[3][i])};
@@ -125,8 +112,6 @@ __attribute__((noinline)) void score_sixteen(const DenseScores& a, const char* a
 template <int kind, int terms>
 inline void score_dense_of(const DenseScores& a, int rows) {
     for (int r = 0; r < rows; ++r) store(a.most + r * LANES, splat(-__builtin_inff()));
-    const bool keeps = kind == FP8_E4M3 && keeps_float8(rows);
-    char* kept = a.padded + 16 * round_up(int64_t(a.bytes), LINE);
     const char* at = a.rows;
     for (int t = 0; t < a.tokens; t += 16, at += 16 * a.stride) {
         int64_t stride = a.stride;
@@ -139,10 +124,7 @@ inline void score_dense_of(const DenseScores& a, int rows) {
             n = dense_pass(rows - r, DENSE_ROWS);
             vf score[8];
             as_dense_pass<DENSE_ROWS>(n, [&]<int n>(std::integral_constant<int, n>) {
-                auto take = score_sixteen<kind, n, terms, NOT_KEPT>;
-                if constexpr (kind == FP8_E4M3 && n > 2)
-                    if (keeps) take = r ? score_sixteen<kind, n, terms, KEPT> : score_sixteen<kind, n, terms, KEEPS>;
-                take(a, from, stride, a.q + r * terms * a.q_stride, kept, score);
+                score_sixteen<kind, n, terms>(a, from, stride, a.q + r * terms * a.q_stride, score);
             });
             for (int i = 0; i < n; ++i) {
                 float* most = a.most + (r + i) * LANES;
@@ -155,12 +137,15 @@ inline void score_dense_of(const DenseScores& a, int rows) {
 
 // Ticks of `ahead` while `rows` query rows are multiplied with `tokens` tokens.
 INLINE int dense_ticks(const Format& f, int rows, int tokens) {
-    const int passes = dense_passes(rows, DENSE_ROWS), ticks = int(row_bytes(f) / (f.kind == F16 ? LINE / 2 : LINE));
-    if (f.kind == FP8_E4M3 && keeps_float8(rows)) return tokens * (ticks + (passes - 1) * line_bytes(f.dim) / LINE);
-    return passes * tokens * ticks;
+    if (turns_rows(f, rows)) return turned_ticks(f, rows, tokens);
+    return dense_passes(rows, DENSE_ROWS) * tokens * int(row_bytes(f) / (f.kind == F16 ? LINE / 2 : LINE));
 }
 
 inline void score_dense(const Format& f, int rows, int terms, const DenseScores& a) {
+    if (a.turned) {
+        if (f.kind == BF16) return terms == 2 ? score_turned_of<BF16, 2>(a, rows) : score_turned_of<BF16, 1>(a, rows);
+        return terms == 2 ? score_turned_of<FP8_E4M3, 2>(a, rows) : score_turned_of<FP8_E4M3, 1>(a, rows);
+    }
     if (f.kind == BF16) return terms == 2 ? score_dense_of<BF16, 2>(a, rows) : score_dense_of<BF16, 1>(a, rows);
     if (f.kind == FP8_E4M3) return terms == 2 ? score_dense_of<FP8_E4M3, 2>(a, rows) : score_dense_of<FP8_E4M3, 1>(a, rows);
     f.kind == F16 ? score_dense_of<F16, 1>(a, rows) : score_dense_of<F32, 1>(a, rows);

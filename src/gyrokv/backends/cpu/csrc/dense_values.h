@@ -86,6 +86,9 @@ struct Pairs<true, chunks> : Float8 {
     }
 };
 
+// From three passes over rows of fp8 on the first one keeps their lines, and the others take these.
+enum Keep { NOT_KEPT, KEEPS, KEPT };
+INLINE bool keeps_float8(int rows) { return dense_passes(rows, DENSE_ROWS) > 2; }
 constexpr int WIDE_ROWS = 2;  // so many take four chunks at once, more two
 
 template <bool float8, int rows, int chunks, Keep keep>

@@ -25,13 +25,6 @@ INLINE int float8_place(int i, int bytes) {
     return i / 64 * 64 + i % 16 / 8 * 32 + i % 64 / 16 * 8 + i % 8;
 }
 
-// From three passes over the same rows on the first keeps their lines, and the others take these.
-enum Keep { NOT_KEPT, KEEPS, KEPT };
-INLINE bool keeps_float8(int rows) { return dense_passes(rows, DENSE_ROWS) > 2; }
-
-// Bytes of the lines of a row.
-INLINE int line_bytes(int bytes) { return (bytes + LINE / 2 - 1) / (LINE / 2) * LINE; }
-
 #if defined(__AVX512VBMI__)
 
 // Eight bytes to the first half of each sixteen.

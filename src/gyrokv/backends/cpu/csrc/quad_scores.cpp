@@ -4,14 +4,6 @@
 namespace gyrokv {
 namespace GYROKV_ISA {
 
-// Parts of 16 rows to four vectors of a dword of each row.
-INLINE void dwords_of(const __m512i* x, __m512i* to) {
-    const __m512i a = _mm512_unpacklo_epi32(x[0], x[1]), b = _mm512_unpacklo_epi32(x[2], x[3]);
-    const __m512i c = _mm512_unpackhi_epi32(x[0], x[1]), d = _mm512_unpackhi_epi32(x[2], x[3]);
-    to[0] = _mm512_unpacklo_epi64(a, b), to[1] = _mm512_unpackhi_epi64(a, b);
-    to[2] = _mm512_unpacklo_epi64(c, d), to[3] = _mm512_unpackhi_epi64(c, d);
-}
-
 // Whether bytes of even values come before those of odd ones in the dwords of a part. Else they stay as they are.
 template <class C, bool plain, int sets>
 constexpr bool SORTS = C::lines != WORDS && (!plain || sets > 1);

@@ -270,6 +270,14 @@ INLINE line codes_of(__m512i wide, __m512i next) {
     return (line)code;
 }
 
+// Parts of 16 rows to four vectors of a dword of each row.
+INLINE void dwords_of(const __m512i* x, __m512i* to) {
+    const __m512i a = _mm512_unpacklo_epi32(x[0], x[1]), b = _mm512_unpacklo_epi32(x[2], x[3]);
+    const __m512i c = _mm512_unpackhi_epi32(x[0], x[1]), d = _mm512_unpackhi_epi32(x[2], x[3]);
+    to[0] = _mm512_unpacklo_epi64(a, b), to[1] = _mm512_unpackhi_epi64(a, b);
+    to[2] = _mm512_unpacklo_epi64(c, d), to[3] = _mm512_unpackhi_epi64(c, d);
+}
+
 // Of `rows` query rows, those of the next pass.
 INLINE int pass_of(int rows) { return rows >= 4 ? 4 : rows >= 2 ? 2 : 1; }
 // The same with codes, which are looked up anew in each pass: three rows and one of zeros take less time than two and one, and up to

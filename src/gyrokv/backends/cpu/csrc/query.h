@@ -59,7 +59,8 @@ struct Query {
     Element element;
     int group, groups, terms;
     bool sorted;      // each four values as 0, 2, 1, 3, like lines of packed rows
-    bool bytes;       // as lines of fp8 rows are (see float8.h)
+    bool bytes;       // of fp8 rows: as their lines are (see float8.h), or, if turned, in order
+    bool turned;      // see turned_scores.h
     float factor, word_factor;  // of the format, which are in the scale
     char* a;
     int64_t stride;   // bytes; a row of q is `terms` rows of A
@@ -86,7 +87,7 @@ INLINE int64_t query_bytes(const Attend& call, int rows) {
 }
 
 inline Query pack_query(const Attend& call, const Unit& unit, const Format& f, const Stored* stored, const Quads* quads, bool bytes,
-                        float word_factor, char* to) {
+                        bool turned, float word_factor, char* to) {
     Query made;
     made.element = element_of(f);
     made.group = made.element == INT8 ? f.group : f.dim;
@@ -95,7 +96,7 @@ inline Query pack_query(const Attend& call, const Unit& unit, const Format& f, c
     made.factor = f.factor, made.word_factor = word_factor;
     made.planes = f.planes;
     made.sorted = packed_tokens(f) && !stored && !quads;
-    made.bytes = bytes;
+    made.bytes = bytes, made.turned = turned;
     made.a = to;
     made.stride = query_stride(call);
     made.scale = (float*)(to + (unit.rows + 1) * 2 * made.stride);
@@ -104,7 +105,7 @@ inline Query pack_query(const Attend& call, const Unit& unit, const Format& f, c
     const float base = std::abs(factor), sign = factor < 0.0f ? -1.0f : 1.0f;  // the largest product is the largest score
     alignas(64) float q[MOST_VALUES] = {};
     int16_t places[MOST_VALUES];
-    for (int i = 0; bytes && i < f.dim; ++i) places[i / 2 + i % 2 * (f.dim / 2)] = float8_place(i, f.dim);
+    for (int i = 0; bytes && i < f.dim; ++i) places[i / 2 + i % 2 * (f.dim / 2)] = turned ? i : float8_place(i, f.dim);
     for (int r = 0; r < unit.rows; ++r) {
         load_query(call, unit, unit.row_first + r, sign, q);
         if (made.sorted)
