@@ -1,5 +1,5 @@
 """Known bugs of the CPU kernels for rows that are no codes, of short vectors (float_scores.h, direct.h) and of long ones
-(dense_scores.h, dense_values.h), and of half tables and panels of short vectors."""
+(dense_scores.h, turned_scores.h, dense_values.h), and of half tables and panels of short vectors."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def turned(s) -> bool:
 
 
 def kept(fmt, s) -> bool:
-    """Lines of fp8 that a first pass over rows keeps for two more or up to six."""
+    """Lines of fp8 values that the first of three passes or more keeps for the others."""
     return fmt.kind == "float8" and 11 <= rows(s) <= _MOST_LONG
 
 

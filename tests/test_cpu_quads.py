@@ -61,7 +61,7 @@ DENSE_CASES = [
     long(_DENSE[(i + j) % 4], _DENSE[(i + 2 * j) % 4], 1, _LENGTHS[(i + j) % 4], (heads, 1), (dim, dim), causal=True)
     for j, dim in enumerate(_DIMS)
     for i, heads in enumerate((1, 2, 3, 4, 5, 7, 8, 9, 16, 17))
-] + [  # fp8, of which passes over the same rows may keep lines
+] + [  # fp8, whose keys are turned and whose lines of values are kept
     long(
         *("fp8_e4m3", _DENSE[(i + j) % 4])[:: 1 - 2 * (i % 2)], 1, _LENGTHS[(i + j) % 6], (heads, 1), (dim, dim), causal=True
     )

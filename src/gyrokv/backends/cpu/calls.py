@@ -40,7 +40,7 @@ _RULES = {
 }
 _RUN_WORDS = ctypes.sizeof(native.Run) // 8
 _LEAST_TURNED = 32  # values of a block that kernels rotate: see Turn in csrc/core.h
-_FEW_ROWS, _MANY_BITS = 2, 4  # query rows and bits of codes with which one term takes no less time than two
+_FEW_ROWS, _MANY_BITS = 2, 4  # query rows and bits of a value with which one term seldom takes less time than two
 _ONE_PLANE, _TWO_PLANES = 127, 127 * 256  # largest magnitudes of levels in one and in two int8
 
 
