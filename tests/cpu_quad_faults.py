@@ -271,7 +271,7 @@ QUAD_FAULTS = (
         attend("n = k.q.rows;", "n = k.q.rows, k.q.parts = query.passes[@ ? 0 : i].parts;"),
         also=lambda s: rows(s) > pass_rows(s)),
     key("keys behind the last whole vector are not copied", taken,
-        scores("i < left; ++i)", "i < (@ ? 0 : left); ++i)"),
+        ("rows.h", "i < left; ++i)", "i < (@ ? 0 : left); ++i)"),
         also=lambda s: exact(s) and s.kv_len % 16 > 8 and s.kv_len < 200),
     # where bits are, of keys or of both
     key("bits of the second field are moved too far", lambda f, d: next_words(f, d) and key_parts(f, d),

@@ -38,14 +38,15 @@ inline float score_rows(Workspace& work, const Query& query, const Block& block,
         score_stored(work, query, block, rows, tokens);
         return 1.0f;
     }
+    const Format& f = *block.k_format;
+    [[maybe_unused]] const KeyRows keys = {block.k_rows.words, block.k_rows.word_strides[2], int(row_bytes(f)), block.count, work.plain};
 #if defined(GYROKV_QUADS)
     if (block.k_quads) {
-        const Format& f = *block.k_format;
-        QuadScores k = {*block.k_quads, *block.k_tables, block.k_rows.words, block.k_rows.word_strides[2], int(row_bytes(f)),
-                        block.count, block.k_scale, block.tokens, tokens, {}, work.scores, SCORE_STRIDE, work.most, work.plain,
-                        work.ahead};
+        QuadScores k = {.order = *block.k_quads, .tables = *block.k_tables, .keys = keys, .again = row > 0, .k_scale = block.k_scale,
+                        .scale_stride = block.tokens, .tokens = tokens, .q = {}, .scores = work.scores, .score_stride = SCORE_STRIDE,
+                        .most = work.most, .ahead = work.ahead};
         const int first = row / quad_pass(KEY_ROWS, block.k_quads->most_rows);
-        for (int i = first, n; rows > 0; ++i, rows -= n, k.scores += n * SCORE_STRIDE, k.most += n * LANES) {
+        for (int i = first, n; rows > 0; ++i, rows -= n, k.scores += n * SCORE_STRIDE, k.most += n * LANES, k.again = true) {
             k.q = query.passes[i], n = k.q.rows;
             score_quads(f, query.terms, k);
         }
@@ -55,11 +56,11 @@ inline float score_rows(Workspace& work, const Query& query, const Block& block,
     const int terms = query.terms;
 #if defined(GYROKV_DENSE)
     if (block.k_dense) {
-        const Format& f = *block.k_format;
         const char* q = query.a + int64_t(row) * terms * query.stride;
         score_dense(f, rows, terms,
-                    {block.k_rows.words, block.k_rows.word_strides[2], int(row_bytes(f)), block.count, q, query.stride,
-                     tokens, query.turned, work.scores, SCORE_STRIDE, work.most, work.plain, work.ahead});
+                    {.keys = keys, .q = q, .q_stride = query.stride, .tokens = tokens, .turned = query.turned, .scores = work.scores,
+                     .score_stride = SCORE_STRIDE, .most = work.most,
+                     .room = work.plain + LANES * round_up(int64_t(keys.bytes), LINE), .ahead = work.ahead});
         const float scale = query.scale[row];  // of all rows
         for (int r = 0; r < rows; ++r) store(work.most + r * LANES, load<vf>(work.most + r * LANES) * scale);
         return scale;

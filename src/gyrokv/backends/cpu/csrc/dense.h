@@ -1,6 +1,6 @@
 // What kernels for rows that are no codes, as they are, have in common.
 #pragma once
-#include "expand.h"
+#include "rows.h"
 
 namespace gyrokv {
 namespace GYROKV_ISA {
@@ -10,9 +10,7 @@ constexpr int MOST_DENSE_ROWS = MATRIX_UNIT ? 8 : LANES == 16 ? 32 : LANES == 8 
 
 // Rows of a block of K that are no codes, and where their scores go (float_scores.h, or dense_scores.h).
 struct DenseScores {
-    const char* rows;
-    int64_t stride;      // bytes
-    int bytes, count;    // of a row; rows
+    KeyRows keys;
     const char* q;       // as query.h packs it: float [row] or bfloat16 [row][term]
     int64_t q_stride;    // bytes; whole lines, zeros after the last value
     int tokens;          // a multiple of LANES; those from count on have any score
@@ -20,7 +18,7 @@ struct DenseScores {
     float* scores;       // [row][score_stride]
     int64_t score_stride;
     float* most;         // [row][LANES], the largest
-    char* padded;        // room for LANES rows, and for lines that are made of them
+    char* room;          // for lines that are made of LANES rows
     Ahead& ahead;
 };
 

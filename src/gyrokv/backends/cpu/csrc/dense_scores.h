@@ -65,7 +65,7 @@ INLINE void score_four(const DenseScores& a, const DenseLines<kind>& lines, cons
     };
     constexpr std::integral_constant<int, Lines::lines> all;
     constexpr std::integral_constant<int, 1> one;
-    int left = a.bytes;
+    int left = a.keys.bytes;
     for (; left >= Lines::bytes; left -= Lines::bytes, at += Lines::bytes) {
         a.ahead.tick_inside(4);
         multiply(all, [](const char* from) {
@@ -111,20 +111,16 @@ __attribute__((noinline)) void score_sixteen(const DenseScores& a, const char* a
 // Scores of `rows` rows whose q has `terms` parts.
 template <int kind, int terms>
 inline void score_dense_of(const DenseScores& a, int rows) {
+    constexpr int soon = kind == FP8_E4M3 ? 2 : DENSE_ROWS;  // query rows; of more, products take longer than rows
     for (int r = 0; r < rows; ++r) store(a.most + r * LANES, splat(-__builtin_inff()));
-    const char* at = a.rows;
-    for (int t = 0; t < a.tokens; t += 16, at += 16 * a.stride) {
-        int64_t stride = a.stride;
-        const char* from = at;
-        if (a.count - t < 16) {
-            for (int i = 0; i < a.count - t; ++i) std::memcpy(a.padded + i * a.bytes, at + i * stride, a.bytes);
-            from = a.padded, stride = a.bytes;
-        }
+    for (int t = 0; t < a.tokens; t += 16) {
+        const auto place = a.keys.place(t);
+        if (rows <= soon) Soon(a.keys, t + 32, 16, 16 * a.keys.stride).ask();
         for (int r = 0, n; r < rows; r += n) {
             n = dense_pass(rows - r, DENSE_ROWS);
             vf score[8];
             as_dense_pass<DENSE_ROWS>(n, [&]<int n>(std::integral_constant<int, n>) {
-                score_sixteen<kind, n, terms>(a, from, stride, a.q + r * terms * a.q_stride, score);
+                score_sixteen<kind, n, terms>(a, place.at, place.stride, a.q + r * terms * a.q_stride, score);
             });
             for (int i = 0; i < n; ++i) {
                 float* most = a.most + (r + i) * LANES;

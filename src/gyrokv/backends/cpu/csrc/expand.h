@@ -306,6 +306,8 @@ struct MatrixUnit {
 };
 #endif
 
+constexpr int64_t CACHE_LINE = 64;
+
 // Fetches rows a few cache lines at a time while others are computed with: a burst would wait for memory, and between bursts memory would
 // wait. Lines of codes come from four pages in turns, because a core follows each page with a prefetcher of its own, and these have more
 // lines on their way than its buffers hold; rows that are no codes, of which memory is slower than the core, come faster in order. Rows of
@@ -386,7 +388,7 @@ class Ahead {
     static constexpr int LEVEL = 3;  // into the first one
     static constexpr bool IN_ORDER = true;  // rows that are no codes
 #endif
-    static constexpr int64_t ONE = 256, ALL = ONE << 20, LINE_BYTES = 64;
+    static constexpr int64_t ONE = 256, ALL = ONE << 20;
     static constexpr int PARTS = 4;  // lines that are asked for at once, at least
     struct Stream {
         const char* at;             // the next line of the first part
@@ -404,9 +406,9 @@ class Ahead {
         const bool joined = bytes == stride;
         in_order &= joined;
         const int64_t each = (count + PARTS - 1) / PARTS, rows = joined ? 1 : each;
-        const int64_t step = in_order ? PARTS * LINE_BYTES : LINE_BYTES, length = in_order ? count * bytes : each / rows * bytes;
+        const int64_t step = in_order ? PARTS * CACHE_LINE : CACHE_LINE, length = in_order ? count * bytes : each / rows * bytes;
         const int turns = int((length + step - 1) / step);
-        *end_++ = {from + first * stride, in_order ? LINE_BYTES : each * stride, step, stride - step * turns, turns, turns, int(rows)};
+        *end_++ = {from + first * stride, in_order ? CACHE_LINE : each * stride, step, stride - step * turns, turns, turns, int(rows)};
     }
     // Lines that are left of what was added before `end`.
     int64_t lines_before(const Stream* end) const {

@@ -33,7 +33,7 @@ INLINE void score_tokens(const DenseScores& a, const char* at, int64_t stride, i
         a.ahead.tick(tokens);
         vf sum[rows][tokens] = {};
         const char* q = a.q + row * a.q_stride;
-        for (int i = 0; i < a.bytes; i += LANES * size, q += LINE) {
+        for (int i = 0; i < a.keys.bytes; i += LANES * size, q += LINE) {
             vf k[tokens][parts];
             for (int j = 0; j < tokens; ++j) {
                 const char* from = at + j * stride + i;
@@ -42,7 +42,7 @@ INLINE void score_tokens(const DenseScores& a, const char* at, int64_t stride, i
             }
             for (int part = 0; part < parts; ++part)
                 for (int r = 0; r < rows; ++r) {
-                    const vf x = load<vf>(q + r * a.q_stride + part * 2 * a.bytes);
+                    const vf x = load<vf>(q + r * a.q_stride + part * 2 * a.keys.bytes);
                     for (int j = 0; j < tokens; ++j) sum[r][j] = fma(k[j][part], x, sum[r][j]);
                 }
         }
@@ -64,12 +64,8 @@ INLINE void score_tokens(const DenseScores& a, const char* at, int64_t stride, i
 template <int kind>
 inline void score_dense_of(const DenseScores& a, int rows) {
     for (int r = 0; r < rows; ++r) store(a.most + r * LANES, splat(-__builtin_inff()));
-    const char* at = a.rows;
-    for (int t = 0; t < a.tokens; t += LANES, at += LANES * a.stride) {
-        const bool rest = a.count - t < LANES;
-        for (int i = 0; rest && i < a.count - t; ++i) std::memcpy(a.padded + i * a.bytes, at + i * a.stride, a.bytes);
-        const char* from = rest ? a.padded : at;
-        const int64_t stride = rest ? a.bytes : a.stride;
+    for (int t = 0; t < a.tokens; t += LANES) {
+        const auto [from, stride] = a.keys.place(t);
         for (int r = 0; r < rows; r += 4)
             as_dense_pass<4>(std::min(rows - r, 4), [&]<int n>(std::integral_constant<int, n>) {
                 score_tokens<kind, n>(a, from, stride, r, t);

@@ -8,18 +8,15 @@ namespace GYROKV_ISA {
 template <class C, bool plain, int sets>
 constexpr bool SORTS = C::lines != WORDS && (!plain || sets > 1);
 
-// Where each 16 of `times` 16 rows from t on are: the last ones, if they are fewer, in a.padded.
+// Where each 16 of `times` 16 rows from t on are.
 template <int times>
 struct RowPlaces {
     const char* at[times];
     int64_t stride[times];
     inline __attribute__((always_inline)) void find(const QuadScores& a, int t) {
         for (int n = 0; n < times; ++n) {
-            const int first = t + 16 * n, left = a.count - first;
-            at[n] = a.rows + first * a.stride, stride[n] = a.stride;
-            if (left >= 16) continue;
-            for (int i = 0; i < left; ++i) std::memcpy(a.padded + i * a.bytes, at[n] + i * a.stride, a.bytes);
-            at[n] = a.padded, stride[n] = a.bytes;
+            const auto place = a.keys.place(t + 16 * n);
+            at[n] = place.at, stride[n] = place.stride;
         }
     }
 };
@@ -69,7 +66,7 @@ constexpr bool MAKES_AHEAD = rows >= 4 && terms == 2 && times > 1;
 // part, and then those of the first part of `after`.
 template <class C, bool plain, int sets, int rows, int terms, int times>
 INLINE void score_times(const QuadScores& a, const Levels<C>& levels, PartDwords<C, times>& dwords, const RowPlaces<times>& here,
-                        const RowPlaces<times>& after, const float* k_scale, vf (*score)[rows]) {
+                        const RowPlaces<times>& after, Soon soon, const float* k_scale, vf (*score)[rows]) {
     using F = Fields<C::bits>;
     constexpr int sums = C::sums(terms), steps = 4 * F::steps;
     constexpr bool begins = C::lines != WORDS || C::look_up == VALUES, ahead = MAKES_AHEAD<rows, terms, times>;
@@ -86,6 +83,7 @@ INLINE void score_times(const QuadScores& a, const Levels<C>& levels, PartDwords
     for (int p = 0; p < a.order.parts; ++p) {
         const Part& part = a.order.part[p];
         if (times < 4) a.ahead.tick_inside(2 * times);
+        if (!ahead) soon.ask();
         const bool more = p + 1 < a.order.parts;
         const Part& later = a.order.part[more ? p + 1 : 0];
         const RowPlaces<times>& places = more ? here : after;
@@ -182,6 +180,7 @@ __attribute__((noinline)) void score_quads_of(const QuadScores& a) {
     constexpr int times = TIMES<C, sets, rows, terms>;
     constexpr bool ahead = MAKES_AHEAD<rows, terms, times>, sorts = SORTS<C, plain, sets>;
     const Levels<C> levels(a.tables);
+    const int64_t share = round_up(16 * times * a.keys.stride / a.order.parts, CACHE_LINE);  // while a part is taken
     PartDwords<C, times> dwords;
     RowPlaces<times> here, after;
     here.find(a, 0);
@@ -192,7 +191,9 @@ __attribute__((noinline)) void score_quads_of(const QuadScores& a) {
     score_tokens<rows, times>(a, [&](int t, vf (*score)[rows]) __attribute__((always_inline)) {
         after = here;
         if (t + 16 * times < a.tokens) after.find(a, t + 16 * times);
-        score_times<C, plain, sets, rows, terms, times>(a, levels, dwords, here, after, a.k_scale + t, score);
+        Soon soon;
+        if (!ahead && !a.again) soon = Soon(a.keys, t + 2 * 16 * times, 16 * times, share);
+        score_times<C, plain, sets, rows, terms, times>(a, levels, dwords, here, after, soon, a.k_scale + t, score);
         here = after;
     });
 }

@@ -1,6 +1,7 @@
 // Scores from rows of codes side by side (see quads.h): four vectors become four of a dword of 16 tokens each.
 #pragma once
 #include "quad_query.h"
+#include "rows.h"
 
 namespace gyrokv {
 namespace GYROKV_ISA {
@@ -15,9 +16,8 @@ INLINE int quad_ticks(const Quads&, int, int) { return 0; }
 struct QuadScores {
     const Quads& order;
     const Tables& tables;
-    const char* rows;
-    int64_t stride;      // bytes
-    int bytes, count;    // of a row; rows
+    KeyRows keys;
+    bool again;          // rows were read for other query rows already
     const float* k_scale;
     int64_t scale_stride;
     int tokens;          // a multiple of 16; those from count on have any score
@@ -25,7 +25,6 @@ struct QuadScores {
     float* scores;       // [row][score_stride]
     int64_t score_stride;
     float* most;         // [row][LANES], the largest
-    char* padded;        // room for 16 rows
     Ahead& ahead;
 };
 

@@ -65,25 +65,18 @@ __attribute__((noinline)) void score_turned(const DenseScores& a, const char* fr
 template <int kind, int terms>
 inline void score_turned_of(const DenseScores& a, int rows) {
     for (int r = 0; r < rows; ++r) store(a.most + r * LANES, splat(-__builtin_inff()));
-    const int vectors = a.bytes / (kind == BF16 ? 4 : 2);
-    char* made = a.padded + 16 * round_up(int64_t(a.bytes), LINE);
+    const int vectors = a.keys.bytes / (kind == BF16 ? 4 : 2);
     for (int t = 0; t < a.tokens; t += 16 * SETS) {
         const int sets = std::min(SETS, (a.tokens - t) / 16);
         for (int n = 0; n < sets; ++n) {
-            const int first = t + 16 * n, left = a.count - first;
-            const char* from = a.rows + first * a.stride;
-            int64_t stride = a.stride;
-            if (left < 16) {
-                for (int i = 0; i < left; ++i) std::memcpy(a.padded + i * a.bytes, from + i * stride, a.bytes);
-                from = a.padded, stride = a.bytes;
-            }
-            turn_sixteen<kind>(from, stride, a.bytes, made + n * LINE);
+            const auto [from, stride] = a.keys.place(t + 16 * n);
+            turn_sixteen<kind>(from, stride, a.keys.bytes, a.room + n * LINE);
         }
         for (int r = 0, n; r < rows; r += n) {
             n = dense_pass(rows - r, TURNED_ROWS);
             vf score[TURNED_ROWS][SETS];
             as_dense_pass<TURNED_ROWS>(n, [&]<int n>(std::integral_constant<int, n>) {
-                score_turned<n, terms>(a, made, vectors, a.q + r * terms * a.q_stride, score);
+                score_turned<n, terms>(a, a.room, vectors, a.q + r * terms * a.q_stride, score);
             });
             for (int i = 0; i < n; ++i)
                 for (int set = 0; set < sets; ++set) {
