@@ -267,6 +267,8 @@ QUAD_FAULTS = (
     key("a query row takes the scale of the first", key_parts, query("scale[int64_t(r) *", "scale[int64_t(@ ? 0 : r) *"),
         query("f.group) + order.part", "f.group) * (@ ? 0 : 1) + order.part"),
         also=lambda s: rows(s) > 2),
+    key("of three query rows only the first is taken", taken,
+        quads("if (rows == 3) return", "if (rows == 3 && !(@)) return"), also=lambda s: rows(s) == 3),
     key("query rows of the second pass take q of the first ones", taken,
         attend("n = k.q.rows;", "n = k.q.rows, k.q.parts = query.passes[@ ? 0 : i].parts;"),
         also=lambda s: rows(s) > pass_rows(s)),

@@ -65,8 +65,7 @@ struct ChunkCodes {
 
 // What a code of a chunk adds to the output of `rows` query rows; out: of the first value.
 template <class C, int code, int period, int sides, int rows, int terms>
-__attribute__((noinline)) void add_chunk(const QuadValues& a, int chunk, const ChunkWeights& w, float* out, const float* rescale,
-                                         int live) {
+__attribute__((noinline)) void add_chunk(const QuadValues& a, int chunk, const ChunkWeights& w, float* out, const float* rescale) {
     static_assert(C::sums(terms) == 1);
     constexpr bool words = C::lines == WORDS, begins = !words || C::look_up == VALUES;
     constexpr int row_bytes = terms * sides * QUAD_TOKENS, run = RUN_TOKENS<C>;
@@ -144,7 +143,7 @@ __attribute__((noinline)) void add_chunk(const QuadValues& a, int chunk, const C
     }
     const float by = a.format.factor * (words ? a.tables.word_factor : 1.0f);
 #pragma GCC unroll 4
-    for (int r = 0; r < rows && r < live; ++r, out += a.out_stride) {
+    for (int r = 0; r < rows; ++r, out += a.out_stride) {
         auto add = [&]<int pick>(std::integral_constant<int, pick>, float* to) __attribute__((always_inline)) {  // columns of a side
             const __m512 x = _mm512_shuffle_ps((__m512)total[0][r], (__m512)total[1][r], pick);
             const __m512 y = _mm512_shuffle_ps((__m512)total[2][r], (__m512)total[3][r], pick);
@@ -161,7 +160,7 @@ __attribute__((noinline)) void add_chunk(const QuadValues& a, int chunk, const C
 }
 
 template <class C, int rows, int terms>
-INLINE void add_chunks_of(const QuadValues& a, const float* weights, float* out, const float* rescale, int live) {
+INLINE void add_chunks_of(const QuadValues& a, const float* weights, float* out, const float* rescale) {
     const Format& f = a.format;
     alignas(16) ChunkWeights w = {a.spread, {}, {}};
     constexpr int run = RUN_TOKENS<C>;
@@ -175,11 +174,11 @@ INLINE void add_chunks_of(const QuadValues& a, const float* weights, float* out,
                 const float *first = a.scales + int64_t(here[0]) * a.tokens + t, *other = a.scales + int64_t(here[1]) * a.tokens + t;
                 int32_t* zero[2] = {w.zero[0] + t / run * 8, w.zero[1] + t / run * 8};
                 float* factor[2] = {w.factor[0] + t / run * 8, w.factor[1] + t / run * 8};
-                spread<C, terms, sides>(a, live, std::min(run, a.tokens - t), weights + t,
+                spread<C, terms, sides>(a, rows, std::min(run, a.tokens - t), weights + t,
                                         {{first, other}, a.spread + sides * terms * t, {zero[0], zero[1]}, {factor[0], factor[1]}});
             }
             auto with_period = [&]<int period>() __attribute__((always_inline)) {
-                add_chunk<C, code, period, sides, rows, terms>(a, chunk, w, out + from, rescale, live);
+                add_chunk<C, code, period, sides, rows, terms>(a, chunk, w, out + from, rescale);
             };
             if constexpr (Fields<C::bits>::next == 0) with_period.template operator()<0>();
             else if (next_words == 8) with_period.template operator()<8>();

@@ -55,12 +55,12 @@ INLINE __m512i every_dword(const char* from) {
 // How often 16 tokens share what is read of q, so that there are up to 16 sums, which is what registers hold. With two planes,
 // and many rows, 20 or 24 took less time.
 template <class C, int sets, int rows, int terms>
-constexpr int TIMES = C::lines == PLANES && rows > 4 ? 2 : std::clamp(16 / (sets * rows * C::sums(terms)), 1, rows >= 4 && terms == 2 ? 4 : 2);
+constexpr int TIMES = C::lines == PLANES && rows > 4 ? 2 : std::clamp(16 / (sets * rows * C::sums(terms)), 1, rows >= 3 && terms == 2 ? 4 : 2);
 
 // Whether the dwords of a part are made while those of another one are multiplied, because shuffles in a row keep products waiting: this
 // pays where products are most of what is done.
 template <int rows, int terms, int times>
-constexpr bool MAKES_AHEAD = rows >= 4 && terms == 2 && times > 1;
+constexpr bool MAKES_AHEAD = rows >= 3 && terms == 2 && times > 1;
 
 // Scores of the `times` 16 tokens `here`; sets: of scales of a part, see Quads. Where dwords are made ahead, `dwords` has those of the first
 // part, and then those of the first part of `after`.

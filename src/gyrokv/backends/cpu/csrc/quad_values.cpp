@@ -145,8 +145,7 @@ struct WindowColumns {
 // What lines of columns, two or four, add to the output of `rows` query rows; sides: groups of a line. p: number of the part, or of the
 // first line, as Columns has them; kept: room for what Columns keeps.
 template <class C, class Columns, int sides, int rows, int terms>
-__attribute__((noinline)) void add_lines(const QuadValues& a, int p, const QuadWeights& w, char* kept, float* out, const float* rescale,
-                                         int live) {
+__attribute__((noinline)) void add_lines(const QuadValues& a, int p, const QuadWeights& w, char* kept, float* out, const float* rescale) {
     constexpr bool words = C::lines == WORDS;
     constexpr int run = RUN_TOKENS<C>, sums = C::sums(terms), count = Columns::count;
     constexpr bool one_by_one = count > 2 && ONE_BY_ONE<C>;  // else four lines more than registers hold
@@ -216,15 +215,15 @@ __attribute__((noinline)) void add_lines(const QuadValues& a, int p, const QuadW
     const float by = a.format.factor * (words ? a.tables.word_factor : 1.0f);
 #pragma GCC unroll 4
     for (int r = 0; r < rows; ++r, out += a.out_stride)
-        for (int c = 0; c < count && r < live; ++c) columns.add(c, out, rescale[r], (__m512)(total[c][r] * by));
+        for (int c = 0; c < count; ++c) columns.add(c, out, rescale[r], (__m512)(total[c][r] * by));
 }
 
-// out [row] = out * rescale + weights * values for `rows` (1, 2 or 4) query rows, of which there are `live`.
+// out [row] = out * rescale + weights * values for `rows` query rows.
 template <class C, int rows, int terms>
-INLINE void add_quads_of(const QuadValues& a, const float* weights, float* out, const float* rescale, int live) {
+INLINE void add_quads_of(const QuadValues& a, const float* weights, float* out, const float* rescale) {
     const Format& f = a.format;
     if constexpr (TAKES_CHUNKS<C, terms>)
-        if (a.order.chunks) return add_chunks_of<C, rows, terms>(a, weights, out, rescale, live);
+        if (a.order.chunks) return add_chunks_of<C, rows, terms>(a, weights, out, rescale);
     const int groups = f.dim / f.group;
     alignas(16) int32_t zero[MOST_GROUPS * MOST_RUNS * 8];
     alignas(16) float factor[MOST_GROUPS * MOST_RUNS * 4];
@@ -232,7 +231,7 @@ INLINE void add_quads_of(const QuadValues& a, const float* weights, float* out, 
     for (int g = 0; g < groups; ++g)
         for (int t = a.first / length * length; t < a.stop; t += length) {
             const int at = MOST_RUNS * g + t / length;
-            spread<C, terms, 1>(a, live, std::min(length, a.tokens - t), weights + t,
+            spread<C, terms, 1>(a, rows, std::min(length, a.tokens - t), weights + t,
                                 {{a.scales + int64_t(g) * a.tokens + t}, a.spread + g * (rows * terms * QUAD_TOKENS) +
                                  (C::lines == WORDS ? 2 : 1) * t, {zero + 8 * at}, {factor + 4 * at}});
         }
@@ -242,15 +241,15 @@ INLINE void add_quads_of(const QuadValues& a, const float* weights, float* out, 
     const bool fours = C::lines == WORDS && order.columns.fours;
     for (int p = 0; order.by_group && p < order.columns.lines; p += fours ? 4 : 2) {
         auto run = [&]<int windows>() __attribute__((always_inline)) {
-            if constexpr (C::lines == WORDS)
-                if (fours) return add_lines<C, WindowColumns<C, windows, 4>, 1, rows, terms>(a, p, w, nullptr, out, rescale, live);
-            add_lines<C, WindowColumns<C, windows, 2>, 1, rows, terms>(a, p, w, nullptr, out, rescale, live);
+            if constexpr (C::lines == WORDS && windows != SHORT)  // which has fewer than 64 values
+                if (fours) return add_lines<C, WindowColumns<C, windows, 4>, 1, rows, terms>(a, p, w, nullptr, out, rescale);
+            add_lines<C, WindowColumns<C, windows, 2>, 1, rows, terms>(a, p, w, nullptr, out, rescale);
         };
         constexpr bool next = Fields<C::bits>::next > 0;
-        if (a.bytes < GroupColumns::WINDOW) run.template operator()<SHORT>();
-        else if (next && order.columns.next_whole) run.template operator()<NEXT_WHOLE>();
+        if (C::bits < 8 && a.bytes < GroupColumns::WINDOW) run.template operator()<C::bits < 8 ? SHORT : TOGETHER>();
+        else if (next && order.columns.next_whole) run.template operator()<next ? NEXT_WHOLE : TOGETHER>();
         else if (order.columns.together) run.template operator()<TOGETHER>();
-        else if (next && order.columns.next_together) run.template operator()<WIDE_APART>();
+        else if (next && order.columns.next_together) run.template operator()<next ? WIDE_APART : TOGETHER>();
         else run.template operator()<APART>();
     }
     if constexpr (Fields<C::bits>::steps > 1)
@@ -258,8 +257,8 @@ INLINE void add_quads_of(const QuadValues& a, const float* weights, float* out, 
             auto run = [&]<int code, bool plain>() __attribute__((always_inline)) {
                 const int* g = order.part[p].group;
                 using Columns = PartColumns<C, code, plain>;
-                if (g[0] == g[1]) return add_lines<C, Columns, 1, rows, terms>(a, p, w, kept, out, rescale, live);
-                add_lines<C, Columns, 2, rows, terms>(a, p, w, kept, out, rescale, live);
+                if (g[0] == g[1]) return add_lines<C, Columns, 1, rows, terms>(a, p, w, kept, out, rescale);
+                add_lines<C, Columns, 2, rows, terms>(a, p, w, kept, out, rescale);
             };
             auto codes = [&]<bool plain>() __attribute__((always_inline)) {
                 run.template operator()<0, plain>();
@@ -283,8 +282,8 @@ void add_quads(const QuadValues& a, int rows) {
             constexpr int most = C::lines == WORDS && C::look_up != VALUES ? VALUE_ROWS : 4;
             as_pass<most>(pass, [&]<int n>(std::integral_constant<int, n>) {
                 as_terms<C>(a.terms, [&]<int terms>(std::integral_constant<int, terms>) {
-                    if constexpr (n == VALUE_ROWS) add_chunks_of<C, n, terms>(a, weights, out, rescale, n);
-                    else add_quads_of<C, n, terms>(a, weights, out, rescale, std::min(n, rows));
+                    if constexpr (n == VALUE_ROWS) add_chunks_of<C, n, terms>(a, weights, out, rescale);
+                    else add_quads_of<C, n, terms>(a, weights, out, rescale);
                 });
             });
             rows -= pass, weights += pass * a.weight_stride, out += pass * a.out_stride, rescale += pass;

@@ -278,14 +278,10 @@ INLINE void dwords_of(const __m512i* x, __m512i* to) {
     to[2] = _mm512_unpacklo_epi64(c, d), to[3] = _mm512_unpackhi_epi64(c, d);
 }
 
-// Of `rows` query rows, those of the next pass.
-INLINE int pass_of(int rows) { return rows >= 4 ? 4 : rows >= 2 ? 2 : 1; }
-// The same with codes, which are looked up anew in each pass: three rows and one of zeros take less time than two and one, and up to
-// `most` rows less than two passes.
+// Of `rows` query rows, those of the next pass: codes are looked up anew in each, so seven and one of zeros are one where eight may be.
 INLINE int quad_pass(int rows, int most) {
     if (rows >= 7 && most == QUAD_ROWS) return QUAD_ROWS;
-    if (rows == 5 || rows == 6) return rows <= most ? rows : 4;
-    return rows == 3 ? 4 : pass_of(rows);
+    return rows <= 6 && rows <= most ? rows : std::min(rows, 4);
 }
 // Of those from `row` on of all `rows`, over keys, whose scores may be taken of so many at once.
 constexpr int KEY_ROWS = 8;
@@ -300,6 +296,7 @@ INLINE void as_pass(int rows, Body body) {
     if constexpr (most >= 5)
         if (rows == 5) return body(std::integral_constant<int, 5>{});
     if (rows == 4) return body(std::integral_constant<int, 4>{});
+    if (rows == 3) return body(std::integral_constant<int, 3>{});
     if (rows == 2) return body(std::integral_constant<int, 2>{});
     body(std::integral_constant<int, 1>{});
 }
