@@ -72,7 +72,7 @@ def how(spec: AttentionSpec) -> str:
     """For ``explain``: the level, and what it makes of ``fast``."""
     if not spec.fast:
         return f"level {level()}"
-    rounding = "rounding as fast allows" if calls.pays(spec, level()) else "as without fast, which takes no longer here"
+    rounding = "rounding as fast allows" if calls.pays(spec, level()) else "as without fast, which takes about as long here"
     return f"level {level()}, {rounding}"
 
 

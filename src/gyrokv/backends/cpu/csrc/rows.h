@@ -35,7 +35,8 @@ class Soon {
         if (k.stride == k.bytes && first + rows <= k.count) at_ = k.rows + first * k.stride, end_ = at_ + rows * k.stride;
     }
     inline __attribute__((always_inline)) void ask() {
-        for (const char* stop = std::min(at_ + share_, end_); at_ < stop; at_ += CACHE_LINE) __builtin_prefetch(at_, 0, 3);
+        const char* stop = at_ + std::min<int64_t>(share_, end_ - at_);
+        for (; at_ < stop; at_ += CACHE_LINE) __builtin_prefetch(at_, 0, 3);
     }
 
    private:
