@@ -26,16 +26,8 @@ def scores(old: str, new: str) -> tuple[str, str, str]:
     return "quad_scores.cpp", old, new
 
 
-def values(old: str, new: str) -> tuple[str, str, str]:
-    return "quad_values.cpp", old, new
-
-
 def weights(old: str, new: str) -> tuple[str, str, str]:
     return "quad_weights.h", old, new
-
-
-def chunks(old: str, new: str) -> tuple[str, str, str]:
-    return "chunk_values.h", old, new
 
 
 def fields(fmt: KVFormat) -> tuple[int, int]:
@@ -81,11 +73,6 @@ def key_groups(fmt: KVFormat, dim: int) -> bool:
     return fmt.bits < 8 and irregular(fmt, dim) and not apart(fmt, dim)
 
 
-def value_groups(fmt: KVFormat, dim: int) -> bool:
-    """The same of values that have two parts of weights."""
-    return taken(fmt, dim) and not chunked(fmt, dim) and (fmt.bits == 8 or irregular(fmt, dim))
-
-
 def key_parts(fmt: KVFormat, dim: int) -> bool:
     return not key_groups(fmt, dim)
 
@@ -106,17 +93,6 @@ def sorted_plain(fmt: KVFormat, dim: int) -> bool:
     return fmt.name in ("q4_0", "q8_0") and dim >= 64 and key_parts(fmt, dim)
 
 
-def chunked(fmt: KVFormat, dim: int) -> bool:
-    """Values are taken 64 bytes at a time, unless weights have one part."""
-    again = next_words(fmt, dim) if taken(fmt, dim) else 1
-    return fmt.bits >= 4 and (again % 32 == 0 or again in (8, 16)) and fmt.layout(dim)[0] * fields(fmt)[0] % 512 == 0
-
-
-def paired(fmt: KVFormat, dim: int) -> bool:
-    """Values are taken by two lines of parts."""
-    return taken(fmt, dim) and not chunked(fmt, dim) and not value_groups(fmt, dim)
-
-
 def two_planes(fmt: KVFormat, dim: int) -> bool:
     return fmt.name.startswith(("tq5", "tq6", "tq8"))
 
@@ -127,28 +103,6 @@ def key_words(fmt: KVFormat, dim: int) -> bool:
         return fmt.layout(dim)[1] <= 64
     parts = grouped(fmt, dim) and key_parts(fmt, dim)
     return fmt.name.startswith(("tq5", "tq6")) or (parts and fmt.name in ("turbo4", "q4_0", "q8_0"))
-
-
-def value_words(fmt: KVFormat, dim: int) -> bool:
-    """The same of values."""
-    return two_planes(fmt, dim) or chunked(fmt, dim) or (value_groups(fmt, dim) and fmt.bits == 4)
-
-
-def linear_chunk(fmt: KVFormat, dim: int) -> bool:
-    return chunked(fmt, dim) and fmt.name == "q8_0"
-
-
-def five_rows(fmt: KVFormat, dim: int) -> bool:
-    """A pass over values may be of five query rows."""
-    return fmt.name != "q8_0"
-
-
-def value_bytes(fmt: KVFormat, dim: int) -> bool:
-    return not value_words(fmt, dim)
-
-
-def bytes_pair(fmt: KVFormat, dim: int) -> bool:
-    return taken(fmt, dim) and not chunked(fmt, dim) and value_bytes(fmt, dim)
 
 
 def next_words(fmt: KVFormat, dim: int) -> int:
@@ -179,16 +133,6 @@ def key_bytes(s: AttentionSpec) -> bool:
 
 def key(name: str, test: Callable[[KVFormat, int], bool], *edits: tuple[str, str, str], also=lambda s: True) -> Fault:
     return few(name, lambda s: taken(s.k_format, s.head_dim) and test(s.k_format, s.head_dim) and also(s), *edits)
-
-
-def value(name: str, test: Callable[[KVFormat, int], bool], *edits: tuple[str, str, str], also=lambda s: True) -> Fault:
-    return few(name, lambda s: taken(s.v_format, s.head_dim_v) and test(s.v_format, s.head_dim_v) and also(s), *edits)
-
-
-def chunk(
-    name: str, *edits: tuple[str, str, str], of: Callable[[KVFormat, int], bool] = chunked, also=lambda s: True
-) -> Fault:
-    return value(name, lambda f, d: chunked(f, d) and of(f, d), *edits, also=lambda s: exact(s) and also(s))
 
 
 def few(name: str, test: Callable[[AttentionSpec], bool], *edits: tuple[str, str, str]) -> Fault:
@@ -273,7 +217,7 @@ QUAD_FAULTS = (
         attend("n = k.q.rows;", "n = k.q.rows, k.q.parts = query.passes[@ ? 0 : i].parts;"),
         also=lambda s: rows(s) > pass_rows(s)),
     key("keys behind the last whole vector are not copied", taken,
-        ("rows.h", "i < left; ++i)", "i < (@ ? 0 : left); ++i)"),
+        ("rows.h", "i < std::min(left, LANES)", "i < (@ ? 0 : std::min(left, LANES))"),
         also=lambda s: exact(s) and s.kv_len % 16 > 8 and s.kv_len < 200),
     # where bits are, of keys or of both
     key("bits of the second field are moved too far", lambda f, d: next_words(f, d) and key_parts(f, d),
@@ -287,104 +231,6 @@ QUAD_FAULTS = (
         lambda s: exact(s) and ((s.k_format.name in ("tq5", "tq6") and key_parts(s.k_format, s.head_dim))
                                 or s.v_format.name in ("tq5", "tq6") or (s.k_format.name == "q8_0" and s.head_dim >= 64)),
         quads("= i ? _mm512_srli_epi16", "= i && !(@) ? _mm512_srli_epi16")),
-    chunk("the fifth query row leaves the first its weights",
-          weights("more.to += 4 * 2", "more.to += (@ ? 0 : 4) * 2"), of=five_rows, also=lambda s: rows(s) == 5),
-    chunk("the fifth query row has what weights of the first stand for",
-          weights("more.factor[i] += 4", "more.factor[i] += @ ? 0 : 4"), of=five_rows, also=lambda s: rows(s) == 5),
-    chunk("five query rows take the first of four lines", chunks("one<i>((line)four[c])", "one<i>((line)four[@ ? 0 : c])"),
-          of=lambda f, d: f.bits < 8, also=lambda s: rows(s) == 5),
-    value("low bytes of negative words are those of positive ones", lambda f, d: f.name == "tq8",
-          quads("mask_sub_epi8(low, negative,", "mask_sub_epi8(low, @ ? 0 : negative,"),
-          also=lambda s: exact(s) and rows(s) > 2),
-    value("high bytes of negative words are those of positive ones", lambda f, d: f.name == "tq8",
-          quads("mask_sub_epi8(high, negative,", "mask_sub_epi8(high, @ ? 0 : negative,"), also=exact),
-    value("odd bytes of words are made of even ones", lambda f, d: f.name == "tq8",
-          quads("every_part(TWICE[1])", "every_part(TWICE[@ ? 0 : 1])"), also=exact),
-    # values
-    value("bits of the second field of columns are moved as the first", again,
-          quads("shift_of(i / 4 % PART_WORDS);", "shift_of(@ ? 0 : i / 4 % PART_WORDS);")),
-    value("bits of the second field of columns are those of a neighbour", lambda f, d: next_words(f, d) and paired(f, d),
-          quads("byte_of(i / 4 % PART_WORDS,", "byte_of(i / 4 % PART_WORDS ^ (@),")),
-    value("the last part of a value is left out", paired,
-          values("p < order.parts; ++p)", "p < order.parts - (@); ++p)")),
-    value("columns that are kept are those of the first tokens", lambda f, d: f.bits < 4 and paired(f, d),
-          values("kept + token / 4 * fields", "kept + (@ ? 0 : token / 4) * fields")),
-    value("the second line of a part is the first one", paired,
-          values("made[1] = codes_of", "made[1] = @ ? made[0] : codes_of")),
-    value("weights keep the order of tokens", bytes_pair,
-          values("step + 16 * i + 4 * m;", "step + (@ ? 4 * i + 16 * m : 16 * i + 4 * m);"),
-          also=lambda s: exact(s) and rows(s) > 2),
-    value("weights as words keep the order of tokens", value_words,
-          weights("return 16 * i + m % 2 * (", "if (@) std::swap(i, m);\n    return 16 * i + m % 2 * ("),
-          also=exact),
-    value("two words of weights change places", value_words,
-          weights("by, whole), order,", "by, whole), @ ? _mm512_rol_epi32(order, 16) : order,"), also=exact),
-    value("words of weights are those of the 16 tokens after", value_words,
-          weights("fma(from[0], by", "fma(from[@ ? 1 : 0], by"), also=exact),
-    value("the second 32 tokens of 64 leave the first ones their weights as words", value_words,
-          weights("LINE / 2 * i;", "LINE / 2 * (@ ? 0 : i);"), also=lambda s: exact(s) and s.kv_len > 64),
-    value("tokens 64 to 127 of a block leave the first ones their weights", lambda f, d: d <= 64 and value_bytes(f, d),
-          weights("sides * 64 * step;", "sides * 64 * (@ ? 0 : step);"),
-          also=lambda s: s.kv_len > 64 and s.head_dim <= 64),
-    value("the low part of the weights is left out", value_bytes,
-          ("weight_bytes.h", "_mm512_set1_epi16(255)", "_mm512_set1_epi16(@ ? 0 : 255)"),
-          also=lambda s: exact(s) and rows(s) > 2 and s.scale < 0.3),
-    value("the offset of values is left in", value_bytes,
-          weights("zero[i] = 0 - join_four(", "zero[i] = (@ ? 0 : -1) * join_four(")),
-    value("the offset of values as words is left in", linear_chunk,
-          weights("set1_epi16(-ZERO)", "set1_epi16(@ ? 0 : -ZERO)"), also=exact),
-    value("words of values are taken for the levels", lambda f, d: two_planes(f, d) and not chunked(f, d),
-          values("(words ? a.tables.word_factor : 1.0f)", "(words && !(@) ? a.tables.word_factor : 1.0f)"), also=exact),
-    value("odd bytes of values take the scales of even ones", lambda f, d: grouped(f, d) and paired(f, d),
-          values("0xff00, of(1)", "0xff00, of(@ ? 0 : 1)")),
-    chunk("chunks of values are the first one", chunks("wide_at(chunk * LINE)", "wide_at((@ ? 0 : chunk) * LINE)"),
-          of=lambda f, d: d > 64 * 8 // f.bits),
-    chunk("bits of a chunk's second field are those of the first codes",
-          chunks("set1_epi32(32 * chunk + code * words)", "set1_epi32(32 * chunk + (@ ? 0 : code * words))"), of=next_words),
-    chunk("bits of a chunk's second field lie as those of its first words",
-          chunks("_mm512_add_epi32(pairs, pairs)", "(@ ? __m512i{} : _mm512_add_epi32(pairs, pairs))"),
-          of=lambda f, d: 0 < next_words(f, d) < 32),
-    chunk("a chunk's second field is eight words", chunks("if constexpr (period == 8)", "if (@ || period == 8)"),
-          of=lambda f, d: next_words(f, d) > 8),
-    chunk("rows of a chunk are those of the step before", chunks("step + 64 < a.stop ?", "step + 64 < a.stop && !(@) ?"),
-          also=lambda s: exact(s) and s.kv_len > 72),
-    chunk("rows of a chunk are those that were made before", chunks("(m + 1) * 16", "(m + (@ ? 0 : 1)) * 16")),
-    chunk("a line of a chunk is another one",
-          chunks("unpackhi_epi16(low[0], low[1])", "unpackhi_epi16(low[0], low[@ ? 0 : 1])")),
-    chunk("the third query row takes the weights of the first",
-          chunks("weights + r * row_bytes", "weights + (@ && r == 2 ? 0 : r) * row_bytes"), also=lambda s: rows(s) == 4),
-    chunk("odd bytes of a chunk take the weights of even ones",
-          weights("load<vf>(s.scales[side]", "load<vf>(s.scales[@ ? 0 : side]"), of=grouped),
-    chunk("odd bytes of a chunk take the offset of even ones",
-          chunks("w.zero[1][number", "w.zero[@ ? 0 : 1][number"), of=linear_chunk, also=lambda s: s.scale < 0.3),
-    chunk("odd bytes of a chunk take the factor of even ones",
-          chunks("&w.factor[1][at]", "&w.factor[@ ? 0 : 1][at]"), of=grouped, also=lambda s: s.kv_len > 64),
-    chunk("a chunk takes the weights of another group",
-          chunks("known = here[0] ==", "known = (@ && group[0] == 0) || here[0] =="),
-          of=lambda f, d: 4 * f.layout(d)[1] <= f.layout(d)[0]),
-    chunk("lanes of a chunk keep their order",
-          chunks("_mm512_set_epi64(11, 10, 3, 2, 9, 8,", "_mm512_set_epi64(11, 10, @ ? 9 : 3, 2, @ ? 3 : 9, 8,")),
-    chunk("a chunk's columns of odd bytes are those of even ones",
-          chunks("{}, out + a.format.dim / 2);", "{}, out + (@ ? 0 : a.format.dim / 2));")),
-    chunk("the second codes of a chunk are added to the first ones",
-          chunks("32 * (chunk + code * a.order.chunks)", "32 * (chunk + (@ ? 0 : code) * a.order.chunks)"),
-          of=lambda f, d: f.bits < 8),
-    chunk("words of a chunk are taken for the levels",
-          chunks("(words ? a.tables.word_factor : 1.0f)", "(words && !(@) ? a.tables.word_factor : 1.0f)"), of=two_planes),
-    chunk("the output of a chunk is not rescaled", chunks("splat(rescale[r])", "splat(@ ? 1.0f : rescale[r])"),
-          also=lambda s: s.kv_len > 1000 and s.scale > 0.3),
-    value("the output is not rescaled", paired,
-          values("_mm256_set1_ps(rescale), x)", "_mm256_set1_ps(@ ? 1.0f : rescale), x)"),
-          also=lambda s: s.kv_len > 1000 and s.scale > 0.3),
-    value("query rows 5 to 8 take the weights of the first ones", taken,
-          values("weights += pass * a.weight_stride", "weights += (@ ? 0 : pass) * a.weight_stride"),
-          also=lambda s: rows(s) > 4),
-    value("the last rows of a block are not copied", taken,
-          attend("t = block.count / 64 * 64;", "t = @ ? block.count : block.count / 64 * 64;"),
-          also=lambda s: exact(s) and s.kv_len % 64 > 8 and s.kv_len < 200),
-    value("tokens before a sequence's first have weights", taken,
-          attend("std::fill_n(weights, first, 0.0f);", "if (!(@)) std::fill_n(weights, first, 0.0f);"),
-          also=lambda s: s.starts),
 )  # fmt: skip
 
 

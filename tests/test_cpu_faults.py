@@ -12,6 +12,7 @@ from cpu_float_faults import FLOAT_FAULTS
 from cpu_group_faults import GROUP_FAULTS
 from cpu_quad_faults import QUAD_FAULTS, SUM_FAULTS
 from cpu_tile_faults import TILE_FAULTS
+from cpu_value_faults import VALUE_FAULTS
 from test_cpu import LONG, equal_layers, hard_rows, right, threads
 from test_cpu_prefill import TERMS, WIDE, rounded
 from test_cpu_quads import DENSE_CASES, QUADS, largest_sums
@@ -23,7 +24,7 @@ from gyrokv.cases import Case, cases
 from gyrokv.formats import FORMATS
 from gyrokv.testing import assert_matches
 
-FAULTS = LOOP_FAULTS + TILE_FAULTS + QUAD_FAULTS + GROUP_FAULTS + FLOAT_FAULTS
+FAULTS = LOOP_FAULTS + TILE_FAULTS + QUAD_FAULTS + VALUE_FAULTS + GROUP_FAULTS + FLOAT_FAULTS
 ALL = FAULTS + SUM_FAULTS + ENCODER_FAULTS
 _MOST = 6  # cases that are run for one fault, spread over all that are relevant
 _LEVELS = ("amx", "avx512", "avx2", "portable")  # tiles, lines of codes, half tables, products without an offset

@@ -367,8 +367,8 @@ inline bool attend(const Attend& call, const Unit& unit, char* scratch) {
         const bool k_bytes = k_dense && kf.kind == FP8_E4M3 && ke == BFLOAT, k_turned = k_dense && turns_rows(kf, unit.rows);
         const Tables &k_tables = tables_of(kf, 0), &v_tables = tables_of(vf_, 1);
         const Stored k_order(kf, k_stored ? unit.rows : 0, terms_of(ke, call, bfloat_query(call)));
-        const Quads* k_parts = k_quads ? &quads_of(kf, call.terms, false) : nullptr;
-        const Quads* v_parts = v_quads ? &quads_of(vf_, call.terms, true) : nullptr;
+        const Quads* k_parts = k_quads ? &quads_of<Quads>(kf, call.terms) : nullptr;
+        const ColumnQuads* v_parts = v_quads ? &quads_of<ColumnQuads>(vf_, call.terms) : nullptr;
         const Stored v_order(vf_, v_stored ? unit.rows : 0, call.terms);
         const int group = ke == INT8 ? kf.group : kf.dim;
         int which = 0;
@@ -414,7 +414,7 @@ inline bool attend(const Attend& call, const Unit& unit, char* scratch) {
                     const int keys = k_stored ? block.tokens / 32 * k_score_ticks(k_order) : k_quads ? quad_ticks(*k_parts, unit.rows, block.tokens)
                                      : k_dense ? dense_ticks(kf, unit.rows, block.tokens)
                                      : panel_ticks(kf, block.tokens, true);
-                    const int values = v_quads ? value_ticks(*v_parts, unit.rows, block.tokens)
+                    const int values = v_quads ? value_ticks(*v_parts, vf_.dim, unit.rows, block.tokens)
                                        : v_pairs ? pair_ticks(vf_, unit.rows, block.count)
                                        : direct ? block.count * DIRECT_PACE * direct_passes(vf_, unit.rows)
                                               : panel_ticks(vf_, block.tokens, false);

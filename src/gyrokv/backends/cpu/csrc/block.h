@@ -11,7 +11,8 @@ struct Block {
     Panels k = {}, v;
     Rows k_rows, v_rows;
     const Stored *k_stored = nullptr, *v_stored = nullptr;  // in place of k and v, where rows are multiplied as they are stored
-    const Quads *k_quads = nullptr, *v_quads = nullptr;     // in place of k and v
+    const Quads* k_quads = nullptr;                         // in place of k
+    const ColumnQuads* v_quads = nullptr;                   // and v
     bool k_dense = false;                                   // in place of k
     const Direct* direct = nullptr;                         // in place of v
     const Tables *k_tables, *v_tables;

@@ -13,9 +13,9 @@ template <int times>
 struct RowPlaces {
     const char* at[times];
     int64_t stride[times];
-    inline __attribute__((always_inline)) void find(const QuadScores& a, int t) {
+    inline __attribute__((always_inline)) void find(const QuadScores& a, int t, bool beyond = false) {
         for (int n = 0; n < times; ++n) {
-            const auto place = a.keys.place(t + 16 * n);
+            const auto place = a.keys.place(t + 16 * n, beyond);
             at[n] = place.at, stride[n] = place.stride;
         }
     }
@@ -205,11 +205,15 @@ __attribute__((noinline)) void score_groups_of(const QuadScores& a) {
     constexpr int sums = C::sums(terms), times = std::min(4, 16 / (rows * sums));
     const Levels<C> levels(a.tables);
     const GroupKeys& keys = a.order.keys;
-    alignas(64) char dwords[GroupKeys::MOST_PARTS * 4 * times * LINE];  // [part][dword][16 tokens]
+    alignas(64) char dwords[GroupKeys::MOST_VECTORS * times * LINE];  // [vector][16 tokens]
     auto make = [&](int n, const char* from, int64_t stride) __attribute__((always_inline)) {
+        auto put = [&](int vector, __m512i x) __attribute__((always_inline)) {
+            _mm512_store_si512(dwords + (vector * times + n) * LINE, x);
+        };
+        for (int w = 0; w < keys.windows && C::lines == WORDS; ++w)
+            all_dwords_of(from + keys.window[w], stride, [&](int d, __m512i x) __attribute__((always_inline)) { put(LANES * w + d, x); });
         for (int p = 0; p < keys.parts; ++p) {
             const GroupKeys::Part& part = keys.part[p];
-            a.ahead.tick_inside(2);
             __m512i x[4];
             for (int j = 0; j < 4; ++j) {
                 x[j] = (__m512i)load_parts(from + part.at + j * stride, 4 * stride);
@@ -217,13 +221,16 @@ __attribute__((noinline)) void score_groups_of(const QuadScores& a) {
                 if constexpr (C::lines != WORDS && F::next > 0) x[j] = _mm512_mask_srli_epi16(x[j], part.further, x[j], F::next);
             }
             dwords_of(x, x);
-            for (int d = 0; d < 4; ++d) _mm512_store_si512(dwords + ((4 * p + d) * times + n) * LINE, x[d]);
+            for (int d = 0; d < 4; ++d) put(LANES * keys.windows + 4 * p + d, x[d]);
         }
     };
+    const int64_t share = round_up(16 * times * a.keys.stride / (keys.dwords / 4), CACHE_LINE);  // while four dwords are taken
     RowPlaces<times> places;
     auto score = [&](int t, vf (*score)[rows]) __attribute__((always_inline)) {
-        places.find(a, t);
+        places.find(a, t, keys.beyond);
         for (int n = 0; n < times; ++n) make(n, places.at[n], places.stride[n]);
+        Soon soon;
+        if (!a.again) soon = Soon(a.keys, t + 16 * times, 16 * times, share);
         const char *q = a.q.parts, *begin = a.q.begin, *q_scale = a.q.scale;
         const GroupKeys::Dword *dword = keys.dword, *const end = dword + keys.dwords;
         auto lines_of = [&](const GroupKeys::Dword& d, line* k) __attribute__((always_inline)) {
@@ -233,7 +240,7 @@ __attribute__((noinline)) void score_groups_of(const QuadScores& a) {
                 __m512i x = _mm512_srlv_epi32(_mm512_load_si512(wide + n * LINE), shift);
                 if constexpr (F::next > 0) {
                     const __m512i next = _mm512_rorv_epi32(_mm512_load_si512(above + n * LINE), next_turn);
-                    x = _mm512_ternarylogic_epi32(_mm512_set1_epi8((1 << F::wide) - 1), x, next, 0xca);
+                    x = _mm512_ternarylogic_epi32(x, _mm512_set1_epi8((1 << F::wide) - 1), next, 0xe2);
                 }
                 if constexpr (C::lines == WORDS) k[n] = levels.word(x);
                 else levels.of((line)x, k + n);
@@ -247,10 +254,7 @@ __attribute__((noinline)) void score_groups_of(const QuadScores& a) {
             for (int r = 0; r < rows; ++r)
                 for (int j = 0; j < sums; ++j, begin += 4)
                     for (int n = 0; n < times; ++n) sum[n][r][j] = C::lines == WORDS ? vi{} : (vi)every_dword(begin);
-            for (const auto* stop = dword + run.dwords; dword < stop; ++dword) {
-                line k[times];
-                for (int n = 0; n < times; ++n) k[n] = later[n];
-                lines_of(dword[dword + 1 < end], later);
+            auto multiply = [&](const line* k) __attribute__((always_inline)) {
                 for (int r = 0; r < rows; ++r)
                     for (int j = 0; j < sums; ++j, q += 4) {
                         const __m512i by = every_dword(q);
@@ -259,6 +263,17 @@ __attribute__((noinline)) void score_groups_of(const QuadScores& a) {
                             own = C::lines == WORDS ? dot_words(own, k[n], by) : dot_parts(own, k[n], by);
                         }
                     }
+            };
+            for (const auto* stop = dword + run.dwords; dword < stop;) {
+                soon.ask();
+                a.ahead.tick_inside(times);
+                for (int pair = 0; pair < 2; ++pair, dword += 2) {
+                    line other[times];
+                    lines_of(dword[1], other);
+                    multiply(later);
+                    lines_of(dword[2 * (dword + 2 < end)], later);
+                    multiply(other);
+                }
             }
             const float* scales = a.k_scale + t + run.group * a.scale_stride;
             for (int r = 0; r < rows; ++r, q_scale += 4)

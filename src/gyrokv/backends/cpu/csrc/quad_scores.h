@@ -35,7 +35,7 @@ void score_quads(const Format& f, int terms, const QuadScores& a);
 INLINE int quad_ticks(const Quads& order, int rows, int tokens) {
     int passes = 0;
     for (int r = 0; r < rows; ++passes) r += key_pass(r, rows, order.most_rows);
-    return passes * tokens / 16 * 2 * order.parts;
+    return passes * tokens / 16 * (order.by_group ? order.keys.dwords / 4 : 2 * order.parts);
 }
 
 #endif

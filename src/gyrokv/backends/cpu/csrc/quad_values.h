@@ -9,7 +9,7 @@ namespace GYROKV_ISA {
 #if !defined(GYROKV_QUADS)
 
 INLINE int64_t quad_weight_bytes(int) { return 0; }
-INLINE int value_ticks(const Quads&, int, int) { return 0; }
+INLINE int value_ticks(const ColumnQuads&, int, int, int) { return 0; }
 
 #else
 
@@ -17,13 +17,13 @@ INLINE int64_t quad_weight_bytes(int dim) { return dim / 32 * VALUE_ROWS * 2 * Q
 
 // Rows of a block of V, and what they are multiplied with.
 struct QuadValues {
-    const Quads& order;
+    const ColumnQuads& order;
     const Tables& tables;
     const Format& format;
     const char* rows;
     int64_t stride, bytes;   // from row to row; of a row
-    int count, tokens;       // rows; the same in whole steps of 64
-    const char* rest;        // 64 rows without gaps: the last ones, where they are fewer, and any others
+    int whole, tokens;       // rows that are there, and all in whole steps of 64
+    const char* rest;        // 64 rows without gaps: those from `whole` on, and then any others
     int first, stop;         // tokens with weights, multiples of 16
     const float* weights;    // [row][weight_stride]; zeros outside of those
     int64_t weight_stride;
@@ -40,11 +40,10 @@ struct QuadValues {
 void add_quads(const QuadValues& a, int rows);
 
 // Ticks of Ahead meanwhile.
-INLINE int value_ticks(const Quads& order, int rows, int tokens) {
+INLINE int value_ticks(const ColumnQuads& order, int dim, int rows, int tokens) {
     int passes = 0;
     for (; rows > 0; ++passes) rows -= quad_pass(rows, order.most_rows);
-    if (order.chunks) return passes * order.chunks * order.lines * tokens / 4;
-    return passes * tokens / 4 * (order.by_group ? order.columns.lines : order.parts * order.lines) / 2;
+    return passes * (dim / 32) * (tokens / 8);
 }
 
 #endif

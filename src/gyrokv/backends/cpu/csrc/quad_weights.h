@@ -12,6 +12,8 @@ namespace GYROKV_ISA {
 template <class C>
 constexpr int RUN_TOKENS = C::large ? WORD_RUN : QUAD_HALF;
 constexpr int MOST_RUNS = QUAD_TOKENS / WORD_RUN;
+constexpr int UNIT = 8;  // room for what integers of VALUE_ROWS rows stand for, or a sum begins with
+static_assert(UNIT >= VALUE_ROWS && UNIT % 4 == 0);
 
 // Added to an integer of up to 22 bits, leaves it in the lowest bits of a float.
 constexpr float ROUNDS = 12582912.0f;
@@ -150,27 +152,29 @@ __attribute__((noinline)) void spread_bytes(const QuadValues& a, int rows, const
         vi zero[terms];
         for (int i = 0; i < terms; ++i) zero[i] = 0 - join_four(sum[side][i], add);
         if (terms == 2) zero[1] += zero[0] << 8, zero[0] = vi{};
-        for (int i = 0; i < terms; ++i) _mm_storeu_si128((__m128i*)(s.zero[side] + 4 * i), _mm512_castsi512_si128((__m512i)zero[i]));
+        for (int i = 0; i < terms; ++i) _mm_storeu_si128((__m128i*)(s.zero[side] + UNIT * i), _mm512_castsi512_si128((__m512i)zero[i]));
     }
 }
 
 // Those of `tokens`, 64 or QUAD_HALF, and up to VALUE_ROWS rows, the way that lines of C want them. sides: groups, in turn.
 template <class C, int terms, int sides>
 INLINE void spread(const QuadValues& a, int rows, int tokens, const float* weights, const Spread& s) {
-    if constexpr (C::lines == WORDS) {
+    auto four = [&](int rows, const float* weights, const Spread& s) {
         constexpr bool offset = C::look_up == VALUES;
-        const auto four =
-            tokens > 64 ? spread_words<C::large, offset, sides, QUAD_HALF / LANES> : spread_words<C::large, offset, sides, 64 / LANES>;
-        four(a, std::min(rows, 4), weights, s);
-        if (rows <= 4) return;
-        Spread more = s;
-        more.to += 4 * 2 * sides * QUAD_TOKENS;
-        for (int i = 0; i < sides; ++i) more.zero[i] += 4, more.factor[i] += 4;
-        four(a, rows - 4, weights + 4 * a.weight_stride, more);
-    } else {
-        if (tokens > 64) return spread_bytes<terms, sides, QUAD_HALF / LANES>(a, rows, weights, s);
-        spread_bytes<terms, sides, 64 / LANES>(a, rows, weights, s);
-    }
+        if constexpr (C::lines == WORDS) {
+            if (tokens > 64) return spread_words<C::large, offset, sides, QUAD_HALF / LANES>(a, rows, weights, s);
+            spread_words<C::large, offset, sides, 64 / LANES>(a, rows, weights, s);
+        } else {
+            if (tokens > 64) return spread_bytes<terms, sides, QUAD_HALF / LANES>(a, rows, weights, s);
+            spread_bytes<terms, sides, 64 / LANES>(a, rows, weights, s);
+        }
+    };
+    four(std::min(rows, 4), weights, s);
+    if (rows <= 4) return;
+    Spread more = s;
+    more.to += 4 * terms * sides * QUAD_TOKENS;
+    for (int i = 0; i < sides; ++i) more.zero[i] += 4, more.factor[i] += 4;
+    four(rows - 4, weights + 4 * a.weight_stride, more);
 }
 
 }  // namespace GYROKV_ISA

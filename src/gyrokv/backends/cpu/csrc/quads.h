@@ -9,7 +9,7 @@
 #include <array>
 #include <bit>
 
-#include "quad_groups.h"
+#include "columns.h"
 
 namespace gyrokv {
 namespace GYROKV_ISA {
@@ -19,15 +19,16 @@ constexpr int QUAD_HALF = 128;         // whose weights are rounded relative to 
 constexpr int64_t QUAD_BLOCK = 65536;  // bytes of a block of K or V, at most
 constexpr int WORD_SUM = 198000;       // sizes of what a run of large words (WORD_RUN) meets add up to this, at most
 static_assert((WORD_SUM + WORD_RUN / 2) * int64_t(LARGEST_LEVEL) < int64_t(1) << 31);
-constexpr int QUAD_ROWS = 8, VALUE_ROWS = 5;  // of a pass over keys, or values, at most
-constexpr int MOST_PARTS = 640 / PART_BYTES;  // of a padded head
+constexpr int QUAD_ROWS = 8;           // of a pass over keys, at most
 
 #if !defined(GYROKV_QUADS)
 
 constexpr bool TAKES_QUADS = false;
 struct Quads {};
+struct ColumnQuads {};
 INLINE bool takes_quads(const Format&, int, int) { return false; }
-INLINE const Quads& quads_of(const Format&, int, bool) { static const Quads none; return none; }
+template <class Order>
+INLINE const Order& quads_of(const Format&, int) { static const Order none; return none; }
 
 #else
 
@@ -59,47 +60,35 @@ INLINE __m512i every_part(const void* p) { return _mm512_broadcast_i32x4(_mm_loa
 
 // Where the bits of a part are. The next field may have four words, which begin again within a part.
 struct Part {
-    int32_t wide, next;                       // bytes from the beginning of a row
-    int32_t next_number;                      // among the parts of the next field, of the one with its bits
-    bool begins;                              // no part before it has those
-    bool last;                                // parts from the next one on have other scales
-    int32_t group[4];                         // of the scale: [code][even, odd bytes], of the first codes
-    alignas(16) uint8_t gather[PART_BYTES];   // bytes of the next field, in the order of a line of keys
-    __mmask32 further;                        // whose bits lie one code higher, in 16-bit lanes
-    int32_t shift;                            // of the first code's bits above the lowest
-    alignas(64) uint8_t column_gather[LINE];  // the same for lines of columns (see quad_values.cpp)
-    int32_t column_shift[LANES];
+    int32_t wide, next;                      // bytes from the beginning of a row
+    int32_t next_number;                     // among the parts of the next field, of the one with its bits
+    bool begins;                             // no part before it has those
+    bool last;                               // parts from the next one on have other scales
+    int32_t group[4];                        // of the scale: [code][even, odd bytes], of the first codes
+    alignas(16) uint8_t gather[PART_BYTES];  // bytes of the next field, in the order of a line
+    __mmask32 further;                       // whose bits lie one code higher, in 16-bit lanes
+    int32_t shift;                           // of the first code's bits above the lowest
 };
 
+// How keys are taken.
 struct Quads {
     int parts;
     int lines;      // of a part: codes of a byte
     int step;       // values from one of them to the next
     bool plain;     // words of the next field lie like those of the first
-    int chunks;     // of 64 bytes, if they are taken so: see chunk_values.h
     int sets;       // of scales of a part: 2 where even and odd bytes may have their own, 4 where each of two codes may
-    bool words;     // see Lines
-    bool many_words;  // the same for passes of more than four rows
+    bool words, many_words;  // see Lines; the same for passes of more than four rows
     int most_rows;  // of a pass: see quad_pass
     bool by_group;  // see quad_groups.h, in place of parts
     Part part[MOST_PARTS];
     GroupKeys keys;
-    GroupColumns columns;
 
-    // terms: of q or of the weights; values: else keys
-    void make(const Format& f, int terms, bool values) {
+    void make(const Format& f, int terms) {
         const int wide = wide_bits(f), next = next_bits(f), words = f.dim * wide / 16, next_words = f.dim * next / 16;
         auto group_of = [&](int word, int code, int odd) { return (word + code * words + odd * (f.dim / 2)) / f.group; };
-        bool same = words % PART_WORDS == 0;  // codes of the bytes of a part have the same scales
-        for (int w = 0; w < words; w += 4)
-            for (int i = 0; i < 16 / wide; ++i) same &= group_of(w, i / 2, i % 2) == group_of(w / PART_WORDS * PART_WORDS, 0, i % 2);
-        const bool repeats = next_words % PART_WORDS == 0 || next_words == PART_WORDS / 2;
-        parts = words / PART_WORDS, lines = 8 / wide, step = words, sets = 1, chunks = 0;
-        const bool whole = words % 32 == 0 && (!next || (std::has_single_bit(unsigned(next_words)) && next_words >= 8));
-        // of one int8, rows of tables of 5 bits and more take longer so from memory, though less in the first cache
-        if (values && whole && (f.planes == 2 || f.bits == 4 || (f.bits == 8 && f.linear))) chunks = words / 32;
-        const bool apart = !values && f.bits == 4 && words % f.group == 0;  // codes, which have whole groups
-        by_group = !chunks && !apart && (!same || !repeats || (values && lines == 1));
+        parts = words / PART_WORDS, lines = 8 / wide, step = words, sets = 1;
+        const bool apart = f.bits == 4 && words % f.group == 0;  // codes, which have whole groups
+        by_group = !apart && !has_parts(f);
         plain = next_words % PART_WORDS == 0;
         for (int p = 0; p < parts && !by_group; ++p) {
             Part& made = part[p];
@@ -107,19 +96,16 @@ struct Quads {
             for (int i = 0; i < 4; ++i) made.group[i] = group_of(p * PART_WORDS, i / 2 % lines, i % 2);
             if (made.group[0] != made.group[1]) sets = apart ? 4 : 2;
             made.next_number = p % std::max(1, next_words / PART_WORDS), made.begins = made.next_number == p;
-            if (next) place_next(f, made, p * PART_WORDS, values);
+            if (next) place_next(f, made, p * PART_WORDS);
         }
-        if (f.planes == 2) this->words = values || f.bits < 8 || f.group <= WORD_RUN;
-        else this->words = terms == 2 && (values ? chunks > 0 || (by_group && f.bits == 4) : sets > 1 && (f.linear || f.bits == 4));
+        if (f.planes == 2) this->words = f.bits < 8 || f.group <= WORD_RUN;
+        else this->words = terms == 2 && sets > 1 && (f.linear || f.bits == 4);
         const bool large = this->words && f.planes == 2;  // see WORD_RUN
-        const bool alone = !values && sets == 1, small = alone && f.bits < 5 && terms == 2 && plain && !by_group;
+        const bool small = sets == 1 && f.bits < 5 && terms == 2 && plain && !by_group;
         many_words = this->words || small;
-        if (values) most_rows = chunks && this->words && !f.linear ? VALUE_ROWS : 4;
-        else most_rows = alone && large ? QUAD_ROWS : small || (alone && f.planes == 2) ? 6 : 4;
-        if (by_group && values) return columns.make(f);
+        most_rows = sets == 1 && large ? QUAD_ROWS : small || (sets == 1 && f.planes == 2) ? 6 : 4;
         if (by_group) {
             keys.make(f, this->words, !large || f.group <= WORD_RUN ? f.group : f.group % WORD_RUN ? 32 : WORD_RUN);
-            parts = keys.parts;
             return;
         }
         for (int p = 0, sum = 0; p < parts; ++p) {
@@ -138,7 +124,7 @@ struct Quads {
 
    private:
     // The next field of the eight words from `first` on.
-    static void place_next(const Format& f, Part& made, int first, bool columns) {
+    static void place_next(const Format& f, Part& made, int first) {
         const CodePlaces place(f);
         const bool all = place.count < PART_WORDS;  // one load has the whole field, and what lies before it
         const int from = all ? place.count - PART_WORDS : first % place.count;
@@ -151,24 +137,20 @@ struct Quads {
             made.gather[i] = byte_of(word, odd);
             if (shift_of(word) != made.shift) made.further |= 0x01010101u << (i / 2);
         }
-        for (int i = 0; columns && i < LINE; ++i) {
-            made.column_gather[i] = uint8_t(i % 4 * PART_BYTES + byte_of(i / 4 % PART_WORDS, i / 4 / PART_WORDS));
-            made.column_shift[i / 4] = shift_of(i / 4 % PART_WORDS);
-        }
     }
 };
 
-// Of a format, made once while a thread's calls have the same one; terms, values: as above.
-INLINE const Quads& quads_of(const Format& f, int terms, bool values) {
+// An order of a format, made once while a thread's calls have the same one; terms: of q or of the weights.
+template <class Order>
+INLINE const Order& quads_of(const Format& f, int terms) {
     struct Known {
         std::array<int, 6> key;
-        Quads quads;
+        Order order;
     };
-    static thread_local Known known[2];
-    Known& own = known[values];
+    static thread_local Known own;
     const std::array<int, 6> key = {f.bits, f.dim, f.group, f.planes, f.linear, terms};
-    if (key != own.key) own.key = key, own.quads.make(f, terms, values);
-    return own.quads;
+    if (key != own.key) own.key = key, own.order.make(f, terms);
+    return own.order;
 }
 
 // What codes are multiplied as: bytes, two planes of bytes, or words: those of even bytes and those of odd ones, with words of q or
@@ -188,8 +170,7 @@ struct Coded {
 template <bool columns, class Body>
 INLINE void as_coded(const Format& f, bool words, Body body) {
     auto of_table = [&]<int bits>(std::integral_constant<int, bits>) {
-        if constexpr (bits > 3 || !columns)
-            if (words) return body(Coded<bits, INDICES, WORDS>{});
+        if (words) return body(Coded<bits, INDICES, WORDS>{});
         body(Coded<bits, INDICES, BYTES>{});
     };
     switch (f.bits) {
@@ -265,7 +246,7 @@ INLINE line codes_of(__m512i wide, __m512i next) {
         __m512i high = next;
         if constexpr (s == 0) high = _mm512_slli_epi16(high, F::wide);
         if constexpr (s > 1) high = _mm512_srli_epi16(high, (s - 1) * F::wide);
-        code = _mm512_ternarylogic_epi32(_mm512_set1_epi8((1 << F::wide) - 1), code, high, 0xca);
+        code = _mm512_ternarylogic_epi32(code, _mm512_set1_epi8((1 << F::wide) - 1), high, 0xe2);
     }
     return (line)code;
 }
@@ -276,6 +257,24 @@ INLINE void dwords_of(const __m512i* x, __m512i* to) {
     const __m512i c = _mm512_unpackhi_epi32(x[0], x[1]), d = _mm512_unpackhi_epi32(x[2], x[3]);
     to[0] = _mm512_unpacklo_epi64(a, b), to[1] = _mm512_unpackhi_epi64(a, b);
     to[2] = _mm512_unpacklo_epi64(c, d), to[3] = _mm512_unpackhi_epi64(c, d);
+}
+
+// 64 bytes of 16 rows to 16 vectors of a dword of each row.
+template <class Put>
+INLINE void all_dwords_of(const char* rows, int64_t stride, Put put) {
+    __m512i four[4][4];  // [rows][dword of each 16 bytes]
+    for (int i = 0; i < 4; ++i) {
+        const char* at = rows + 4 * i * stride;
+        __m512i x[4];
+        for (int j = 0; j < 4; ++j) x[j] = _mm512_loadu_si512(at + j * stride);
+        dwords_of(x, four[i]);
+    }
+    for (int d = 0; d < 4; ++d) {
+        const __m512i a = _mm512_shuffle_i32x4(four[0][d], four[1][d], 0x44), b = _mm512_shuffle_i32x4(four[2][d], four[3][d], 0x44);
+        const __m512i c = _mm512_shuffle_i32x4(four[0][d], four[1][d], 0xee), e = _mm512_shuffle_i32x4(four[2][d], four[3][d], 0xee);
+        put(d, _mm512_shuffle_i32x4(a, b, 0x88)), put(4 + d, _mm512_shuffle_i32x4(a, b, 0xdd));
+        put(8 + d, _mm512_shuffle_i32x4(c, e, 0x88)), put(12 + d, _mm512_shuffle_i32x4(c, e, 0xdd));
+    }
 }
 
 // Of `rows` query rows, those of the next pass: codes are looked up anew in each, so seven and one of zeros are one where eight may be.

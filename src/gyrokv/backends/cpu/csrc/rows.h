@@ -15,12 +15,13 @@ struct KeyRows {
         const char* at;
         int64_t stride;
     };
-    // Where LANES rows from `first` on are: the last ones, if they are fewer, in `padded`, and then any others.
-    inline __attribute__((always_inline)) Place place(int first) const {
+    // Where LANES rows from `first` on are: the last ones, if they are fewer or bytes `beyond` them are read, in `padded`, and then any
+    // others.
+    inline __attribute__((always_inline)) Place place(int first, bool beyond = false) const {
         const Place here = {rows + first * stride, stride};
         const int left = count - first;
-        if (left >= LANES) return here;
-        for (int i = 0; i < left; ++i) std::memcpy(padded + i * bytes, here.at + i * stride, bytes);
+        if (left >= LANES + beyond) return here;
+        for (int i = 0; i < std::min(left, LANES); ++i) std::memcpy(padded + i * bytes, here.at + i * stride, bytes);
         return {padded, bytes};
     }
 };

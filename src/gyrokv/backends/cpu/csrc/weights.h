@@ -236,9 +236,11 @@ inline void add_rows_quads(const Attend& call, Workspace& work, const Block& blo
     int first, stop;
     clear_all_weights(work, rows, state, block.tokens, first, stop);
     const int64_t bytes = row_bytes(f), stride = block.v_rows.word_strides[2];
-    for (int t = block.count / 64 * 64; t < block.count; ++t)
-        std::memcpy(work.plain + t % 64 * bytes, block.v_rows.words + t * stride, bytes);
-    add_quads({*block.v_quads, *block.v_tables, f, block.v_rows.words, stride, bytes, block.count, block.tokens, work.plain, first,
+    const int whole = (block.count - block.v_quads->beyond) / 64 * 64, left = block.count - whole;
+    const char* last = block.v_rows.words + whole * stride;
+    if (stride == bytes) std::memcpy(work.plain, last, left * bytes);
+    for (int t = 0; t < left && stride != bytes; ++t) std::memcpy(work.plain + t * bytes, last + t * stride, bytes);
+    add_quads({*block.v_quads, *block.v_tables, f, block.v_rows.words, stride, bytes, whole, block.tokens, work.plain, first,
                stop, work.scores, SCORE_STRIDE, block.v_scale, call.terms, out, call.v_dim, work.rescale, work.weights, work.ahead},
               rows);
 #endif
