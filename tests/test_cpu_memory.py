@@ -153,6 +153,9 @@ def formats_at_the_end() -> Iterator:
     # rows shorter than a vector, whose last bytes vectors read that begin before them
     for name, dim in product(("turbo2", "turbo3", "turbo4", "tq5", "tq6", "tq8"), (96, 192)):
         yield alone(name, name, (dim, dim), kv_len=130, causal=True)
+    # the same in whole steps of 16 keys and 64 values, of which nothing is copied for being fewer
+    for name, dim in product(("turbo2", "turbo3", "turbo4", "tq5", "tq6"), (32, 64, 96)):
+        yield alone(name, name, (dim, dim), kv_len=64, causal=True)
 
 
 def features_at_the_end() -> Iterator:
