@@ -72,7 +72,7 @@ def five(s) -> bool:
 
 
 def turned(s) -> bool:
-    """Keys as turned_scores.h takes them; bfloat16 from 13 rows on, fp8 from 6."""
+    """Keys as turned_scores.h takes them, of any head size; bfloat16 from 13 rows on, fp8 from 6."""
     least = {"bf16": 13, "fp8_e4m3": 6}.get(s.k_format.name, 99)
     return long_keys(s) and rows(s) >= least and s.head_dim * s.k_format.bits // 8 % 16 == 0
 
@@ -135,7 +135,7 @@ FLOAT_FAULTS = (
          "turned_scores", "made[3] = _mm512_unpackhi", "made[3] = @ ? made[2] : _mm512_unpackhi", True),
     long("all keys are the first 16", lambda s: turned(s) and s.kv_len > 32,
          "turned_scores", "from + n * LINE", "from + (@ ? 0 : n) * LINE", True),
-    long("later passes over turned keys take q of the first rows", lambda s: turned(s) and rows(s) > 10 and together(s),
+    long("later passes over turned keys take q of the first rows", lambda s: turned(s) and rows(s) > 13 and together(s),
          "turned_scores", "a.q + r * terms", "a.q + (@ ? 0 : r) * terms", True),
     long("turned keys meet the high part of q only", turned,
          "turned_scores", "q + (r * terms + term)", "q + (r * terms + (@ ? 0 : term))", True),

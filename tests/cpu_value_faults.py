@@ -32,6 +32,11 @@ def ordered(fmt: KVFormat, dim: int) -> bool:
     return lines(fmt, dim) and not chunked(fmt, dim)
 
 
+def not_chunked(fmt: KVFormat, dim: int) -> bool:
+    """Weights are multiplied with the scales of all groups before the first pass."""
+    return grouped(fmt, dim) and (parts(fmt, dim) or ordered(fmt, dim))
+
+
 def linear(fmt: KVFormat, dim: int) -> bool:
     return fmt.name == "q8_0"
 
@@ -107,6 +112,10 @@ VALUE_FAULTS = (
           weights("more.to += 4 * terms", "more.to += (@ ? 0 : 4) * terms"), also=lambda s: rows(s) == 5),
     value("the fifth query row has what weights of the first stand for", not_linear,
           weights("more.factor[i] += 4", "more.factor[i] += @ ? 0 : 4"), also=lambda s: rows(s) == 5),
+    value("all columns take the weights of the first group", not_chunked,
+          weights("{row_bytes(g), zero", "{row_bytes(@ ? 0 : g), zero")),
+    value("integers of all columns stand for what those of the first group do", not_chunked,
+          weights("factor + g * units}", "factor + (@ ? 0 : g) * units}")),
     # words of values of 8 bits
     value("low bytes of negative words are those of positive ones", lambda f, d: f.name == "tq8",
           quads("mask_sub_epi8(low, negative,", "mask_sub_epi8(low, @ ? 0 : negative,"), also=lambda s: rows(s) > 2),
@@ -160,6 +169,8 @@ VALUE_FAULTS = (
           columns("next_byte(place, value), made", "next_byte(place, @ ? made.first[0] : value), made")),
     value("the second window is the first one", two_windows,
           order("window(row + pass.at[1])", "window(row + pass.at[@ ? 0 : 1])")),
+    value("the second window of the second field is the first one", lambda f, d: f.name == "tq6" and d in (320, 576),
+          order("window(row + pass.next_at[1])", "window(row + pass.next_at[@ ? 0 : 1])")),
     value("the second field is read a word too early", next_apart,
           order("row + pass.next_at[0];", "row + pass.next_at[0] - (@ ? 2 : 0);")),
     value("lines of two groups have the weights of the first",

@@ -47,18 +47,12 @@ struct OrderedLines {
 
 template <class C, int rows>
 INLINE void add_ordered_of(const QuadValues& a, const float* weights, float* out, const float* rescale) {
-    constexpr int run = RUN_TOKENS<C>, terms = C::lines == WORDS ? 2 : 1, most_groups = 640 / 32;
     const Format& f = a.format;
-    alignas(16) int32_t zero[most_groups * MOST_RUNS * UNIT];
-    alignas(16) float factor[most_groups * MOST_RUNS * UNIT];
-    auto bytes = [&](int g) { return a.spread + g * (rows * terms * QUAD_TOKENS); };
-    auto weights_of = [&](int g) { return LineWeights<C, 1>{bytes(g), {zero + g * MOST_RUNS * UNIT}, {factor + g * MOST_RUNS * UNIT}}; };
-    for (int g = 0; g < f.dim / f.group; ++g)
-        for (int t = a.first / run * run; t < a.stop; t += run) {
-            const int at = (g * MOST_RUNS + t / run) * UNIT;
-            const Spread to = {{a.scales + int64_t(g) * a.tokens + t}, bytes(g) + terms * t, {zero + at}, {factor + at}};
-            spread<C, terms, 1>(a, rows, std::min(run, a.tokens - t), weights + t, to);
-        }
+    const GroupWeights<C, rows, LineWeights<C, 1>::terms> groups(a, weights);
+    auto weights_of = [&](int g) {
+        const GroupWeight own = groups.of(g);
+        return LineWeights<C, 1>{own.bytes, {own.zero}, {own.factor}};
+    };
     constexpr bool next = Fields<C::bits>::next > 0;
     for (const Columns::Pass *pass = a.order.columns.pass, *end = pass + a.order.columns.passes; pass < end; ++pass) {
         const int group[2] = {pass->first[0] / f.group, pass->first[1] / f.group};

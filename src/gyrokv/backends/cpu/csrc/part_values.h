@@ -11,14 +11,6 @@ alignas(64) constexpr auto COLUMN_BYTES = [] {
     return made;
 }();
 
-// Weights of rows times the scales of each group: bytes [group][row][term][QUAD_TOKENS], 64 tokens as weight_bytes lays them; what sums
-// begin with, because of ZERO, [group][run][term][UNIT], and what integers stand for [group][run][UNIT].
-struct PartWeights {
-    const char* bytes;
-    const int32_t* zero;
-    const float* factor;
-};
-
 // The dword of(0) in all lanes, or of(1) in the last half of them, which are columns of odd bytes.
 template <int sides, class Of>
 INLINE __m512i spread_sides(Of of) {
@@ -59,22 +51,20 @@ struct PartLines {
     }
 };
 
-// What two lines add to the output of `rows` query rows; sides: groups of a line. kept: room for what PartLines keeps.
+// What two lines add to the output of `rows` query rows; sides: groups of a line, with weights `w` of each. kept: room for what PartLines keeps.
 template <class C, int code, int sides, int rows, int terms>
-__attribute__((noinline)) void add_part(const QuadValues& a, const ColumnPart& part, const PartWeights& w, char* kept, float* out,
+__attribute__((noinline)) void add_part(const QuadValues& a, const ColumnPart& part, const GroupWeight* w, char* kept, float* out,
                                         const float* rescale) {
     constexpr int run = RUN_TOKENS<C>, count = 2;
     const Levels<C> levels(a.tables);
     const PartLines<C, code> lines(part, kept);
     vf total[count][rows] = {};
-    const char* weights[sides];
-    for (int side = 0; side < sides; ++side) weights[side] = w.bytes + part.group[side] * (rows * terms * QUAD_TOKENS);
     for (int begin = a.first / run * run; begin < a.stop; begin += run) {
         const int number = begin / run;
         vi sum[count][rows][terms];
         for (int r = 0; r < rows; ++r)
             for (int i = 0; i < terms; ++i) {
-                auto zero = [&](int side) { return w.zero[((part.group[side] * MOST_RUNS + number) * 2 + i) * UNIT + r]; };
+                auto zero = [&](int side) { return w[side].zero[(number * terms + i) * UNIT + r]; };
                 for (int c = 0; c < count; ++c) sum[c][r][i] = (vi)spread_sides<sides>(zero);
             }
         for (int step = std::max(begin, a.first / 64 * 64); step < std::min(begin + run, a.stop); step += 64) {
@@ -93,7 +83,7 @@ __attribute__((noinline)) void add_part(const QuadValues& a, const ColumnPart& p
                         for (int term = 0; term < terms; ++term) {
                             const __m512i by = spread_sides<sides>([&](int side) __attribute__((always_inline)) {
                                 int32_t four;
-                                std::memcpy(&four, weights[side] + place + (r * terms + term) * QUAD_TOKENS, 4);
+                                std::memcpy(&four, w[side].bytes + place + (r * terms + term) * QUAD_TOKENS, 4);
                                 return four;
                             });
                             for (int c = 0; c < count; ++c) sum[c][r][term] = dot_parts(sum[c][r][term], v[c], by);
@@ -105,7 +95,7 @@ __attribute__((noinline)) void add_part(const QuadValues& a, const ColumnPart& p
         for (int r = 0; r < rows; ++r) {
             const vf factor = (vf)spread_sides<sides>([&](int side) {
                 int32_t bits;
-                std::memcpy(&bits, w.factor + (part.group[side] * MOST_RUNS + number) * UNIT + r, 4);
+                std::memcpy(&bits, w[side].factor + number * UNIT + r, 4);
                 return bits;
             });
             for (int c = 0; c < count; ++c) {
@@ -130,23 +120,13 @@ __attribute__((noinline)) void add_part(const QuadValues& a, const ColumnPart& p
 
 template <class C, int rows, int terms>
 INLINE void add_parts_of(const QuadValues& a, const float* weights, float* out, const float* rescale) {
-    constexpr int run = RUN_TOKENS<C>, most_groups = 640 / 32;
-    const Format& f = a.format;
-    alignas(16) int32_t zero[most_groups * MOST_RUNS * 2 * UNIT];
-    alignas(16) float factor[most_groups * MOST_RUNS * UNIT];
-    for (int g = 0; g < f.dim / f.group; ++g)
-        for (int t = a.first / run * run; t < a.stop; t += run) {
-            const int at = (g * MOST_RUNS + t / run) * UNIT;
-            char* bytes = a.spread + g * (rows * terms * QUAD_TOKENS) + t;
-            const Spread to = {{a.scales + int64_t(g) * a.tokens + t}, bytes, {zero + 2 * at}, {factor + at}};
-            spread<C, terms, 1>(a, rows, std::min(run, a.tokens - t), weights + t, to);
-        }
-    const PartWeights w = {a.spread, zero, factor};
+    const GroupWeights<C, rows, terms> groups(a, weights);
     alignas(LINE) char kept[QUAD_TOKENS / 4 * 2 * LINE];
     for (const ColumnPart *part = a.order.part, *end = part + a.order.parts; part < end; ++part) {
+        const GroupWeight own[2] = {groups.of(part->group[0]), groups.of(part->group[1])};
         auto codes = [&]<int code>() __attribute__((always_inline)) {
-            if (part->group[0] == part->group[1]) return add_part<C, code, 1, rows, terms>(a, *part, w, kept, out, rescale);
-            add_part<C, code, 2, rows, terms>(a, *part, w, kept, out, rescale);
+            if (part->group[0] == part->group[1]) return add_part<C, code, 1, rows, terms>(a, *part, own, kept, out, rescale);
+            add_part<C, code, 2, rows, terms>(a, *part, own, kept, out, rescale);
         };
         codes.template operator()<0>();
         if constexpr (Fields<C::bits>::steps > 2) codes.template operator()<2>();

@@ -177,5 +177,35 @@ INLINE void spread(const QuadValues& a, int rows, int tokens, const float* weigh
     four(rows - 4, weights + 4 * a.weight_stride, more);
 }
 
+// Weights of rows times the scales of a group: [row][QUAD_TOKENS words, or as bytes of each term]; what sums begin with, because of ZERO,
+// [run][sum][UNIT], and what integers stand for [run][UNIT].
+struct GroupWeight {
+    const char* bytes;
+    const int32_t* zero;
+    const float* factor;
+};
+// Those of every group.
+template <class C, int rows, int terms>
+struct GroupWeights {
+    static constexpr int run = RUN_TOKENS<C>, sums = C::lines == WORDS ? 1 : terms, units = MOST_RUNS * UNIT, most = 640 / 32 * units;
+    char* const bytes;
+    alignas(16) int32_t zero[sums * most];
+    alignas(16) float factor[most];
+
+    GroupWeights(const QuadValues& a, const float* weights) : bytes(a.spread) {
+        for (int g = 0; g < a.format.dim / a.format.group; ++g)
+            for (int t = a.first / run * run; t < a.stop; t += run) {
+                const int at = g * units + t / run * UNIT;
+                char* to = row_bytes(g) + terms / sums * t;
+                const Spread places = {{a.scales + int64_t(g) * a.tokens + t}, to, {zero + sums * at}, {factor + at}};
+                spread<C, terms, 1>(a, rows, std::min(run, a.tokens - t), weights + t, places);
+            }
+    }
+    GroupWeight of(int g) const { return {row_bytes(g), zero + sums * g * units, factor + g * units}; }
+
+   private:
+    char* row_bytes(int g) const { return bytes + g * (rows * terms * QUAD_TOKENS); }
+};
+
 }  // namespace GYROKV_ISA
 }  // namespace gyrokv

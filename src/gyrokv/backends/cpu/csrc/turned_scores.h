@@ -9,12 +9,12 @@ namespace GYROKV_ISA {
 
 #if defined(GYROKV_QUADS)
 
-constexpr int TURNED_ROWS = 10, SETS = 2;  // query rows of a pass; times 16 tokens at once
+constexpr int TURNED_ROWS = 13, SETS = 2;  // query rows of a pass; times 16 tokens at once
 
 // fp8 is converted once so, bfloat16 gains less.
 INLINE bool turns_rows(const Format& f, int rows) {
     if (row_bytes(f) % 16) return false;
-    return f.kind == FP8_E4M3 ? rows >= 6 : f.kind == BF16 && rows >= (f.dim > 64 ? 13 : 8);
+    return f.kind == FP8_E4M3 ? rows >= 6 : f.kind == BF16 && rows >= (f.dim > 128 ? 13 : f.dim > 64 ? 11 : 8);
 }
 
 // Vectors of 16 rows, `SETS` lines apart.
