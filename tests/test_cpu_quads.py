@@ -71,6 +71,15 @@ DENSE_CASES = [
     for j, dim in enumerate((32, 96, 128))
     for i, heads in enumerate((6, 10, 11, 12, 14, 15, 18, 25, 31, 32))
 ]
+# as many query rows as one pass over turned keys takes, and the fewest of bfloat16 that are turned, or one less
+DENSE_CASES += [
+    long(name, name, 1, _LENGTHS[i % 4], (heads, 1), (dim, dim), causal=True)
+    for name, pairs in (
+        ("fp8_e4m3", ((13, 128), (13, 192))),
+        ("bf16", ((7, 64), (8, 64), (11, 96), (13, 112), (10, 128), (11, 128), (12, 192), (13, 192))),
+    )
+    for i, (heads, dim) in enumerate(pairs)
+]
 
 
 @LEVELS
