@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import faulthandler
 import math
 import mmap
 import os
+import pickle
 import signal
 import traceback
 from collections.abc import Callable, Iterator
@@ -17,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gyrokv import BlockMap, Codec, LayerCache
+from gyrokv import BlockMap, Codec, LayerCache, append, attend
 from gyrokv.backends import cpu
 from gyrokv.backends.cpu.build import known_levels
 from gyrokv.cases import FEATURES, case, fits, groups
@@ -353,3 +355,35 @@ def test_a_default_device_does_not_move_outputs(backend_here):
     with torch.device("meta"):
         got = data.run("cpu")
     assert all(torch.equal(a, b) for a, b in zip(got, want))
+
+
+def grown(layer: LayerCache) -> LayerCache:
+    append(layer, *torch.randn(2, 2, 2, 300, 64))
+    return layer
+
+
+def moved(layer: LayerCache) -> LayerCache:
+    """Its tensors are the same objects in other memory, as ``share_memory_`` would leave them."""
+    for t in layer.tensors:
+        t.set_(t.clone())
+    return layer
+
+
+@pytest.mark.parametrize("elsewhere", [grown, moved, copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_rows_are_read_where_they_lie_now(elsewhere, backend_here):
+    """Addresses are kept with a store from call to call: one that has moved must not be read where it was."""
+    backend_here("cpu")
+    layer = LayerCache(Codec("q4_0", 64), Codec("tq5", 64), kv_heads=2, batch=2, capacity=40, recent=3)
+    append(layer, *torch.randn(2, 2, 2, 40, 64))
+    q = torch.randn(2, 4, 1, 64)
+    attend(q, layer, backend="cpu")
+    before = [t.narrow(2, 0, t.shape[2]) for t in layer.tensors]  # keeps the memory
+    layer = elsewhere(layer)
+    want = attend(q, layer, backend="reference")
+    now = {t.data_ptr() for t in layer.tensors}
+    left = [t for t in before if t.data_ptr() not in now]
+    assert len(left) == {copy.copy: 0, grown: 4}.get(elsewhere, 6)
+    for t in left:
+        t.view(torch.uint8).fill_(0x7F)
+    got = attend(q, layer, backend="cpu")
+    assert float((got - want).norm() / want.norm()) < 3e-4

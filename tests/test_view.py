@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -13,6 +15,7 @@ from gyrokv.cases import case, groups, kinds
 from gyrokv.dispatch import reasons
 from gyrokv.formats import FORMATS
 from gyrokv.testing import inputs
+from gyrokv.view import Kept
 
 RAGGED = dict(lengths=True, causal=True, q_len=3, kv_len=100, batch=3)
 
@@ -77,3 +80,9 @@ def test_gpu_tiles_fit_into_pages(fmt, slots):
 def test_every_kind_of_row_meets_pages():
     seen = {c.spec.k_format.name for c in groups()["pages"] if c.spec.paged}
     assert {fmt.name for fmt in kinds()} <= seen
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda kept: pickle.loads(pickle.dumps(kept))])
+def test_what_backends_keep_stays_with_its_store(copied):
+    """It is about addresses, which mean nothing for a copy, and less in another process."""
+    assert copied(Kept(cpu=1)) == {} and type(copied(Kept(cpu=1))) is Kept

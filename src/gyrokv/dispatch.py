@@ -159,7 +159,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor | tuple[Tens
     return attend(q, KVView.of(k, v), **options)
 
 
-def describe(q: Tensor, view: KVView, *, mask=None, sinks=None, block_map=None, window=None, **options) -> AttentionSpec:
+def describe(
+    q: Tensor, view: KVView, *, causal=False, window=None, scale=None, softcap=0.0, mask=None, alibi=0.0, sinks=None,
+    block_map=None, fast=False,
+) -> AttentionSpec:  # fmt: skip
     """The :class:`AttentionSpec` of a call; validates the tensors against each other (arguments as in :func:`attend`)."""
     if q.ndim != 4:
         raise ValueError(f"q has shape {tuple(q.shape)}; it must be [B, Hq, Tq, D]")
@@ -168,7 +171,7 @@ def describe(q: Tensor, view: KVView, *, mask=None, sinks=None, block_map=None, 
         raise ValueError(f"q has head_dim={head_dim} but the cache's keys have head_dim={view.k_codec.head_dim}")
     if batch != view.batch:
         raise ValueError(f"q has batch={batch} but the cache holds batch={view.batch}")
-    if q.numel() and q.stride(-1) != 1:
+    if not q.is_contiguous() and q.numel() and q.stride(-1) != 1:
         raise ValueError(f"q has stride {q.stride(-1)} in its last axis, not 1; call .contiguous() on it")
     device, cache_device = q.device, view.device
     if cache_device is not None and cache_device != device:
@@ -179,11 +182,11 @@ def describe(q: Tensor, view: KVView, *, mask=None, sinks=None, block_map=None, 
         if sinks.device != device:
             raise ValueError(f"sinks is on {sinks.device} but q is on {device}")
     ring, paged, unquantised = view.layout
-    spec = _spec(
+    spec = _spec(  # by position, in the order of its fields: to look it up by names takes twice as long
         view.k_codec.format, view.v_codec.format, head_dim, view.v_codec.head_dim, batch, q_heads, view.kv_heads, q_len,
-        view.kv_len, q.dtype, device.type, window=window, mask=None if mask is None else mask_kind(mask),
-        block_map=block_map is not None, sinks=sinks is not None, starts=view.starts is not None, ring=ring,
-        unquantised=unquantised, paged=paged, lengths=view.lengths is not None, **options,
+        view.kv_len, q.dtype, device.type, scale, causal, window, softcap, alibi, None if mask is None else mask_kind(mask),
+        block_map is not None, sinks is not None, view.starts is not None, ring, unquantised, paged,
+        view.lengths is not None, fast,
     )  # fmt: skip
     _check_history(spec, view)
     return spec

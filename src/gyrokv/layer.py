@@ -210,20 +210,23 @@ class LayerCache:
     def view(self, past: Segment | None = None) -> KVView:
         """The layer as it stands. (``past``: a longer copy of the main rows, from :meth:`write`.)"""
         main = self._main if past is None else past
-        sinks_stop = self._sinks.stop
-        recent_first = max(self._recent.first, sinks_stop) if self._recent.stop > self._recent.first else self.length
+        sinks_stop, recent_first = 0, self.length
+        if self.sinks or self.recent:
+            sinks_stop = self._sinks.stop
+            if self._recent.stop > self._recent.first:
+                recent_first = max(self._recent.first, sinks_stop)
         parts = []
         if sinks_stop:
             parts.append(self._sinks.segment(0, sinks_stop))
         first = max(main.first, sinks_stop)
         if first < recent_first:
             base = 0 if past is None else past.base
-            parts.append(Segment(main.k, main.v, main.k_format, main.v_format, base, first, recent_first))
+            parts.append(Segment(main.k, main.v, main.k_format, main.v_format, base, first, recent_first, main.kept))
         if recent_first < self.length:
             parts.append(self._recent.segment(recent_first, self.length))
-        return KVView(
-            tuple(parts), self.k_codec, self.v_codec, self.batch, self.kv_heads, first=min(main.first, self.length),
-            length=self.length, window=self.window, starts=self.starts, owner=self, version=self.version,
+        return KVView(  # by position, which takes half as long
+            tuple(parts), self.k_codec, self.v_codec, self.batch, self.kv_heads, min(main.first, self.length), self.length,
+            self.window, self.starts, None, self, self.version,
         )  # fmt: skip
 
     @property

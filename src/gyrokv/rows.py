@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .memory import empty_rows
 from .quant import Packed
-from .view import Segment, chronological, rows_of
+from .view import Kept, Segment, chronological, rows_of
 
 
 class Rows:
@@ -17,6 +17,7 @@ class Rows:
         self.k: Packed | None = None
         self.v: Packed | None = None
         self.first = self.stop = 0
+        self.kept = Kept()
 
     @property
     def capacity(self) -> int:
@@ -27,6 +28,7 @@ class Rows:
         if capacity == self.capacity:
             return
         old = self.segment() if self.k is not None else None
+        self.kept = Kept()
         self.k, self.v = (like.map(lambda t: empty_rows(t, capacity)) for like in (like_k, like_v))
         if old is not None and old.first < old.stop:
             first, stop = max(old.first, old.stop - capacity), old.stop
@@ -52,11 +54,11 @@ class Rows:
 
     def segment(self, first: int | None = None, stop: int | None = None) -> Segment:
         first, stop = self.first if first is None else first, self.stop if stop is None else stop
-        return Segment(self.k, self.v, self.k_format, self.v_format, base=0, first=first, stop=stop)
+        return Segment(self.k, self.v, self.k_format, self.v_format, base=0, first=first, stop=stop, kept=self.kept)
 
     def map(self, f) -> None:
         if self.k is not None:
-            self.k, self.v = self.k.map(f), self.v.map(f)
+            self.k, self.v, self.kept = self.k.map(f), self.v.map(f), Kept()
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:

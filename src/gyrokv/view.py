@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -14,7 +13,14 @@ from .formats import KVFormat, dense_format
 from .quant import Codec, Packed, cat, decode
 
 
-@dataclass(eq=False)  # not frozen: one is made per call, and to make a frozen one takes five times as long
+class Kept(dict):
+    """What backends keep about a store from call to call. It holds addresses, so copies of it are empty, pickled too."""
+
+    def __reduce__(self) -> tuple:
+        return Kept, ()
+
+
+@dataclass(eq=False, slots=True)  # not frozen: one is made per call, and to make a frozen one takes five times as long
 class Segment:
     """Rows ``[B, Hkv, capacity, *]`` of K and V; position p lies in slot ``(p - base) % capacity``.
 
@@ -24,6 +30,8 @@ class Segment:
     With ``pages`` (int32 ``[B, max_pages]``) rows are ``[pages, Hkv, page_slots, *]``: slot s of sequence b is slot
     ``s % page_slots`` of page ``pages[b, s // page_slots]``, and the capacity is ``max_pages * page_slots``. Entries
     of pages without a live slot are any page. Of a sequence of L tokens only ``L - keep <= p < L - trail`` are live.
+    ``kept``: of the store that the rows lie in; what backends keep there is under a key of their own, and says of which
+    ``k`` and ``v`` it is.
     """
 
     k: Packed
@@ -33,6 +41,7 @@ class Segment:
     base: int
     first: int
     stop: int
+    kept: Kept = field(default_factory=Kept, repr=False)
     pages: Tensor | None = None
     trail: int = 0
     keep: int | None = None
@@ -70,14 +79,15 @@ class Segment:
             k, v = (p.map(lambda t: t[pages].transpose(1, 2).flatten(2, 3)) for p in (self.k, self.v))
         return Segment(k, v, self.k_format, self.v_format, self.base, first, stop)
 
-    def runs(self, first: int, stop: int) -> Iterator[tuple[int, int]]:
+    def runs(self, first: int, stop: int) -> list[tuple[int, int]]:
         """``(slot, count)`` of the contiguous runs of slots that hold positions ``first <= p < stop``, in order."""
-        capacity, base = self.capacity, self.base
+        capacity, made = self.capacity, []
         while first < stop:
-            slot = (first - base) % capacity
+            slot = (first - self.base) % capacity
             count = min(stop - first, capacity - slot)
-            yield slot, count
+            made.append((slot, count))
             first += count
+        return made
 
 
 def _same(a: KVFormat, b: KVFormat) -> bool:
@@ -103,7 +113,7 @@ class Part(NamedTuple):
     view: KVView
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class KVView:
     """K and V of one layer as they stand: positions ``first <= p < length``, each in exactly one segment.
 
@@ -223,7 +233,7 @@ class KVView:
         def moved(t: Tensor | None) -> Tensor | None:
             return None if t is None else t.to(device)
 
-        rows = (replace(s, k=s.k.map(moved), v=s.v.map(moved), pages=moved(s.pages)) for s in self.segments)
+        rows = (replace(s, k=s.k.map(moved), v=s.v.map(moved), pages=moved(s.pages), kept=Kept()) for s in self.segments)
         return replace(self, segments=tuple(rows), starts=moved(self.starts), lengths=moved(self.lengths), owner=None)
 
     def decode(self, side: str) -> Tensor:

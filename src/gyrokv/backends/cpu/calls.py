@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import math
+import struct
 from array import array
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +18,7 @@ from ...masks import BlockMap
 from ...quant import Codec, Packed, code_values, saturate, scale_divisor
 from ...rotation import ROTATIONS, sign_table
 from ...spec import AttentionSpec, alibi_slopes
-from ...view import KVView
+from ...view import KVView, Segment
 from . import native
 
 ELEMENTS = {
@@ -38,6 +40,9 @@ _RULES = {
     "l2": native.RULE_L2,
     "rms": native.RULE_RMS,
 }
+_NO_FEATURES = (0,) * 16  # no mask, slopes, sinks, starts nor block map
+_RANGE, _ROWS = struct.Struct("@qq"), struct.Struct("@18q")  # of a native.Run: position and count, and all else
+_KEPT = "cpu", "cpu, fast"  # see _place
 _RUN_WORDS = ctypes.sizeof(native.Run) // 8
 _LEAST_TURNED = 32  # values of a block that kernels rotate: see Turn in csrc/core.h
 _FEW_ROWS, _MANY_BITS = 2, 4  # query rows and bits of a value with which one term seldom takes less time than two
@@ -118,15 +123,14 @@ def attend(
     """
     library = native.library()
     k_codec, v_codec, dtype = view.k_codec, view.v_codec, q.dtype
-    q_turn, out_turn, out_dim = 0, 0, v_codec.padded
-    narrow = v_codec.is_plain  # whether outputs can be rounded to bfloat16 where they are made
-    if heads and _turns(v_codec):
-        out_turn, out_dim, narrow = turn_address(v_codec, True), v_codec.head_dim, True
-    if heads and _turns(k_codec):
-        q_turn = turn_address(k_codec, False)
-    elif heads:
-        q = k_codec.query(q)
-    if q.stride(3) != 1:
+    q_turn = turn_address(k_codec, False) if heads else 0
+    if q_turn is None:
+        q_turn, q = 0, k_codec.query(q)
+    out_turn, out_dim, narrow = 0, v_codec.padded, v_codec.is_plain  # narrow: kernels may round outputs to bfloat16
+    finished = heads and (turned := turn_address(v_codec, True)) is not None
+    if finished:
+        out_turn, out_dim, narrow = turned, v_codec.head_dim, True
+    if not q.is_contiguous() and q.stride(3) != 1:
         q = q.contiguous()
     batch, q_heads, q_len, q_dim = q.shape
     out_dtype = torch.bfloat16 if narrow and dtype == torch.bfloat16 else torch.float32
@@ -135,21 +139,25 @@ def attend(
     fast = spec.fast and pays(spec, library.level.name)
     runs = _runs(view, fast)
     runs_at, words = runs.buffer_info()
-    slopes = _slopes(q_heads, spec.alibi) if spec.alibi else None
-    sinks = None if sinks is None else sinks.to(torch.float32).contiguous()
-    starts = None if view.starts is None else view.starts.contiguous()
-    states = None if block_map is None else block_map.states
+    features = _NO_FEATURES
+    if mask is not None or sinks is not None or view.starts is not None:
+        slopes = _slopes(q_heads, spec.alibi) if spec.alibi else None
+        sinks = None if sinks is None else sinks.to(torch.float32).contiguous()
+        starts = None if view.starts is None else view.starts.contiguous()
+        states = None if block_map is None else block_map.states
+        features = (
+            _address(mask), *_broadcast_strides(mask), _address(slopes), _address(sinks), _address(starts),
+            _address(states), *_broadcast_strides(states), *((0, 0) if block_map is None else block_map.tile),
+            native.MASK_NONE if mask is None else _MASKS[mask.dtype],
+        )  # fmt: skip
     call = native.ATTEND.pack(
         batch, q_heads, spec.kv_heads, q_len, k_codec.padded, v_codec.padded, q_dim, out_dim, ELEMENTS[q.dtype],
         1 if fast else 2, q.data_ptr(), *native.byte_strides(q), q_turn, out_turn, out.data_ptr(), lse.data_ptr(),
-        spec.scale, spec.softcap, spec.causal, torch.get_num_threads(), ELEMENTS[out_dtype],
-        spec.window or 0, view.length - q_len, view.first, view.length,
-        _address(mask), *_broadcast_strides(mask), _address(slopes), _address(sinks), _address(starts),
-        _address(states), *_broadcast_strides(states), *((0, 0) if block_map is None else block_map.tile),
-        native.MASK_NONE if mask is None else _MASKS[mask.dtype], words // _RUN_WORDS, runs_at,
+        spec.scale, spec.softcap, spec.causal, torch.get_num_threads(), ELEMENTS[out_dtype], words // _RUN_WORDS, runs_at,
+        spec.window or 0, view.length - q_len, view.first, view.length, *features,
     )  # fmt: skip
     _check(library.attend(call, library.level.index))
-    if heads and not _turns(v_codec):
+    if heads and not finished:
         out = v_codec.output(out)
     return out.to(dtype) if heads and out.dtype != dtype else out, lse
 
@@ -160,19 +168,18 @@ def pays(spec: AttentionSpec, level: str) -> bool:
     return level != "avx512" or not (few and max(spec.k_format.bits, spec.v_format.bits) >= _MANY_BITS)
 
 
-def _turns(codec: Codec) -> bool:
-    """Whether kernels can do all of what ``codec`` does to q and to outputs."""
-    return codec.only_rotates and (codec.rotation == "none" or codec.group % _LEAST_TURNED == 0)
-
-
 _turned: dict[tuple[str, int, bool], tuple[native.Turn, int, tuple]] = {}
 
 
-def turn_address(codec: Codec, back: bool) -> int:
-    """Where the ``native.Turn`` of a codec's own rotation lies, or, with ``back``, of its inverse; 0 without one. It lives
-    as long as the process."""
+def turn_address(codec: Codec, back: bool) -> int | None:
+    """Where the ``native.Turn`` lies that is all of what ``codec`` does to q or, with ``back``, to outputs; 0 if that is
+    nothing, None if kernels cannot do it. It lives as long as the process."""
+    if not codec.only_rotates:
+        return None
     if codec.rotation == "none":
         return 0
+    if codec.group % _LEAST_TURNED:
+        return None
     key = (codec.rotation, codec.group, back)
     found = _turned.get(key)
     if found is None:
@@ -184,21 +191,39 @@ def turn_address(codec: Codec, back: bool) -> int:
 
 
 def _runs(view: KVView, fast: bool) -> array:
-    """The view's rows as runs of consecutive slots, in order of position: ``native.Run``, written as the 64-bit integers
-    that it consists of, because a structure of structures takes longer to make."""
-    k_codec, v_codec = view.k_codec, view.v_codec
-    runs = []
+    """The view's rows as runs of consecutive slots, in order of position: ``native.Run``, as the 64-bit integers of it."""
+    made = []
     for segment in view.segments:
-        k_format = format_address(segment.k_format, k_codec.head_dim, k_codec.padded, fast)
-        v_format = format_address(segment.v_format, v_codec.head_dim, v_codec.padded, fast)
-        k, v, position, stop = _rows(segment.k), _rows(segment.v), segment.first, segment.stop
-        for slot, count in segment.runs(position, stop):
-            if slot:
-                runs += position, count, *_from(k, slot), *_from(v, slot), k_format, v_format
-            else:
-                runs += position, count, *k, *v, k_format, v_format
+        place, position = _place(segment, view, fast), segment.first
+        for slot, count in segment.runs(position, segment.stop):
+            made += _RANGE.pack(position, count), place.rows if slot == 0 else place.rows_from(slot)
             position += count
-    return array("q", runs)
+    return array("q", b"".join(made))
+
+
+class _Place(NamedTuple):
+    """Where rows of k and v lie: kept with their store, as to ask tensors takes longer than to pack a call, most of all
+    after a call that left nothing else in a core's cache. ``at``: of k's words, by which a moved store is noticed.
+    ``rows``: what follows position and count in ``native.Run``, packed."""
+
+    k: Packed
+    v: Packed
+    at: int
+    rows: bytes
+
+    def rows_from(self, slot: int) -> bytes:
+        fields = _ROWS.unpack(self.rows)
+        return _ROWS.pack(*_from(fields[:8], slot), *_from(fields[8:16], slot), *fields[16:])
+
+
+def _place(segment: Segment, view: KVView, fast: bool) -> _Place:
+    k, v = segment.k, segment.v
+    found = segment.kept.get(_KEPT[fast])
+    if found is None or found.k is not k or found.v is not v or found.at != k.words.data_ptr():
+        sides = (segment.k_format, view.k_codec), (segment.v_format, view.v_codec)
+        formats = [format_address(fmt, codec.head_dim, codec.padded, fast) for fmt, codec in sides]
+        found = segment.kept[_KEPT[fast]] = _Place(k, v, k.words.data_ptr(), _ROWS.pack(*_rows(k), *_rows(v), *formats))
+    return found
 
 
 def _rows(packed: Packed) -> tuple[int, ...]:

@@ -52,14 +52,14 @@ Attend = _structure(
     ("q_strides", _long * 3),
     ("q_turn out_turn out lse", _pointer),
     ("scale softcap", _float),
-    ("causal threads out_kind", _int),
+    ("causal threads out_kind n_runs", _int),
+    ("runs", _pointer),
     ("window q_first kv_first kv_stop", _long),
     ("mask", _pointer),
     ("mask_strides", _long * 4),
     ("slopes sinks starts map", _pointer),
     ("map_strides", _long * 4),
-    ("map_rows map_keys mask_type n_runs", _int),
-    ("runs", _pointer),
+    ("map_rows map_keys mask_type", _int),
 )
 
 

@@ -61,6 +61,8 @@ struct Attend {
     float scale, softcap;
     int32_t causal, threads;
     int32_t out_kind;          // F32 or BF16
+    int32_t n_runs;
+    const Run* runs;
     int64_t window;            // 0: none
     int64_t q_first, kv_first, kv_stop;  // positions of the first query, of the first key held and after the last
     const char* mask;          // [B, Hq, Tq, Tkv]
@@ -70,8 +72,7 @@ struct Attend {
     const int64_t* starts;     // [B] or null
     const uint8_t* map;        // block map states or null: 0 = nothing visible, 1 = all visible and unbiased
     int64_t map_strides[4];    // elements
-    int32_t map_rows, map_keys, mask_type, n_runs;
-    const Run* runs;
+    int32_t map_rows, map_keys, mask_type;
 };
 
 // Rows to encode. Rotation, scale rule and table are those of the format's row (formats.py); x is already scaled and

@@ -1,5 +1,6 @@
 // Sums of weighted values to outputs.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -30,20 +31,27 @@ inline void finish(const Attend& a, const Unit& unit, const float* data, int64_t
         float most = a.sinks != nullptr ? a.sinks[q_head] : none;
         for (int64_t s = 0; s < splits; ++s)
             if (!(top[s * stride] <= most)) most = top[s * stride];  // also when it is NaN
-        alignas(64) float out[MOST_VALUES] = {};
+        alignas(64) float out[MOST_VALUES];
+        bool filled = false;
         if (most != none) {
-            double sum = a.sinks != nullptr ? std::exp(double(a.sinks[q_head]) - most) : 0.0;
-            for (int64_t s = 0; s < splits; ++s) sum += std::exp(double(top[s * stride]) - most) * total[s * stride];
+            auto share = [&](float score) { return score == most ? 1.0 : std::exp(double(score) - most); };
+            double sum = a.sinks != nullptr ? share(a.sinks[q_head]) : 0.0;
+            for (int64_t s = 0; s < splits; ++s) sum += share(top[s * stride]) * total[s * stride];
             for (int64_t s = 0; s < splits; ++s) {
                 if (top[s * stride] == none) continue;
-                const float weight = float(std::exp(double(top[s * stride]) - most) / sum);
+                const float weight = float(share(top[s * stride]) / sum);
                 const float* from = data + s * stride + r * a.v_dim;
-                for (int64_t d = 0; d < a.v_dim; ++d) out[d] += weight * from[d];
+                if (filled)
+                    for (int64_t d = 0; d < a.v_dim; ++d) out[d] += weight * from[d];
+                else
+                    for (int64_t d = 0; d < a.v_dim; ++d) out[d] = weight * from[d];
+                filled = true;
             }
             a.lse[place] = float(most + std::log(sum));
         } else {
             a.lse[place] = none;
         }
+        if (!filled) std::fill_n(out, a.v_dim, 0.0f);
         store_output(a, place, out);
     }
 }
