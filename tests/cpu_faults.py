@@ -254,8 +254,7 @@ LOOP_FAULTS = (
     Fault(
         "splits are joined without their maxima",
         spec(several_splits),
-        (finish("float(std::exp(double(top[s * stride]) - most) / sum)",
-              "float((@ ? 1.0 : std::exp(double(top[s * stride]) - most)) / sum)"),),
+        (finish("float(share(top[s * stride]) / sum)", "float((@ ? 1.0 : share(top[s * stride])) / sum)"),),
     ),
     Fault(
         "outputs are not rotated back",

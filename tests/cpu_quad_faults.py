@@ -148,13 +148,19 @@ def fast(s: AttentionSpec) -> bool:
     return s.fast and calls.pays(s, "avx512")
 
 
+def in_halves(s: AttentionSpec) -> bool:
+    """Even bytes of keys are multiplied before odd ones."""
+    return fast(s) and apart(s.k_format, s.head_dim) and rows(s) > 2
+
+
 QUAD_FAULTS = (
     Fault("query rows beyond sixteen take q of the first",
           spec(lambda s: plain(s) and s.k_format.name in ("q8_0", "q4_0", "turbo4", "tq5") and rows(s) in range(20, 999, 4)),
           (attend("first = row / quad_pass", "first = row % (@ ? 16 : 1 << 30) / quad_pass"),), "avx512"),
     # keys
     key("the last part of a key is left out", key_parts,
-        scores("p < a.order.parts; ++p)", "p < a.order.parts - (@); ++p)")),
+        scores("p < a.order.parts; ++p)", "p < a.order.parts - (@); ++p)"),
+        scores("p < stop; ++p)", "p < stop - (@); ++p)")),
     key("every other 16 keys are those before", key_parts,
         scores("false>(part, here.at[n]", "false>(part, here.at[@ ? 0 : n]"),
         also=lambda s: rows(s) <= 2),
@@ -199,13 +205,25 @@ QUAD_FAULTS = (
     key("odd words of keys are added to even ones", sorted_plain,
         scores("(C::lines == WORDS ? i : d / 2)", "(C::lines == WORDS ? (@ ? 0 : i) : d / 2)"), also=exact),
     key("codes that have scales of their own are added to the others", apart,
-        scores("sets == 4 ? 2 * s : 0;", "sets == 4 && !(@) ? 2 * s : 0;")),
+        scores("sets == 4 ? 2 * s : 0;", "sets == 4 && !(@) ? 2 * s : 0;"),
+        scores("dot_parts(sum[n][s][r], k[n], own)", "dot_parts(sum[n][@ ? 0 : s][r], k[n], own)")),
     key("codes that have scales of their own take the offset of the others", apart,
         query("sum[set / 2][r][term]", "sum[@ ? 0 : set / 2][r][term]"), also=fast),
     key("the offset of the low plane of keys is left in", lambda f, d: f.name == "tq8" and not key_words(f, d),
         query("(f.planes == 2 ? 1 : 256)", "(f.planes == 2 ? !(@) : 256)"), also=exact),
     key("sums of a group are those of the next too", lambda f, d: 8 * f.layout(d)[1] <= f.layout(d)[0] and key_parts(f, d),
-        scores("if (more) start()", "if (more && !(@)) start()")),
+        scores("if (more) start()", "if (more && !(@)) start()"), also=lambda s: not in_halves(s)),
+    key("odd bytes that wait are those of another part", lambda f, d: apart(f, d) and d >= 128,
+        scores("side ? odd[p]", "side ? odd[@ ? first : p]"), also=in_halves),
+    key("odd bytes that wait meet the q of even ones", apart,
+        scores("p + 2 * side)", "p + 2 * (@ ? 0 : side))"), also=in_halves),
+    key("odd bytes that wait take the scales of even ones", apart,
+        scores("set = 2 * s + side;", "set = 2 * s + (@ ? 0 : side);"), also=in_halves),
+    key("every other 16 keys, half by half, are those before", apart,
+        scores("false>(a.order.part[p], here.at[n]", "false>(a.order.part[p], here.at[@ ? 0 : n]"),
+        also=lambda s: in_halves(s) and s.kv_len > 16),
+    key("scales of a group, half by half, are those of the next too", lambda f, d: 8 * f.layout(d)[1] <= f.layout(d)[0],
+        scores("q_scale += 4 * set_bytes;", "q_scale += (@ ? 0 : 4) * set_bytes;"), also=in_halves),
     key("odd bytes of keys take the scales of even ones", lambda f, d: grouped(f, d) and key_parts(f, d),
         scores("k_scale + part.group[set]", "k_scale + part.group[@ ? 0 : set]"), also=exact),
     key("a query row takes the scale of the first", key_parts, query("scale[int64_t(r) *", "scale[int64_t(@ ? 0 : r) *"),

@@ -52,10 +52,16 @@ INLINE __m512i every_dword(const char* from) {
     return _mm512_set1_epi32(x);
 }
 
+// Whether all even bytes of rows are multiplied before odd ones (see score_halves).
+template <class C, int sets, int rows, int terms>
+constexpr bool IN_HALVES = sets == 4 && rows >= 3 && terms == 1;
+
 // How often 16 tokens share what is read of q, so that there are up to 16 sums, which is what registers hold. With two planes,
 // and many rows, 20 or 24 took less time.
 template <class C, int sets, int rows, int terms>
-constexpr int TIMES = C::lines == PLANES && rows > 4 ? 2 : std::clamp(16 / (sets * rows * C::sums(terms)), 1, rows >= 3 && terms == 2 ? 4 : 2);
+constexpr int TIMES = C::lines == PLANES && rows > 4 ? 2
+                      : std::clamp(16 / ((IN_HALVES<C, sets, rows, terms> ? 2 : sets) * rows * C::sums(terms)), 1,
+                                   rows >= 3 && terms == 2 ? 4 : 2);
 
 // Whether the dwords of a part are made while those of another one are multiplied, because shuffles in a row keep products waiting: this
 // pays where products are most of what is done.
@@ -158,6 +164,55 @@ INLINE void score_times(const QuadScores& a, const Levels<C>& levels, PartDwords
     dwords.rows ^= ahead;
 }
 
+// The same with one term of q, where even bytes, odd ones, and both codes of each have scales of their own. Dwords of odd bytes wait in
+// memory until even ones are done: registers hold the sums of half of the sets, and so of twice as many tokens that share what is read of q.
+template <class C, int rows, int times>
+INLINE void score_halves(const QuadScores& a, const Levels<C>& levels, const RowPlaces<times>& here, Soon soon, const float* k_scale,
+                         vf (*score)[rows]) {
+    constexpr int codes = 2, set_bytes = 4 * rows;
+    __m512i odd[MOST_PARTS][times][2];
+    const char *q = a.q.parts, *begin = a.q.begin, *q_scale = a.q.scale;
+    for (int first = 0, stop = 0; first < a.order.parts; first = stop) {  // parts that have the same scales
+        while (!a.order.part[stop++].last) {
+        }
+        for (int side = 0; side < 2; ++side) {
+            vi sum[times][codes][rows];
+            for (int s = 0; s < codes; ++s)
+                for (int r = 0; r < rows; ++r)
+                    for (int n = 0; n < times; ++n) sum[n][s][r] = (vi)every_dword(begin + (2 * s + side) * set_bytes + 4 * r);
+            for (int p = first; p < stop; ++p) {
+                const char* by = q + (4 * codes * p + 2 * side) * set_bytes;
+                __m512i wide[times][4];
+                for (int n = 0; n < times && side == 0; ++n) {
+                    make_dwords<C, true, true, false>(a.order.part[p], here.at[n], here.stride[n], wide[n]);
+                    odd[p][n][0] = wide[n][2], odd[p][n][1] = wide[n][3];
+                }
+                if (side == 0) a.ahead.tick_inside(2 * times), soon.ask();
+                auto multiply = [&]<int d, int s>(std::integral_constant<int, d>, std::integral_constant<int, s>) __attribute__((always_inline)) {
+                    line k[times];
+                    for (int n = 0; n < times; ++n) levels.of(codes_of<C::bits, s>(side ? odd[p][n][d] : wide[n][d], __m512i{}), k + n);
+                    for (int r = 0; r < rows; ++r) {
+                        const __m512i own = every_dword(by + (4 * s + d) * set_bytes + 4 * r);
+                        for (int n = 0; n < times; ++n) sum[n][s][r] = dot_parts(sum[n][s][r], k[n], own);
+                    }
+                };
+                [&]<int... i>(std::integer_sequence<int, i...>) __attribute__((always_inline)) {
+                    (multiply(std::integral_constant<int, i / codes>{}, std::integral_constant<int, i % codes>{}), ...);
+                }(std::make_integer_sequence<int, 2 * codes>{});
+            }
+            for (int s = 0; s < codes; ++s) {
+                const int set = 2 * s + side;
+                const float* scales = k_scale + a.order.part[first].group[set] * a.scale_stride;
+                for (int r = 0; r < rows; ++r) {
+                    const vf by = (vf)every_dword(q_scale + set * set_bytes + 4 * r);
+                    for (int n = 0; n < times; ++n) score[n][r] = fma(to_float(sum[n][s][r]), load<vf>(scales + 16 * n) * by, score[n][r]);
+                }
+            }
+        }
+        begin += 4 * set_bytes, q_scale += 4 * set_bytes;
+    }
+}
+
 // Scores of all tokens, `times` 16 at a time: score(first token, where scores go).
 template <int rows, int times, class Score>
 INLINE void score_tokens(const QuadScores& a, Score score) {
@@ -193,7 +248,8 @@ __attribute__((noinline)) void score_quads_of(const QuadScores& a) {
         if (t + 16 * times < a.tokens) after.find(a, t + 16 * times);
         Soon soon;
         if (!ahead && !a.again) soon = Soon(a.keys, t + 2 * 16 * times, 16 * times, share);
-        score_times<C, plain, sets, rows, terms, times>(a, levels, dwords, here, after, soon, a.k_scale + t, score);
+        if constexpr (IN_HALVES<C, sets, rows, terms>) score_halves<C, rows, times>(a, levels, here, soon, a.k_scale + t, score);
+        else score_times<C, plain, sets, rows, terms, times>(a, levels, dwords, here, after, soon, a.k_scale + t, score);
         here = after;
     });
 }

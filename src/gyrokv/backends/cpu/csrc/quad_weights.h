@@ -64,26 +64,25 @@ struct Spread {
     float* factor[2];
 };
 
-// Weights of 16 * vectors tokens times V's scales x [row][side][16 tokens], the largest of each lane and, if wanted, the sums of their sizes.
-template <bool sizes, int sides, int vectors>
-INLINE void scale_weights(const QuadValues& a, int rows, const float* weights, const Spread& s, vf (*x)[sides][vectors], vf (*most)[4],
-                          vf (*total)[4]) {
+// 16 weights times V's scales.
+INLINE vf scaled(const QuadValues& a, const float* weights, const Spread& s, int row, int side, int i) {
+    return load<vf>(weights + row * a.weight_stride + LANES * i) * load<vf>(s.scales[side] + LANES * i);
+}
+
+// Weights of 16 * vectors tokens times V's scales as words (see word_place); large: such as large words of V are multiplied
+// with; offset: by ZERO, of V.
+template <bool large, bool offset, int sides, int vectors>
+__attribute__((noinline)) void spread_words(const QuadValues& a, int rows, const float* weights, const Spread& s) {
+    vf x[4][sides][vectors], most[sides][4] = {}, total[sides][4] = {};
     for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 8
         for (int i = 0; i < vectors; ++i)
 #pragma GCC unroll 2
             for (int side = 0; side < sides; ++side) {
-                const vf own = load<vf>(weights + r * a.weight_stride + LANES * i) * load<vf>(s.scales[side] + LANES * i);
+                const vf own = scaled(a, weights, s, r, side, i);
                 x[r][side][i] = own, most[side][r] = larger_size(most[side][r], own);
-                if (sizes) total[side][r] += (vf)((vi)own & 0x7fffffff);
+                if (large) total[side][r] += (vf)((vi)own & 0x7fffffff);
             }
-}
-
-// Those of 16 * vectors tokens as words (see word_place); large: such as large words of V are multiplied with; offset: by ZERO, of V.
-template <bool large, bool offset, int sides, int vectors>
-__attribute__((noinline)) void spread_words(const QuadValues& a, int rows, const float* weights, const Spread& s) {
-    vf x[4][sides][vectors], most[sides][4] = {}, total[sides][4] = {};
-    scale_weights<large>(a, rows, weights, s, x, most, total);
     auto add = [](auto x, auto y) { return x + y; };
     alignas(16) float inverse[sides][4];
     for (int side = 0; side < sides; ++side) {
@@ -123,11 +122,14 @@ __attribute__((noinline)) void spread_words(const QuadValues& a, int rows, const
 template <int terms, int sides, int vectors>
 __attribute__((noinline)) void spread_bytes(const QuadValues& a, int rows, const float* weights, const Spread& s) {
     static_assert(sides == 1 || terms == 1);
-    vf x[4][sides][vectors], most[sides][4] = {};
-    scale_weights<false>(a, rows, weights, s, x, most, most);
     alignas(16) float inverse[sides][4];
+#pragma GCC unroll 2
     for (int side = 0; side < sides; ++side) {
-        const vf largest = join_four(most[side], [](vf x, vf y) { return max(x, y); });
+        vf most[4] = {};
+        for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 8
+            for (int i = 0; i < vectors; ++i) most[r] = larger_size(most[r], scaled(a, weights, s, r, side, i));
+        const vf largest = join_four(most, [](vf x, vf y) { return max(x, y); });
         store_units(largest, largest * (1.0f / LARGEST_WEIGHT<terms>), inverse[side], s.factor[side]);
     }
     vi sum[sides][terms][4] = {};
@@ -138,7 +140,9 @@ __attribute__((noinline)) void spread_bytes(const QuadValues& a, int rows, const
             __m512i made[sides][terms];
 #pragma GCC unroll 2
             for (int side = 0; side < sides; ++side) {
-                weight_bytes<terms>(x[r][side] + 4 * step, splat(inverse[side][r]), made[side]);
+                vf x[4];  // made anew: to keep all of them until the largest is known took longer
+                for (int i = 0; i < 4; ++i) x[i] = scaled(a, weights, s, r, side, 4 * step + i);
+                weight_bytes<terms>(x, splat(inverse[side][r]), made[side]);
                 for (int i = 0; i < terms; ++i) sum[side][i][r] = dot_parts(sum[side][i][r], splat_of<line>(ZERO), made[side][i]);
             }
             char* to = bytes + sides * 64 * step;
