@@ -56,10 +56,10 @@ INLINE __m512i every_dword(const char* from) {
 template <class C, int sets, int rows, int terms>
 constexpr bool IN_HALVES = sets == 4 && rows >= 3 && terms == 1;
 
-// How often 16 tokens share what is read of q, so that there are up to 16 sums, which is what registers hold. With two planes,
+// How often 16 tokens share what is read of q, so that there are up to 16 sums, which is what registers hold. With two planes, or sets,
 // and many rows, 20 or 24 took less time.
 template <class C, int sets, int rows, int terms>
-constexpr int TIMES = C::lines == PLANES && rows > 4 ? 2
+constexpr int TIMES = rows > 4 && rows < 8 && (C::lines == PLANES || sets == 2) ? 2
                       : std::clamp(16 / ((IN_HALVES<C, sets, rows, terms> ? 2 : sets) * rows * C::sums(terms)), 1,
                                    rows >= 3 && terms == 2 ? 4 : 2);
 
@@ -347,7 +347,7 @@ __attribute__((noinline)) void score_groups_of(const QuadScores& a) {
 template <class C>
 constexpr int LEAST_ROWS = C::lines == WORDS && C::bits < 4 ? 5 : 1;
 template <class C>
-constexpr int MOST_ROWS = C::large ? QUAD_ROWS : C::lines == PLANES || (C::lines == WORDS && C::look_up != VALUES) ? 6 : 4;
+constexpr int MOST_ROWS = C::large || (C::lines == WORDS && C::look_up == VALUES) ? QUAD_ROWS : C::lines == BYTES ? 4 : 6;
 
 void score_quads(const Format& f, int terms, const QuadScores& a) {
     as_coded<false>(f, a.order.words_for(a.q.rows), [&]<class C>(C) {
@@ -357,15 +357,13 @@ void score_quads(const Format& f, int terms, const QuadScores& a) {
                     if constexpr (C::bits < 8 && (rows <= 4 || C::large))
                         if (a.order.by_group) return score_groups_of<C, rows, t>(a);
                     auto with_sets = [&]<bool plain>() {
-                        if constexpr (rows > 4) {
-                            score_quads_of<C, plain, 1, rows, t>(a);
-                        } else {
-                            if constexpr (C::bits == 4)
-                                if (a.order.sets == 4) return score_quads_of<C, plain, 4, rows, t>(a);
-                            if constexpr (C::lines != WORDS || C::large)
-                                if (a.order.sets == 1) return score_quads_of<C, plain, 1, rows, t>(a);
-                            score_quads_of<C, plain, 2, rows, t>(a);
-                        }
+                        constexpr bool small_words = C::lines == WORDS && !C::large;
+                        constexpr bool one = !small_words || (rows > 4 && C::look_up != VALUES), more = rows <= 4 || (small_words && C::bits >= 4);
+                        if constexpr (more && C::bits == 4)
+                            if (a.order.sets == 4) return score_quads_of<C, plain, 4, rows, t>(a);
+                        if constexpr (one)
+                            if (!more || a.order.sets == 1) return score_quads_of<C, plain, 1, rows, t>(a);
+                        if constexpr (more) score_quads_of<C, plain, 2, rows, t>(a);
                     };
                     if constexpr (Fields<C::bits>::next > 0)
                         if (!a.order.plain) return with_sets.template operator()<false>();

@@ -103,7 +103,9 @@ struct Quads {
         const bool large = this->words && f.planes == 2;  // see WORD_RUN
         const bool small = sets == 1 && f.bits < 5 && terms == 2 && plain && !by_group;
         many_words = this->words || small;
-        most_rows = sets == 1 && large ? QUAD_ROWS : small || (sets == 1 && f.planes == 2) ? 6 : 4;
+        const bool apart_words = this->words && !large && !by_group;
+        if ((sets == 1 && large) || (apart_words && f.linear)) most_rows = QUAD_ROWS;
+        else most_rows = small || apart_words || (sets == 1 && f.planes == 2) ? 6 : 4;
         if (by_group) {
             keys.make(f, this->words, !large || f.group <= WORD_RUN ? f.group : f.group % WORD_RUN ? 32 : WORD_RUN);
             return;
