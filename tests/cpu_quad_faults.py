@@ -117,12 +117,15 @@ def again(fmt: KVFormat, dim: int) -> bool:
 def pass_rows(s: AttentionSpec) -> int:
     """Query rows of the first pass over keys, of up to eight."""
     f, d = s.k_format, s.head_dim
-    if s.fast or f.name == "q8_0" or (grouped(f, d) and key_parts(f, d)):
-        most = 4
+    if s.fast:
+        most = 6 if apart(f, d) else 8
     elif two_planes(f, d):
-        most = 8 if key_words(f, d) else 6
+        most = 4 if grouped(f, d) and key_parts(f, d) else 8 if key_words(f, d) else 6
+    elif key_words(f, d):
+        most = 8 if f.name == "q8_0" else 6
     else:
-        most = 6 if key_parts(f, d) and next_words(f, d) % 8 == 0 else 4
+        few_rows = f.name == "q8_0" or grouped(f, d) or not key_parts(f, d) or next_words(f, d) % 8
+        most = 4 if few_rows else 6
     return 8 if rows(s) > 6 and most == 8 else min(rows(s), most if rows(s) < 7 else 4)
 
 

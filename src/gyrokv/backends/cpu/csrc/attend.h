@@ -414,7 +414,7 @@ inline bool attend(const Attend& call, const Unit& unit, char* scratch) {
                     const int keys = k_stored ? block.tokens / 32 * k_score_ticks(k_order) : k_quads ? quad_ticks(*k_parts, unit.rows, block.tokens)
                                      : k_dense ? dense_ticks(kf, unit.rows, block.tokens)
                                      : panel_ticks(kf, block.tokens, true);
-                    const int values = v_quads ? value_ticks(*v_parts, vf_.dim, unit.rows, block.tokens)
+                    const int values = v_quads ? value_ticks(vf_.dim, unit.rows, block.tokens)
                                        : v_pairs ? pair_ticks(vf_, unit.rows, block.count)
                                        : direct ? block.count * DIRECT_PACE * direct_passes(vf_, unit.rows)
                                               : panel_ticks(vf_, block.tokens, false);

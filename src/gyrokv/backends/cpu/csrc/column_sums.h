@@ -6,10 +6,6 @@
 namespace gyrokv {
 namespace GYROKV_ISA {
 
-// Rows of a pass, at most.
-template <class C>
-constexpr int LINE_ROWS = C::lines == WORDS && C::look_up != VALUES ? VALUE_ROWS : 4;
-
 // Weights that lines meet, of one group or of two, whose columns take turns: bytes [row][QUAD_TOKENS words or bytes of each], and [run][UNIT]
 // what sums begin with, because of ZERO, and what integers stand for.
 template <class C, int sides>

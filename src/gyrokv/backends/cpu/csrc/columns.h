@@ -138,7 +138,6 @@ struct Columns {
 struct ColumnQuads {
     int chunks, parts;  // or 0
     bool words;         // see Lines in quads.h
-    int most_rows;      // of a pass
     bool beyond;        // bytes behind a row are read
     ColumnPart part[MOST_PARTS];
     Columns columns;
@@ -152,7 +151,7 @@ struct ColumnQuads {
         chunks = whole && (f.planes == 2 || f.bits == 4 || f.linear) ? 2 * place.words / LINE : 0;
         const bool bytes = f.bits < 8 && (terms == 1 || f.bits < 4) && has_parts(f);
         parts = !chunks && bytes ? place.words / PART_WORDS : 0;
-        words = terms == 2 && !parts, most_rows = terms == 2 && !f.linear ? VALUE_ROWS : 4;
+        words = terms == 2 && !parts;
         for (int p = 0; p < parts; ++p) part[p].make(f, p);
         if (!chunks && !parts) columns.make(f);
         beyond = !chunks && !parts && place.row_bytes() < LINE;

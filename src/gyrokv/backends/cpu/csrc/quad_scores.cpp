@@ -57,9 +57,9 @@ template <class C, int sets, int rows, int terms>
 constexpr bool IN_HALVES = sets == 4 && rows >= 3 && terms == 1;
 
 // How often 16 tokens share what is read of q, so that there are up to 16 sums, which is what registers hold. With two planes, or sets,
-// and many rows, 20 or 24 took less time.
+// and five or six rows, 20 or 24 took less time.
 template <class C, int sets, int rows, int terms>
-constexpr int TIMES = rows > 4 && rows < 8 && (C::lines == PLANES || sets == 2) ? 2
+constexpr int TIMES = rows > 4 && rows < 8 && (C::lines == PLANES || sets == 2 || (sets == 4 && terms == 1)) ? 2
                       : std::clamp(16 / ((IN_HALVES<C, sets, rows, terms> ? 2 : sets) * rows * C::sums(terms)), 1,
                                    rows >= 3 && terms == 2 ? 4 : 2);
 
@@ -346,20 +346,21 @@ __attribute__((noinline)) void score_groups_of(const QuadScores& a) {
 // Rows of the passes that take C: see Quads::make.
 template <class C>
 constexpr int LEAST_ROWS = C::lines == WORDS && C::bits < 4 ? 5 : 1;
-template <class C>
-constexpr int MOST_ROWS = C::large || (C::lines == WORDS && C::look_up == VALUES) ? QUAD_ROWS : C::lines == BYTES ? 4 : 6;
+template <class C, int terms>
+constexpr int MOST_ROWS = C::lines == BYTES ? (terms == 1 ? QUAD_ROWS : 4) : C::large || C::look_up == VALUES ? QUAD_ROWS : 6;
 
 void score_quads(const Format& f, int terms, const QuadScores& a) {
     as_coded<false>(f, a.order.words_for(a.q.rows), [&]<class C>(C) {
         as_terms<C>(terms, [&]<int t>(std::integral_constant<int, t>) {
-            as_pass<MOST_ROWS<C>>(a.q.rows, [&]<int rows>(std::integral_constant<int, rows>) {
+            as_pass<MOST_ROWS<C, t>>(a.q.rows, [&]<int rows>(std::integral_constant<int, rows>) {
                 if constexpr (rows >= LEAST_ROWS<C>) {
-                    if constexpr (C::bits < 8 && (rows <= 4 || C::large))
+                    if constexpr (C::bits < 8 && (rows <= 4 || C::large || t == 1))
                         if (a.order.by_group) return score_groups_of<C, rows, t>(a);
                     auto with_sets = [&]<bool plain>() {
                         constexpr bool small_words = C::lines == WORDS && !C::large;
-                        constexpr bool one = !small_words || (rows > 4 && C::look_up != VALUES), more = rows <= 4 || (small_words && C::bits >= 4);
-                        if constexpr (more && C::bits == 4)
+                        constexpr bool one = !small_words || (rows > 4 && C::look_up != VALUES);
+                        constexpr bool more = rows <= 4 || t == 1 || (small_words && C::bits >= 4);
+                        if constexpr (more && C::bits == 4 && rows <= 6)
                             if (a.order.sets == 4) return score_quads_of<C, plain, 4, rows, t>(a);
                         if constexpr (one)
                             if (!more || a.order.sets == 1) return score_quads_of<C, plain, 1, rows, t>(a);

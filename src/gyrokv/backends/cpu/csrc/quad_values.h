@@ -9,7 +9,7 @@ namespace GYROKV_ISA {
 #if !defined(GYROKV_QUADS)
 
 INLINE int64_t quad_weight_bytes(int) { return 0; }
-INLINE int value_ticks(const ColumnQuads&, int, int, int) { return 0; }
+INLINE int value_ticks(int, int, int) { return 0; }
 
 #else
 
@@ -40,9 +40,9 @@ struct QuadValues {
 void add_quads(const QuadValues& a, int rows);
 
 // Ticks of Ahead meanwhile.
-INLINE int value_ticks(const ColumnQuads& order, int dim, int rows, int tokens) {
+INLINE int value_ticks(int dim, int rows, int tokens) {
     int passes = 0;
-    for (; rows > 0; ++passes) rows -= quad_pass(rows, order.most_rows);
+    for (; rows > 0; ++passes) rows -= quad_pass(rows, VALUE_ROWS);
     return passes * (dim / 32) * (tokens / 8);
 }
 

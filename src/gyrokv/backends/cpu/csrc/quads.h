@@ -104,8 +104,9 @@ struct Quads {
         const bool small = sets == 1 && f.bits < 5 && terms == 2 && plain && !by_group;
         many_words = this->words || small;
         const bool apart_words = this->words && !large && !by_group;
-        if ((sets == 1 && large) || (apart_words && f.linear)) most_rows = QUAD_ROWS;
-        else most_rows = small || apart_words || (sets == 1 && f.planes == 2) ? 6 : 4;
+        const bool byte = terms == 1 && f.planes == 1;  // one product for each code and row
+        if ((sets == 1 && large) || (sets <= 2 && byte) || (apart_words && f.linear)) most_rows = QUAD_ROWS;
+        else most_rows = small || byte || apart_words || (sets == 1 && f.planes == 2) ? 6 : 4;
         if (by_group) {
             keys.make(f, this->words, !large || f.group <= WORD_RUN ? f.group : f.group % WORD_RUN ? 32 : WORD_RUN);
             return;
