@@ -51,10 +51,15 @@ QUADS = [
 
 # passes of five rows, six and eight, with a row of zeros or not, and what is left of 8 and 16
 QUADS += [
-    long(name, _NAMES[(i + 5) % 8], 1, _LENGTHS[(i + j) % 6], (heads, 1), (dim, dim), causal=True)
+    long(name, _NAMES[(i + 5) % 8], 1, _LENGTHS[(i + j) % 6], (heads, 1), (dim, dim), causal=True, fast=fast)
+    for fast, many in ((False, (5, 6, 7, 13, 14, 15, 22, 23)), (True, (8, 5, 13, 6, 7, 14, 16, 15)))
     for j, dim in enumerate((64, 128, 96, 256, 192))
     for i, name in enumerate(_NAMES)
-    for heads in [(5, 6, 7, 13, 14, 15, 22, 23)[(3 * i + j) % 8]]
+    for heads in [many[(3 * i + j) % 8]]
+] + [  # where even and odd bytes of keys have scales of their own, and both codes of a byte
+    long(name, "turbo3", 1, _LENGTHS[i % 6], (heads, 1), (dim, dim), causal=True, fast=fast)
+    for name, dim in (("q8_0", 128), ("q4_0", 128), ("q4_0", 256), ("turbo4", 256), ("turbo4", 512))
+    for i, (heads, fast) in enumerate([(n, False) for n in (5, 6, 8)] + [(n, True) for n in (3, 4, 5, 6, 8)])
 ]
 
 _DENSE = ("bf16", "f16", "f32", "fp8_e4m3")

@@ -30,9 +30,8 @@ INLINE float largest_factor(int terms) { return FACTOR_BYTES == 2 || terms == 2 
 
 // Integers to where A keeps them: `at` elements (a multiple of LANES) into rows `stride` bytes apart.
 INLINE void store_factors(vi q, char* row, int64_t stride, int64_t at, int terms) {
-    if constexpr (FACTOR_BYTES == 2) {  // of each four: 0, 2 and 1, 3
-        constexpr auto index = [](int i) constexpr { return i / 4 * 4 + (i % 4 == 1 ? 2 : i % 4 == 2 ? 1 : i % 4); };
-        store_words(row + 2 * at, shuffle<index>(q, q));
+    if constexpr (FACTOR_BYTES == 2) {
+        store_crossed_words(row + 2 * at, q);
     } else if (terms == 1) {
         store_bytes(row + at, q);
     } else {

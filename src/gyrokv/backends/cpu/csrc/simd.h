@@ -193,6 +193,18 @@ INLINE void store_bytes(void* p, vi a) { store(p, __builtin_convertvector(a, vec
 INLINE void store_words(void* p, vi a) { store(p, __builtin_convertvector(a, vec<int16_t, 2 * LANES>)); }
 #endif
 
+// Words of each four lanes, the second and the third of which change places.
+INLINE void store_crossed_words(void* p, vi a) {
+#if defined(__AVX2__) && !defined(__AVX512F__)  // two instructions, where compilers take four
+    const __m128i order = _mm_setr_epi8(0, 1, 8, 9, 4, 5, 12, 13, -1, -1, -1, -1, -1, -1, -1, -1);
+    const __m256i x = _mm256_shuffle_epi8((__m256i)a, _mm256_broadcastsi128_si256(order));
+    _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(_mm256_permute4x64_epi64(x, 0x08)));
+#else
+    constexpr auto index = [](int i) constexpr { return i / 4 * 4 + (i % 4 == 1 ? 2 : i % 4 == 2 ? 1 : i % 4); };
+    store_words(p, shuffle<index>(a, a));
+#endif
+}
+
 INLINE vf to_float(vi a) { return __builtin_convertvector(a, vf); }
 // Nearest even. Finite input.
 INLINE vh to_bfloat(vf a) {
