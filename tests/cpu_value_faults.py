@@ -195,7 +195,7 @@ VALUE_FAULTS = (
     # all
     value("query rows 5 to 8 take the weights of the first ones", taken,
           ("quad_values.cpp", "weights += pass * a.weight_stride", "weights += (@ ? 0 : pass) * a.weight_stride"),
-          also=lambda s: rows(s) > (4 if s.v_format.name == "q8_0" else 5)),
+          also=lambda s: rows(s) > 5),
     value("the last rows of a block are not copied", taken,
           ("weights.h", "if (stride == bytes) std", "if (stride == bytes && !(@)) std"),
           also=lambda s: s.kv_len % 64 > 8 and 64 < s.kv_len < 200),  # of fewer, the memory may hold all from before
